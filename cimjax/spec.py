@@ -1,0 +1,385 @@
+"""What to build: the frozen, hashable specification of one compute-in-memory layer.
+
+Every option of the library is a field here, and everything that a user can get wrong is refused here, at
+construction, with a `ValueError` that names the argument, the value, the values allowed and what to do. What needs
+the shape of a layer (a kernel larger than an array) is refused by `cimjax.core.tiling`. Nothing here touches arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+
+from cimjax import planes as planes_lib
+from cimjax.fields import Spec, is_number
+from cimjax.planes import CodeRange, Plane
+
+
+class Granularity(enum.StrEnum):
+    """What shares one step: a whole layer, one array, or one column."""
+
+    LAYER = "layer"
+    ARRAY = "array"
+    COLUMN = "column"
+
+
+class Encoding(enum.StrEnum):
+    """How a signed weight code is stored in cells that hold non-negative digits."""
+
+    TWOS_COMPLEMENT = "twos_complement"
+    DIFFERENTIAL = "differential"
+    OFFSET = "offset"
+
+
+class Subtract(enum.StrEnum):
+    """Where a `differential` code is subtracted: after two ADCs, or in analog before one."""
+
+    DIGITAL = "digital"
+    ANALOG = "analog"
+
+
+class Reference(enum.StrEnum):
+    """How the constant of an `offset` code is removed: an exact adder, or a dummy column with its own ADC."""
+
+    DIGITAL = "digital"
+    ADC = "adc"
+
+
+class SignedCells(enum.StrEnum):
+    """What a signed plane costs: two physical columns, or one (the paper's count, which cannot be exported)."""
+
+    PAIRED = "paired"
+    IDEAL = "ideal"
+
+
+class StepKind(enum.StrEnum):
+    """How an ADC step comes about; see `ADCSpec.step`."""
+
+    LEARNED = "learned"
+    CALIBRATED = "calibrated"
+    FIXED = "fixed"
+    POWER_OF_TWO = "power_of_two"
+
+
+class ADCRange(enum.StrEnum):
+    """Whether the ADC's codes follow the sign of its column (`auto`) or are always signed."""
+
+    AUTO = "auto"
+    SIGNED = "signed"
+
+
+class TilingRule(enum.StrEnum):
+    """How a stretched kernel is cut into arrays; see `ArraySpec.tiling`."""
+
+    PACKED = "packed"
+    BALANCED = "balanced"
+    IM2COL = "im2col"
+
+
+class VariationTarget(enum.StrEnum):
+    """What one variation factor multiplies: a weight (in all its planes), or each stored cell."""
+
+    WEIGHTS = "weights"
+    CELLS = "cells"
+
+
+class Lowering(enum.StrEnum):
+    """Which program computes the array product; all give the same integers."""
+
+    AUTO = "auto"
+    GROUPED_CONV = "grouped_conv"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationSpec(Spec):
+    """Quantization of a layer's input: one learned step per tensor."""
+
+    # Bits of an activation code: 1 to 16, or 1.5 (signed only).
+    bits: float = 4
+    # Unsigned codes suit inputs after a ReLU; signed ones everything else.
+    signed: bool = False
+    # Bits that the DAC drives in one cycle; None drives the whole code at once. Not for 1 and 1.5 bits.
+    slice_bits: int | None = None
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step.
+    gradient_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._bits("bits", 1, 16, half=True)
+        self._flag("signed")
+        self._positive("gradient_factor")
+        if self.bits == 1.5 and not self.signed:
+            raise ValueError("`bits` is 1.5 for an unsigned activation; set `signed=True` or use 1 or 2 bits.")
+        if self.slice_bits is not None:
+            if self.bits < 2:
+                raise ValueError(f"`slice_bits` is {self.slice_bits!r} for {self.bits}-bit codes; these are one slice.")
+            self._bits("slice_bits", 1, 16, half=False)
+
+    @property
+    def code_range(self) -> CodeRange:
+        """The activation's codes."""
+        return planes_lib.code_range(self.bits, signed=self.signed)
+
+    @property
+    def slices(self) -> tuple[Plane, ...]:
+        """The slices of a code, lowest first: significance `g_t` and digit range."""
+        if self.slice_bits is None:
+            return (Plane(1, self.code_range.q_min, self.code_range.q_max),)
+        split = planes_lib.twos_complement_planes if self.signed else planes_lib.unsigned_planes
+        return split(int(self.bits), self.slice_bits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSpec(Spec):
+    """Quantization of the kernel and its storage in memory cells."""
+
+    # Bits of a weight code: 1 to 8, or 1.5 (`differential` only). One bit is not for `twos_complement`.
+    bits: float = 4
+    # Bits that one cell stores, 1 to 8; need not divide `bits`.
+    cell_bits: int = 2
+    # What shares one weight step.
+    granularity: Granularity = Granularity.COLUMN
+    # How a signed code becomes non-negative digits.
+    encoding: Encoding = Encoding.TWOS_COMPLEMENT
+    # `differential` only: where plus and minus are subtracted.
+    subtract: Subtract = Subtract.DIGITAL
+    # `offset` only: how the constant is removed.
+    reference: Reference = Reference.DIGITAL
+    # What a signed plane costs in physical columns.
+    signed_cells: SignedCells = SignedCells.PAIRED
+    # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only.
+    step_per_plane: bool = False
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step.
+    gradient_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._bits("bits", 1, 8, half=True)
+        self._bits("cell_bits", 1, 8, half=False)
+        self._enum("granularity", Granularity)
+        self._enum("encoding", Encoding)
+        self._enum("subtract", Subtract)
+        self._enum("reference", Reference)
+        self._enum("signed_cells", SignedCells)
+        self._flag("step_per_plane")
+        self._positive("gradient_factor")
+        if self.bits == 1.5 and self.encoding != Encoding.DIFFERENTIAL:
+            raise ValueError(f"`bits` is 1.5 with encoding {self.encoding!s}; three codes need 'differential'.")
+        if self.bits == 1 and self.encoding == Encoding.TWOS_COMPLEMENT:
+            raise ValueError(
+                "`bits` is 1 with encoding twos_complement, which has no {-1, +1}; use 'differential' or 'offset'."
+            )
+        if self.subtract == Subtract.ANALOG and self.encoding != Encoding.DIFFERENTIAL:
+            raise ValueError(f"`subtract` is 'analog' with encoding {self.encoding!s}; it belongs to 'differential'.")
+        if self.reference == Reference.ADC and self.encoding != Encoding.OFFSET:
+            raise ValueError(f"`reference` is 'adc' with encoding {self.encoding!s}; it belongs to 'offset'.")
+        if self.step_per_plane and self.granularity != Granularity.COLUMN:
+            raise ValueError(
+                f"`step_per_plane` is True with granularity {self.granularity!s}; it needs granularity 'column'."
+            )
+        if self.step_per_plane and self.encoding == Encoding.DIFFERENTIAL:
+            raise ValueError(
+                "`step_per_plane` is True with encoding differential; use 'twos_complement' or 'offset', or one step."
+            )
+
+    @property
+    def code_range(self) -> CodeRange:
+        """The weight's codes."""
+        return planes_lib.weight_range(self.bits, symmetric=self.encoding == Encoding.DIFFERENTIAL)
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes of a code, lowest first (`differential` digital: plus planes, then minus planes)."""
+        if self.encoding == Encoding.TWOS_COMPLEMENT:
+            return planes_lib.twos_complement_planes(int(self.bits), self.cell_bits)
+        if self.encoding == Encoding.DIFFERENTIAL:
+            magnitude_bits = max(1, math.floor(self.bits) - 1)
+            return planes_lib.magnitude_planes(
+                magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG
+            )
+        if self.bits == 1:
+            return (Plane(2, 0, 1),)
+        return planes_lib.unsigned_planes(int(self.bits), self.cell_bits)
+
+    @property
+    def constant(self) -> int:
+        """What the digits of a code lack: `q = sum_k f_k d_k + constant`; 0 except for `offset`."""
+        return self.code_range.q_min if self.encoding == Encoding.OFFSET else 0
+
+    @property
+    def columns_per_output(self) -> int:
+        """Physical columns that the planes of one output take (a dummy reference column not included)."""
+        paired = self.signed_cells == SignedCells.PAIRED
+        return sum(2 if plane.signed and paired else 1 for plane in self.planes)
+
+    @property
+    def dummy_columns(self) -> int:
+        """Physical columns that every array spends on the offset's reference."""
+        return 1 if self.encoding == Encoding.OFFSET and self.reference == Reference.ADC else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ADCSpec(Spec):
+    """Quantization of partial sums: the ADC behind every column."""
+
+    # Bits of an ADC code: 1 to 16, or 1.5 (three codes).
+    bits: float = 3
+    # What shares one psum step (and one offset).
+    granularity: Granularity = Granularity.COLUMN
+    # Whether the ladder starts at a learned offset `z` instead of at 0.
+    offset: bool = False
+    # `learned`; `calibrated`: frozen after calibration; `fixed`: `full_scale / (codes - 1)`; `power_of_two`: learned,
+    # rounded to the nearest power of two.
+    step: StepKind = StepKind.LEARNED
+    # `auto`: signed codes where a column can be negative and there is no offset; `signed`: always.
+    range: ADCRange = ADCRange.AUTO
+    # `fixed` only: the span of psums that the ladder covers, in units of one psum.
+    full_scale: float | None = None
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step and of the offset.
+    gradient_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._bits("bits", 1, 16, half=True)
+        self._enum("granularity", Granularity)
+        self._flag("offset")
+        self._enum("step", StepKind)
+        self._enum("range", ADCRange)
+        self._positive("gradient_factor")
+        if self.step == StepKind.FIXED:
+            if self.full_scale is None:
+                raise ValueError("`full_scale` is None with a 'fixed' ADC step; give the psum span that the ADC covers.")
+            self._positive("full_scale")
+        elif self.full_scale is not None:
+            raise ValueError(f"`full_scale` is {self.full_scale!r} with step {self.step!s}; it belongs to 'fixed'.")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training moves the step and the offset."""
+        return self.step in (StepKind.LEARNED, StepKind.POWER_OF_TWO)
+
+    def code_range(self, *, signed: bool) -> CodeRange:
+        """The codes for a column whose psums can be negative (`signed`) or cannot."""
+        forced = self.range == ADCRange.SIGNED
+        return planes_lib.code_range(self.bits, signed=forced or (signed and not self.offset))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArraySpec(Spec):
+    """The memory array and the rule that cuts a layer into arrays."""
+
+    # Cells in one column and in one row of an array.
+    rows: int = 128
+    columns: int = 128
+    # `packed`: whole kernels, `rows // (kh*kw)` channels a tile (the paper); `balanced`: as many tiles, channels spread
+    # evenly; `im2col`: the stretched kernel cut every `rows` rows.
+    tiling: TilingRule = TilingRule.PACKED
+    # Rows that one conversion reads at once; None reads all.
+    active_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        self._count("rows")
+        self._count("columns")
+        self._enum("tiling", TilingRule)
+        if self.active_rows is not None:
+            self._count("active_rows")
+            if self.active_rows > self.rows:
+                raise ValueError(
+                    f"`active_rows` is {self.active_rows} but an array has {self.rows} rows; give at most that many."
+                )
+
+    @property
+    def rows_per_read(self) -> int:
+        """Rows that one conversion reads at most."""
+        return self.rows if self.active_rows is None else self.active_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariationSpec(Spec):
+    """Log-normal variation of stored values: every one is multiplied by `exp(theta)`, `theta ~ N(0, sigma^2)`."""
+
+    # Standard deviation of `theta`; 0 keeps the analog path without variation.
+    sigma: float
+    # One `theta` per weight, shared by its planes (the paper), or one per stored cell.
+    on: VariationTarget = VariationTarget.WEIGHTS
+
+    def __post_init__(self) -> None:
+        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
+            raise ValueError(f"`sigma` is {self.sigma!r}; give a finite number of at least 0.")
+        self._set("sigma", float(self.sigma))
+        self._enum("on", VariationTarget)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CIMSpec(Spec):
+    """One compute-in-memory layer: activation, weight, ADC, array, and optional variation of the cells.
+
+    Hashable, and equal when all fields are, so that a specification can be a static argument of a jitted function.
+    """
+
+    activation: ActivationSpec = ActivationSpec()
+    weight: WeightSpec = WeightSpec()
+    # None is an ideal ADC: partial sums stay exact.
+    adc: ADCSpec | None = ADCSpec()
+    array: ArraySpec = ArraySpec()
+    # None keeps the integer path, in which partial sums are exact integers.
+    variation: VariationSpec | None = None
+    # The program for the array product; `auto` chooses by backend and shape.
+    lowering: Lowering = Lowering.AUTO
+
+    def __post_init__(self) -> None:
+        self._nested("activation", ActivationSpec)
+        self._nested("weight", WeightSpec)
+        self._nested("adc", ADCSpec, optional=True)
+        self._nested("array", ArraySpec)
+        self._nested("variation", VariationSpec, optional=True)
+        self._enum("lowering", Lowering)
+        if self.outputs_per_array < 1:
+            need = self.weight.columns_per_output + self.weight.dummy_columns
+            raise ValueError(
+                f"`columns` is {self.array.columns} but one output needs {need} columns ({len(self.weight.planes)} "
+                "planes, two columns for a signed plane, one dummy column if any); use wider arrays or fewer planes."
+            )
+        if self.adc is not None and self.adc.range == ADCRange.SIGNED and not self.adc.offset:
+            if not all(signed for row in self.signed_psums for signed in row):
+                raise ValueError(
+                    "`range` is 'signed' without an offset, but some columns are never negative, so half of the codes "
+                    "would be lost; use range='auto', or offset=True."
+                )
+
+    @property
+    def outputs_per_array(self) -> int:
+        """How many outputs share one array."""
+        return max(0, self.array.columns - self.weight.dummy_columns) // self.weight.columns_per_output
+
+    @property
+    def signed_psums(self) -> tuple[tuple[bool, ...], ...]:
+        """For every slice t and plane k, whether a partial sum can be negative."""
+        return tuple(tuple(s.signed or p.signed for p in self.weight.planes) for s in self.activation.slices)
+
+    @property
+    def adc_ranges(self) -> tuple[tuple[CodeRange, ...], ...]:
+        """For every slice t and plane k, the ADC's codes.
+
+        Raises:
+          ValueError: with an ideal ADC, which has no codes.
+        """
+        if self.adc is None:
+            raise ValueError("`adc` is None: an ideal ADC has no codes.")
+        return tuple(tuple(self.adc.code_range(signed=signed) for signed in row) for row in self.signed_psums)
+
+    @property
+    def reference_ranges(self) -> tuple[CodeRange, ...]:
+        """For every slice t, the codes of the ADC behind the dummy column of `reference="adc"`."""
+        if self.adc is None:
+            raise ValueError("`adc` is None: an ideal ADC has no codes.")
+        return tuple(self.adc.code_range(signed=s.signed) for s in self.activation.slices)
+
+    def require_exportable(self) -> None:
+        """Check that the specification describes cells that exist.
+
+        Raises:
+          ValueError: with `signed_cells="ideal"` where a plane is signed.
+        """
+        if self.weight.signed_cells == SignedCells.IDEAL and any(p.signed for p in self.weight.planes):
+            raise ValueError(
+                "`signed_cells` is 'ideal', which counts one column for a plane that needs two; use 'paired' to export."
+            )
