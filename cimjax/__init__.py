@@ -1,0 +1,65 @@
+"""cimjax: training neural networks for compute-in-memory chips.
+
+Public names are loaded when first used, so that `import cimjax` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cimjax.core.conv import cim_conv, cim_dense
+    from cimjax.core.lsq import Codes, dequantize, fake_quantize, quantize
+    from cimjax.core.steps import Steps
+    from cimjax.hardware.cost import LayerCost, layer_cost
+    from cimjax.nn.calibrate import calibrate
+    from cimjax.nn.layers import CIMConv, CIMDense, Quantize
+    from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, VariationSpec, WeightSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "cimjax.spec": ("ActivationSpec", "ADCSpec", "ArraySpec", "CIMSpec", "VariationSpec", "WeightSpec"),
+    "cimjax.core.lsq": ("Codes", "dequantize", "fake_quantize", "quantize"),
+    "cimjax.core.steps": ("Steps",),
+    "cimjax.core.conv": ("cim_conv", "cim_dense"),
+    "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
+    "cimjax.nn.calibrate": ("calibrate",),
+    "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
+    "ActivationSpec",
+    "WeightSpec",
+    "ADCSpec",
+    "ArraySpec",
+    "VariationSpec",
+    "CIMSpec",
+    "CIMConv",
+    "CIMDense",
+    "Quantize",
+    "calibrate",
+    "cim_conv",
+    "cim_dense",
+    "Steps",
+    "Codes",
+    "quantize",
+    "dequantize",
+    "fake_quantize",
+    "LayerCost",
+    "layer_cost",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'cimjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

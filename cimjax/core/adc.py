@@ -1,0 +1,62 @@
+"""The ADC: partial sums to codes and back, one function for every bit width, range and granularity."""
+
+from __future__ import annotations
+
+import numpy as np
+from jax import Array
+
+from cimjax.core import lsq
+from cimjax.core.steps import Steps, expand_outputs
+from cimjax.core.tiling import Tiling
+from cimjax.planes import CodeRange
+from cimjax.spec import CIMSpec
+
+
+def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+    """What the ADCs make of partial sums: `P^ = s p + z`, `p = clip(floor((P - z) / s + 0.5), q_min, q_max)`.
+
+    Exactly `2^bits` codes (3 for 1.5 bits); a signed 1-bit ADC gives the sign of `P - z`. The result depends on nothing
+    but the partial sum and its step: not on other images of a batch. With an ideal ADC (`spec.adc` None) `P^ = P`.
+
+    Args:
+      psums: (T, N, ..., R, K, O) float32.
+      steps: `psum` > 0 and `offset`, in psum units, at psum granularity.
+
+    Returns:
+      Digitised partial sums in psum units, the shape of `psums`, float32. Gradients as for `lsq.fake_quantize`.
+    """
+    if spec.adc is None:
+        return psums
+    step = expand_outputs(steps.psum, tiling)
+    offset = None if steps.offset is None else expand_outputs(steps.offset, tiling)
+    return lsq.fake_quantize(psums, step, ranges_of_psums(psums.ndim, spec), offset, half_up=True)
+
+
+def convert_reference(sums: Array, steps: Steps, spec: CIMSpec) -> Array:
+    """What the ADCs of the dummy columns make of their partial sums: as `convert`, one step per read group.
+
+    Args:
+      sums: (T, N, ..., R) float32, the sum of each read group's inputs.
+    """
+    if spec.adc is None:
+        return sums
+    ranges = ranges_of_reference(sums.ndim, spec)
+    return lsq.fake_quantize(sums, steps.reference, ranges, steps.reference_offset, half_up=True)
+
+
+def ranges_of_psums(ndim: int, spec: CIMSpec) -> tuple[np.ndarray, ...]:
+    """Code ranges, broadcastable to psums of `ndim` axes (T, N, ..., R, K, O): they differ by slice and plane."""
+    planes = len(spec.weight.planes)
+    return _as_arrays(spec.adc_ranges, (-1, *(1,) * (ndim - 3), planes, 1))
+
+
+def ranges_of_reference(ndim: int, spec: CIMSpec) -> tuple[np.ndarray, ...]:
+    """Code ranges, broadcastable to reference sums of `ndim` axes (T, N, ..., R)."""
+    return _as_arrays([[codes] for codes in spec.reference_ranges], (-1, *(1,) * (ndim - 1)))
+
+
+def _as_arrays(
+    ranges: tuple[tuple[CodeRange, ...], ...] | list[list[CodeRange]], shape: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
+    table = np.asarray(ranges, np.float32)
+    return tuple(table[..., index].reshape(shape) for index in range(3))

@@ -1,0 +1,265 @@
+"""The array layer: a convolution (or matrix product) as the memory arrays and their ADCs compute it.
+
+`cim_conv` and `cim_dense` run the numbered steps of the computation, each one function: quantize the activation,
+quantize and encode the weight, multiply in the arrays, convert by ADC, dequantize and add.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from cimjax.core import adc, encoding, lowering, lsq, variation
+from cimjax.core import window as window_lib
+from cimjax.core.lsq import Codes
+from cimjax.core.steps import Steps, expand_weight, require_shapes
+from cimjax.core.tiling import Tiling, tile, tile_inputs, tile_kernel
+from cimjax.core.window import Padding, PerAxis, Window
+from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference
+
+
+class PartialSums(NamedTuple):
+    """What the columns give before the ADC.
+
+    columns: (T, N, OH, OW, R, K, O) float32, for every slice, read group, plane and output; exact integers unless the
+      specification has `variation`.
+    reference: (T, N, OH, OW, R) float32, the sum of the inputs that drive each read group; None without an `offset`
+      encoding.
+    """
+
+    columns: Array
+    reference: Array | None
+
+
+def cim_conv(
+    x: ArrayLike | Codes,
+    kernel: ArrayLike,
+    steps: Steps,
+    spec: CIMSpec,
+    *,
+    strides: PerAxis = None,
+    padding: Padding = "SAME",
+    input_dilation: PerAxis = None,
+    kernel_dilation: PerAxis = None,
+    variation_key: Array | None = None,
+) -> Array:
+    """A convolution through memory arrays: `y = s_a * sum_{t,r,k} g_t f_k s_w P^`.
+
+    `P^` is what the ADC makes of `P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`. With an ideal ADC `y` is
+    the convolution of the quantized input with the quantized kernel. Source: the paper's eqs. 1-3 and Fig. 5; gradients
+    by LSQ through every quantizer.
+
+    Args:
+      x: (N, H, W, C) real, quantized here with `steps.activation`; or `Codes`, quantized before.
+      kernel: (kh, kw, C, O) real; any number of spatial axes.
+      steps: real steps > 0, float32, of the shapes that `core.steps.shapes` gives.
+      spec: what to build.
+      strides, padding, input_dilation, kernel_dilation: as for `flax.linen.Conv`; padded places are undriven rows.
+      variation_key: the random key of the chip; needed with `spec.variation`.
+
+    Returns:
+      (N, OH, OW, O) float32.
+
+    Raises:
+      ValueError: for a kernel that does not fit the arrays, sums that float32 cannot hold exactly, channel counts that
+        differ, codes of another specification, or a missing `variation_key`.
+    """
+    inputs = quantize_activation(x, steps.activation, spec.activation)
+    kernel = jnp.asarray(kernel)
+    if inputs.codes.shape[-1] != kernel.shape[-2]:
+        raise ValueError(
+            f"`x` has {inputs.codes.shape[-1]} channels but the kernel of shape {kernel.shape} takes "
+            f"{kernel.shape[-2]}; grouped convolutions are not supported."
+        )
+    tiling = tile(kernel.shape, spec)
+    require_shapes(steps, tiling, spec)
+    window = window_lib.resolve(
+        inputs.codes.shape[1:-1],
+        tiling.kernel_size,
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+    )
+    psums = partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
+    return add_up(digitise(psums, steps, tiling, spec), inputs.step, steps, tiling, spec)
+
+
+def cim_dense(
+    x: ArrayLike | Codes,
+    kernel: ArrayLike,
+    steps: Steps,
+    spec: CIMSpec,
+    *,
+    variation_key: Array | None = None,
+) -> Array:
+    """A matrix product through memory arrays: `cim_conv` without spatial axes.
+
+    Args:
+      x: (..., C) real or `Codes`, any leading axes.
+      kernel: (C, O) real.
+      steps, spec, variation_key: as for `cim_conv`.
+
+    Returns:
+      (..., O) float32.
+    """
+    inputs = quantize_activation(x, steps.activation, spec.activation)
+    leading = inputs.codes.shape[:-1]
+    flat = Codes(inputs.codes.reshape(math.prod(leading), -1), inputs.step, inputs.spec)
+    y = cim_conv(flat, kernel, steps, spec, padding=(), variation_key=variation_key)
+    return y.reshape(*leading, -1)
+
+
+def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: ActivationSpec) -> Codes:
+    """Activation codes `a = clip(rint(x / s_a), q_min, q_max)`, one step for the tensor; `Codes` pass unchanged.
+
+    Raises:
+      ValueError: for `Codes` of another specification, or a real `x` without a step.
+    """
+    if isinstance(x, Codes):
+        if (x.spec.code_range, x.spec.slices) != (spec.code_range, spec.slices):
+            raise ValueError(f"The input was quantized with {x.spec}, but the layer's `activation` is {spec}.")
+        return x
+    if step is None:
+        raise ValueError("`steps.activation` is None: a real input needs a step; give one, or give `Codes`.")
+    step = jnp.asarray(step, jnp.float32)
+    return Codes(lsq.quantize(x, step, spec.code_range), step, spec)
+
+
+def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -> Array:
+    """Weight codes in the layout of the arrays: `q = clip(rint(w / s_w), q_min, q_max)` (the paper's eq. 1).
+
+    Args:
+      kernel: (kh, kw, C, O) real.
+      step: at weight granularity, > 0.
+
+    Returns:
+      (kh, kw, R, c, O) float32; with a step per plane (K, kh, kw, R, c, O).
+    """
+    tiled = tile_kernel(kernel, tiling)
+    per_plane = jnp.moveaxis(expand_weight(step, tiling), 1, 0)
+    per_plane = jnp.expand_dims(per_plane, (*range(1, 1 + len(tiling.kernel_size)), -2))
+    return lsq.quantize(tiled, per_plane if spec.weight.step_per_plane else per_plane[0], spec.weight.code_range)
+
+
+def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
+    """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
+
+    Returns:
+      (K, kh, kw, R, c, O) float32.
+
+    Raises:
+      ValueError: with `spec.variation` and no `key`.
+    """
+    codes = quantize_weight(kernel, step, tiling, spec)
+    # Undriven or foreign rows hold digit 0, which is not code 0 in every encoding.
+    digits = jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)
+    if spec.variation is None:
+        return digits
+    return variation.vary(digits, _required(key), tiling, spec.variation)
+
+
+def partial_sums(
+    inputs: Codes,
+    kernel: Array,
+    steps: Steps,
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+    variation_key: Array | None = None,
+) -> PartialSums:
+    """The sum of every column, `P[t,r,k,o]`, and of the inputs of every read group where an offset needs them.
+
+    Args:
+      inputs: codes of shape (N, H, W, C).
+      kernel: (kh, kw, C, O) real.
+      steps: `weight` is used.
+
+    Returns:
+      `PartialSums`, exact integers in the integer path.
+    """
+    digits = store(kernel, steps.weight, tiling, spec, variation_key)
+    columns = jnp.moveaxis(digits, 0, -2)
+    columns = columns.reshape(*columns.shape[:-2], -1)
+    has_reference = spec.weight.encoding == Encoding.OFFSET
+    if has_reference:
+        ones = jnp.asarray(tiling.stored, jnp.float32)
+        if spec.variation is not None and spec.weight.reference == Reference.ADC:
+            ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
+        columns = jnp.concatenate([columns, ones[..., None]], axis=-1)
+    slices = encoding.slice_codes(inputs.codes, spec.activation)
+    driven = tile_inputs(slices, tiling).reshape(-1, *slices.shape[2:-1], tiling.channels.size)
+    sums = lowering.choose(spec.lowering)(driven, columns, window)
+    if spec.variation is None:
+        sums = whole(sums)
+    sums = sums.reshape(*slices.shape[:2], *sums.shape[1:])
+    planes = len(spec.weight.planes)
+    stored = sums[..., :-1] if has_reference else sums
+    return PartialSums(
+        stored.reshape(*stored.shape[:-1], planes, tiling.features), sums[..., -1] if has_reference else None
+    )
+
+
+@jax.custom_jvp
+def whole(sums: Array) -> Array:
+    """Sums that are integers by construction, freed from the rounding of inexact convolution algorithms."""
+    return jnp.rint(sums)
+
+
+@whole.defjvp
+def _whole_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return whole(primals[0]), tangents[0]
+
+
+def digitise(psums: PartialSums, steps: Steps, tiling: Tiling, spec: CIMSpec) -> PartialSums:
+    """Every partial sum after its ADC (the paper's eq. 2); a digital offset reference is exact."""
+    reference = psums.reference
+    if reference is not None and spec.weight.reference == Reference.ADC:
+        reference = adc.convert_reference(reference, steps, spec)
+    return PartialSums(adc.convert(psums.columns, steps, tiling, spec), reference)
+
+
+def add_up(psums: PartialSums, activation_step: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+    """Shift, dequantize and add: `y = s_a * sum_{t,r,k} g_t f_k s_w P^` (the paper's eq. 3).
+
+    Planes and slices are recombined before any step is multiplied, so that behind an ideal ADC the recombined values
+    are the integers of the tile's convolution.
+
+    Returns:
+      (N, OH, OW, O) float32.
+    """
+    weight_step = expand_weight(steps.weight, tiling)
+    slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)
+    planes = np.asarray([p.significance for p in spec.weight.planes], np.float32)[:, None]
+    columns = _weighted_sum(psums.columns, slices)
+    if spec.weight.step_per_plane:
+        total = jnp.sum(columns * (planes * weight_step), axis=(-3, -2))
+    else:
+        recombined = jnp.sum(columns * planes, axis=-2)
+        if psums.reference is not None:
+            recombined = recombined + spec.weight.constant * _weighted_sum(psums.reference, slices)[..., None]
+        return activation_step * jnp.sum(recombined * weight_step[:, 0], axis=-2)
+    if psums.reference is not None:
+        # The top plane carries the constant, so its step is the constant's.
+        reference = spec.weight.constant * _weighted_sum(psums.reference, slices)[..., None]
+        total = total + jnp.sum(reference * weight_step[:, -1], axis=-2)
+    return activation_step * total
+
+
+def _weighted_sum(values: Array, weights: np.ndarray) -> Array:
+    """Sum over the leading axis with constant weights; a single weight of 1 costs nothing."""
+    if len(weights) == 1 and weights[0] == 1:
+        return values[0]
+    return jnp.sum(values * weights.reshape(-1, *(1,) * (values.ndim - 1)), axis=0)
+
+
+def _required(key: Array | None) -> Array:
+    if key is None:
+        raise ValueError("`variation_key` is None but the specification has `variation`; give a random key.")
+    return key

@@ -1,0 +1,109 @@
+"""Weight codes to digits and back, and activation codes to slices.
+
+Which planes there are is decided by the specification (`WeightSpec.planes`, `ActivationSpec.slices`); here codes are
+split into them, with a gradient that uses every plane.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cimjax.planes import Plane
+from cimjax.spec import ActivationSpec, Encoding, Subtract, WeightSpec
+
+
+def encode(codes: Array, spec: WeightSpec) -> Array:
+    """Digits of weight codes: `q = sum_k f_k d_k + constant`, `0 <= |d_k| < 2^cell_bits`.
+
+    The gradient to a code averages what its planes say of it: `dL/dq = sum_k alpha_k (dL/d d_k) / f_k`, with `alpha_k`
+    equal over the planes that respond: for `differential` with digital subtraction the planes of the code's sign (half
+    of each sign's at 0), otherwise all. With an ideal ADC that is the exact gradient of the quantized convolution.
+
+    Args:
+      codes: any shape, integer-valued float32 in `spec.code_range`; with `spec.step_per_plane`, (K, ...): the codes
+        that each plane takes its digit from.
+
+    Returns:
+      (K, ...) float32 digits, one leading plane axis.
+    """
+    return _split(codes, spec)
+
+
+def decode(digits: Array, spec: WeightSpec) -> Array:
+    """Codes of digits, `sum_k f_k d_k + constant`: the inverse of `encode` with one step for all planes.
+
+    Args:
+      digits: (K, ...) float32.
+
+    Returns:
+      (...) float32 codes.
+    """
+    return sum(p.significance * d for p, d in zip(spec.planes, digits, strict=True)) + float(spec.constant)
+
+
+def slice_codes(codes: Array, spec: ActivationSpec) -> Array:
+    """Slices of activation codes, as driven by a DAC of `slice_bits`: `a = sum_t g_t a_t`.
+
+    The gradient to a code is the mean over the slices of `(dL/d a_t) / g_t`.
+
+    Args:
+      codes: any shape, integer-valued float32 in `spec.code_range`.
+
+    Returns:
+      (T, ...) float32.
+    """
+    return codes[None] if len(spec.slices) == 1 else _split(codes, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split(codes: Array, spec: WeightSpec | ActivationSpec) -> Array:
+    if isinstance(spec, ActivationSpec):
+        return jnp.stack([_digit(codes, plane) for plane in spec.slices])
+    planes = spec.planes
+    per_plane = codes if spec.step_per_plane else [codes] * len(planes)
+    if spec.encoding == Encoding.TWOS_COMPLEMENT:
+        digits = [_digit(q, plane) for q, plane in zip(per_plane, planes, strict=True)]
+    elif spec.encoding == Encoding.OFFSET:
+        digits = [_digit(q - spec.constant, plane) for q, plane in zip(per_plane, planes, strict=True)]
+    elif spec.subtract == Subtract.ANALOG:
+        digits = [jnp.sign(codes) * _digit(jnp.abs(codes), p._replace(d_min=0)) for p in planes]
+    else:
+        digits = [_digit(jnp.maximum(jnp.sign(p.significance) * codes, 0.0), _plus(p)) for p in planes]
+    return jnp.stack(digits)
+
+
+def _plus(plane: Plane) -> Plane:
+    return plane._replace(significance=abs(plane.significance))
+
+
+def _digit(value: Array, plane: Plane) -> Array:
+    """The digit of an integer in one plane: its bits from `|significance|` up; the top plane keeps the sign."""
+    shifted = jnp.floor(value * (1.0 / abs(plane.significance)))
+    if plane.signed:
+        return shifted
+    # A subtracting top plane of one bit holds 1 where the integer is negative, which the remainder gives as well.
+    return jnp.mod(shifted, float(plane.d_max + 1))
+
+
+def _split_forward(codes: Array, spec: WeightSpec | ActivationSpec) -> tuple[Array, Array]:
+    return _split(codes, spec), codes
+
+
+def _split_backward(spec: WeightSpec | ActivationSpec, codes: Array, gradient: Array) -> tuple[Array]:
+    planes = spec.slices if isinstance(spec, ActivationSpec) else spec.planes
+    parts = [g / plane.significance for g, plane in zip(gradient, planes, strict=True)]
+    if isinstance(spec, WeightSpec):
+        if spec.step_per_plane:
+            return (jnp.stack(parts) / len(planes),)
+        if spec.encoding == Encoding.DIFFERENTIAL and spec.subtract == Subtract.DIGITAL:
+            half = len(planes) // 2
+            plus, minus = sum(parts[:half]) / half, sum(parts[half:]) / half
+            return (jnp.where(codes > 0, plus, jnp.where(codes < 0, minus, (plus + minus) / 2)),)
+    return (sum(parts) / len(planes),)
+
+
+_split.defvjp(_split_forward, _split_backward)

@@ -1,0 +1,155 @@
+"""The search for ADC ladders of least squared error: a grid, then alternating least squares; all of it traceable.
+
+A *ladder* is a step and the offset of its code 0. Which partial sums share a ladder is told by a `Grouping`; which
+partial sums are looked at is decided in `cimjax.core.start`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cimjax.core import lsq
+from cimjax.core.steps import fixed_step
+from cimjax.spec import ADCSpec, CIMSpec, StepKind
+
+# Candidate steps, as fractions of the step whose ladder just covers every partial sum.
+SCALES = (1.0, *np.geomspace(1.5, 1 / 48, 32))
+# Candidate ladders are placed across the range of the partial sums (fractions of the play that a ladder has in it)
+# and around their mean (standard deviations).
+ACROSS = tuple(np.linspace(0.0, 1.0, 9))
+AROUND = (-1.0, -0.5, 0.0, 0.5, 1.0)
+# Rounds of alternating least squares: levels given codes, then codes given levels.
+REFINEMENTS = 12
+
+
+class Grouping(NamedTuple):
+    """What shares a ladder.
+
+    expand: ladders of groups, made broadcastable to columns.
+    total: sums of columns over the group of each.
+    largest: maxima of columns over the group of each.
+    """
+
+    expand: Callable[[Array], Array]
+    total: Callable[[Array], Array]
+    largest: Callable[[Array], Array]
+
+
+class _Ladder(NamedTuple):
+    error: Array
+    step: Array
+    offset: Array
+
+
+def fit(
+    values: Array, weight: Array, codes: tuple[np.ndarray, ...], grouping: Grouping, spec: CIMSpec
+) -> tuple[Array, Array | None]:
+    """Step and offset of least `sum weight (P^ - P)^2` for every group, `P^` the value after the ADC.
+
+    Args:
+      values: (T, S, *columns) float32 partial sums.
+      weight: (T, 1, *columns) float32, the square of each partial sum's weight in the output.
+      codes: code ranges (lowest, highest, count), broadcastable to `values`.
+      grouping: what shares a ladder.
+      spec: its `adc` tells whether there is an offset, and which steps are allowed.
+
+    Returns:
+      Step, > 0, and offset (None without one), float32 of the groups' shape. A group of zeros gets 1 and 0.
+    """
+    adc = spec.adc
+    assert adc is not None
+    problem = _Problem(values, weight, codes, grouping, spec)
+    shape = jax.eval_shape(grouping.largest, jax.ShapeDtypeStruct(values.shape[2:], jnp.float32)).shape
+    start = _Ladder(jnp.full(shape, jnp.inf), jnp.ones(shape), jnp.zeros(shape))
+    search = problem.search_with_offset if adc.offset else problem.search
+    best = jax.lax.fori_loop(0, REFINEMENTS, lambda _, ladder: problem.refine(ladder), search(start))
+    silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) == 0
+    step = jnp.where(silent, problem.allowed(jnp.ones(shape)), best.step)
+    return step, jnp.where(silent, 0.0, best.offset) if adc.offset else None
+
+
+class _Problem:
+    """One least-squares problem: the data, and the moves that a search makes."""
+
+    def __init__(
+        self, values: Array, weight: Array, codes: tuple[np.ndarray, ...], grouping: Grouping, spec: CIMSpec
+    ) -> None:
+        assert spec.adc is not None
+        self.values, self.weight, self.codes = values, weight, codes
+        self.grouping, self.spec = grouping, spec
+        self.adc: ADCSpec = spec.adc
+        # (T, *columns) extremes of the partial sums.
+        self.low, self.high = jnp.min(values, axis=1), jnp.max(values, axis=1)
+
+    def total(self, elements: Array) -> Array:
+        """Sums over slices, samples and the columns of each group."""
+        return self.grouping.total(jnp.sum(jnp.broadcast_to(elements, self.values.shape), axis=(0, 1)))
+
+    def allowed(self, step: Array) -> Array:
+        """The nearest step that the ADC may have; below 1 only for one bit, since partial sums are integers."""
+        if self.adc.step == StepKind.FIXED:
+            return jnp.full_like(step, fixed_step(self.spec))
+        step = jnp.maximum(step, 1.0 if self.adc.bits > 1 else 1e-6)
+        return lsq.nearest_power_of_two(step) if self.adc.step == StepKind.POWER_OF_TWO else step
+
+    def keep_better(self, best: _Ladder, step: Array, offset: Array) -> _Ladder:
+        """The better of two ladders, for every group."""
+        step_of, offset_of = self.grouping.expand(step), self.grouping.expand(offset)
+        rounded = lsq.fake_quantize(self.values, step_of, self.codes, offset_of, half_up=True)
+        error = self.total(self.weight * jnp.square(rounded - self.values))
+        better = error < best.error
+        return jax.tree.map(lambda new, old: jnp.where(better, new, old), _Ladder(error, step, offset), best)
+
+    def search(self, start: _Ladder) -> _Ladder:
+        """The best step of the grid, code 0 at 0."""
+        q_min, q_max = self.codes[0][:, 0], self.codes[1][:, 0]
+        # The step at which the highest and the lowest code just reach the extremes.
+        reach = jnp.maximum(self.high / q_max, jnp.where(q_min < 0, self.low / np.minimum(q_min, -1), 0.0))
+        covering = self.grouping.largest(jnp.max(reach, axis=0))
+
+        def visit(best: _Ladder, scale: Array) -> tuple[_Ladder, None]:
+            return self.keep_better(best, self.allowed(covering * scale), start.offset), None
+
+        return jax.lax.scan(visit, start, jnp.asarray(SCALES, jnp.float32))[0]
+
+    def search_with_offset(self, start: _Ladder) -> _Ladder:
+        """The best step and ladder position of the grid."""
+        q_min, q_max, _ = self.codes
+        reach, middle = float((q_max - q_min).max()), float((q_max + q_min).max()) / 2
+        low, high = -self.grouping.largest(jnp.max(-self.low, axis=0)), self.grouping.largest(jnp.max(self.high, axis=0))
+        mass = self.total(self.weight)
+        mean = self.total(self.weight * self.values) / mass
+        spread = jnp.sqrt(self.total(self.weight * jnp.square(self.values - self.grouping.expand(mean))) / mass)
+
+        def visit(best: _Ladder, candidate: tuple[Array, Array, Array]) -> tuple[_Ladder, None]:
+            scale, place, is_across = candidate
+            step = self.allowed((high - low) / reach * scale)
+            half = step * reach / 2
+            centre = jnp.where(is_across, low + half + place * (high - low - 2 * half), mean + place * spread)
+            return self.keep_better(best, step, centre - step * middle), None
+
+        places = [(place, True) for place in ACROSS] + [(place, False) for place in AROUND]
+        grid = [(scale, *place) for scale, place in itertools.product(SCALES, places)]
+        columns = tuple(jnp.asarray(column) for column in zip(*grid, strict=True))
+        return jax.lax.scan(visit, start, columns)[0]
+
+    def refine(self, best: _Ladder) -> _Ladder:
+        """The ladder that fits the present codes best (linear regression of values on codes), if it is better."""
+        expand = self.grouping.expand
+        p = lsq.quantize(self.values, expand(best.step), self.codes, expand(best.offset), half_up=True)
+        if not self.adc.offset:
+            slope = self.total(self.weight * p * self.values) / self.total(self.weight * jnp.square(p))
+            return self.keep_better(best, self.allowed(jnp.where(jnp.isfinite(slope), slope, best.step)), best.offset)
+        mass = self.total(self.weight)
+        mean_code, mean_value = self.total(self.weight * p) / mass, self.total(self.weight * self.values) / mass
+        from_mean = p - expand(mean_code)
+        slope = self.total(self.weight * from_mean * self.values) / self.total(self.weight * jnp.square(from_mean))
+        step = self.allowed(jnp.where(jnp.isfinite(slope), slope, best.step))
+        return self.keep_better(best, step, mean_value - step * mean_code)

@@ -1,0 +1,212 @@
+"""Learned-step quantization (LSQ): codes, their custom gradients, and how a step is stored and scaled.
+
+Source: Esser et al., "Learned step size quantization", ICLR 2020, extended to steps of any broadcastable shape and to
+an offset. What shares a step is decided by `cimjax.core.steps`; starting values are in `cimjax.core.start`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from cimjax.planes import CodeRange
+from cimjax.spec import ActivationSpec
+
+# Bounds of a stored log-step: a step stays within exp(-30) .. exp(30), about 1e-13 .. 1e13.
+LOG_STEP_LIMIT = 30.0
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "step"], meta_fields=["spec"])
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A quantized tensor: integer-valued `codes`, the `step` that one unit stands for, and their specification.
+
+    codes: (N, ..., C) float32, integer-valued, within `spec.code_range`.
+    step: () float32, > 0.
+    """
+
+    codes: Array
+    step: Array
+    spec: ActivationSpec
+
+    @property
+    def value(self) -> Array:
+        """The real tensor that the codes stand for, `step * codes`."""
+        return self.codes * self.step
+
+
+def quantize(
+    x: ArrayLike,
+    step: ArrayLike,
+    codes: CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike],
+    offset: ArrayLike | None = None,
+    *,
+    half_up: bool = False,
+) -> Array:
+    """Codes of `x`: `clip(round(u), q_min, q_max)` with `u = (x - offset) * (1 / step)` in float32.
+
+    A `{-1, +1}` quantizer gives the sign of `x - offset`, +1 at 0. Gradients, with the same `u`: inside
+    `q_min <= u <= q_max`, ends included, `d code/dx = 1/step`, `d/dstep = -u/step`, `d/doffset = -1/step`; outside all
+    are 0. For `{-1, +1}`: `1/step` and `-1/step` where `|u| <= 1`, and no gradient to the step. With `dequantize` this
+    is LSQ (Esser et al. 2020, eq. 3).
+
+    Args:
+      x: any shape, real; computed in float32.
+      step: broadcastable to `x`, > 0.
+      codes: the code range; its entries (lowest code, highest code, number of codes) may be arrays broadcastable to
+        `x`, so that parts of one tensor may be signed and others unsigned.
+      offset: broadcastable to `x`, the value of code 0; None is 0.
+      half_up: round ties up (an ADC's uniform ladder) instead of to even.
+
+    Returns:
+      Codes, float32, the shape of `x`.
+
+    >>> print(quantize(jnp.array([-1.0, 0.6, 9.0]), 0.5, CodeRange(0, 7, 8)))
+    [0. 1. 7.]
+    """
+    q_min, q_max, count = (np.asarray(bound, np.float32) for bound in codes)
+    # Whether any part is {-1, +1} is known before tracing, so that other quantizers pay nothing for it.
+    sign = (q_min == -1) & (count == 2)
+    x, step = jnp.asarray(x, jnp.float32), jnp.asarray(step, jnp.float32)
+    offset = None if offset is None else jnp.asarray(offset, jnp.float32)
+    return _quantize(x, step, offset, q_min, q_max, sign if sign.any() else None, half_up)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _quantize(
+    x: Array, step: Array, offset: Array | None, q_min: Array, q_max: Array, sign: Array | None, half_up: bool
+) -> Array:
+    u = _in_steps(x, step, offset)
+    # Clipping first changes no code, and keeps compilers from fusing the product in `u` with the sum below into one
+    # operation that rounds once instead of twice: codes at ties are then the same on every backend.
+    inside = jnp.clip(u, q_min, q_max)
+    codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)
+    return codes if sign is None else jnp.where(sign, jnp.where(u >= 0, 1.0, -1.0), codes)
+
+
+def _in_steps(x: Array, step: Array, offset: Array | None) -> Array:
+    """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes."""
+    return (x if offset is None else x - offset) * (1.0 / step)
+
+
+def _quantize_forward(
+    x: Array, step: Array, offset: Array | None, q_min: Array, q_max: Array, sign: Array | None, half_up: bool
+) -> tuple[Array, tuple[Any, ...]]:
+    codes = _quantize(x, step, offset, q_min, q_max, sign, half_up)
+    return codes, (x, step, offset, q_min, q_max, sign)
+
+
+def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+    del half_up
+    x, step, offset, q_min, q_max, sign = residuals
+    u = _in_steps(x, step, offset)
+    inside = (q_min <= u) & (u <= q_max)
+    to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
+    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    u_inside = jnp.where(inside, u, 0.0)
+    if sign is not None:
+        u_inside = jnp.where(sign, 0.0, u_inside)
+    to_step = sum_to_shape(-u_inside * to_x, step.shape)
+    to_offset = None if offset is None else sum_to_shape(-to_x, offset.shape)
+    return sum_to_shape(to_x, x.shape), to_step, to_offset, None, None, None
+
+
+_quantize.defvjp(_quantize_forward, _quantize_backward)
+
+
+def dequantize(codes: ArrayLike, step: ArrayLike, offset: ArrayLike | None = None) -> Array:
+    """The real values of codes: `step * codes + offset`, differentiated as it stands.
+
+    Args:
+      codes: any shape.
+      step: broadcastable to `codes`, > 0.
+      offset: broadcastable to `codes`; None is 0.
+
+    Returns:
+      Array of the broadcast shape, float32.
+    """
+    value = jnp.asarray(codes) * step
+    return value if offset is None else value + offset
+
+
+def fake_quantize(
+    x: ArrayLike,
+    step: ArrayLike,
+    codes: CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike],
+    offset: ArrayLike | None = None,
+    *,
+    half_up: bool = False,
+) -> Array:
+    """`dequantize(quantize(x))`: `x` rounded to the nearest representable value.
+
+    Gradients follow: inside `d/dx = 1`, `d/dstep = code - u`, `d/doffset = 0`; outside `0`, `code`, `1` (Esser et al.
+    2020, eq. 3, with an offset). Arguments as for `quantize`.
+    """
+    return dequantize(quantize(x, step, codes, offset, half_up=half_up), step, offset)
+
+
+@jax.custom_jvp
+def step_from_log(log_step: Array) -> Array:
+    """The step that a stored logarithm stands for: `exp(clip(log_step, -30, 30))`, > 0 and finite.
+
+    The gradient, `step`, passes straight through the clip, so that a step at the limit can come back.
+
+    Args:
+      log_step: any shape, float32.
+
+    Returns:
+      Steps of the same shape.
+    """
+    return jnp.exp(jnp.clip(log_step, -LOG_STEP_LIMIT, LOG_STEP_LIMIT))
+
+
+@step_from_log.defjvp
+def _step_from_log_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    step = step_from_log(primals[0])
+    return step, step * tangents[0]
+
+
+def log_from_step(step: ArrayLike) -> Array:
+    """The logarithm to store for a positive step; steps outside the limits are clipped to them."""
+    return jnp.clip(jnp.log(jnp.asarray(step, jnp.float32)), -LOG_STEP_LIMIT, LOG_STEP_LIMIT)
+
+
+@jax.custom_jvp
+def nearest_power_of_two(step: Array) -> Array:
+    """The step rounded to a power of two, `2^rint(log2(step))`, with a straight-through gradient on its logarithm."""
+    return jnp.exp2(jnp.rint(jnp.log2(step)))
+
+
+@nearest_power_of_two.defjvp
+def _nearest_power_of_two_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    rounded = nearest_power_of_two(primals[0])
+    return rounded, tangents[0] * (rounded / primals[0])
+
+
+@jax.custom_jvp
+def scale_gradient(x: Array, factor: ArrayLike) -> Array:
+    """`x`, whose gradient is multiplied by `factor` (broadcastable to `x`): LSQ's `gradscale`."""
+    del factor
+    return x
+
+
+@scale_gradient.defjvp
+def _scale_gradient_jvp(primals: tuple[Array, ArrayLike], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    x, factor = primals
+    return x, tangents[0] * factor
+
+
+def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sum `x` over the axes along which an array of `shape` was broadcast to it."""
+    extra = x.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        extra + i for i, size in enumerate(shape) if size == 1 and x.shape[extra + i] != 1
+    )
+    return jnp.sum(x, axis=axes).reshape(shape) if axes else x

@@ -1,0 +1,245 @@
+"""The steps of a layer: which there are, their shapes, what shares them, and LSQ's gradient factors.
+
+A step is one positive number that a whole group shares; a group is a layer, an array or a column. Quantizing with
+steps is in `cimjax.core.lsq`; their starting values are in `cimjax.core.start`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cimjax.core import lsq
+from cimjax.core.tiling import Tiling
+from cimjax.spec import ActivationSpec, CIMSpec, Granularity, Reference, StepKind
+
+
+class Steps(NamedTuple):
+    """The steps of one layer, or something of the same structure (shapes, gradient factors).
+
+    `A` row tiles, `R` read groups, `K` planes, `Ct` column tiles, `O` outputs; a field is None where the layer has no
+    such step. Steps are real, float32 and > 0; offsets are in units of one partial sum.
+
+    activation: ().
+    weight: `layer` (1, 1), `array` (A, Ct), `column` (A, O), with a step per plane (A, K, O).
+    psum: `layer` (1, 1, 1), `array` (R, 1, Ct), `column` (R, K, O).
+    offset: the psum of ADC code 0, the shape of `psum`.
+    reference, reference_offset: (R,), of the ADC behind the dummy column of `reference="adc"`.
+    """
+
+    activation: Any = None
+    weight: Any = None
+    psum: Any = None
+    offset: Any = None
+    reference: Any = None
+    reference_offset: Any = None
+
+
+def shapes(tiling: Tiling, spec: CIMSpec) -> Steps:
+    """The shape of every step that a layer has; None for those that it has not."""
+    planes = len(spec.weight.planes)
+    weight = {
+        Granularity.LAYER: (1, 1),
+        Granularity.ARRAY: (tiling.arrays, tiling.column_tiles),
+        Granularity.COLUMN: (tiling.arrays, tiling.features),
+    }[spec.weight.granularity]
+    if spec.weight.step_per_plane:
+        weight = (tiling.arrays, planes, tiling.features)
+    if spec.adc is None:
+        return Steps(activation=(), weight=weight)
+    psum = {
+        Granularity.LAYER: (1, 1, 1),
+        Granularity.ARRAY: (tiling.groups, 1, tiling.column_tiles),
+        Granularity.COLUMN: (tiling.groups, planes, tiling.features),
+    }[spec.adc.granularity]
+    reference = (tiling.groups,) if spec.weight.reference == Reference.ADC else None
+    return Steps(
+        activation=(),
+        weight=weight,
+        psum=psum,
+        offset=psum if spec.adc.offset else None,
+        reference=reference,
+        reference_offset=reference if spec.adc.offset else None,
+    )
+
+
+def expand_outputs(step: Array, tiling: Tiling) -> Array:
+    """Repeat a step whose last axis is 1, `Ct` or `O` so that it is broadcastable over the `O` outputs."""
+    # A last axis of 1 is a layer's or a single column tile's; both are broadcast.
+    if step.shape[-1] in (1, tiling.features):
+        return step
+    return jnp.take(step, tiling.column_tile_of_output, axis=-1)
+
+
+def expand_weight(step: Array, tiling: Tiling) -> Array:
+    """The weight step of every read group, plane and output: broadcastable to (R, K, O).
+
+    Args:
+      step: (1, 1), (A, Ct), (A, O) or (A, K, O).
+    """
+    per_plane = step if step.ndim == 3 else step[:, None, :]
+    per_group = per_plane if per_plane.shape[0] == 1 else jnp.take(per_plane, tiling.array_of_group, axis=0)
+    return expand_outputs(per_group, tiling)
+
+
+def sum_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Array:
+    """Sum values of (R, K, O) over everything that shares a psum step of `shape`; the transpose of its expansion."""
+
+    def expand(step: Array) -> Array:
+        return jnp.broadcast_to(expand_outputs(step, tiling), values.shape)
+
+    return jax.linear_transpose(expand, jax.ShapeDtypeStruct(shape, values.dtype))(values)[0]
+
+
+def max_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Array:
+    """The maximum of values of (R, K, O) over everything that shares a psum step of `shape`."""
+    if shape == values.shape:
+        return values
+    if shape == (1, 1, 1):
+        return jnp.max(values, keepdims=True)
+    of_outputs = jnp.moveaxis(jnp.max(values, axis=1, keepdims=True), -1, 0)
+    return jnp.moveaxis(jax.ops.segment_max(of_outputs, tiling.column_tile_of_output, shape[-1]), 0, -1)
+
+
+def require_shapes(steps: Steps, tiling: Tiling, spec: CIMSpec) -> None:
+    """Check that a layer has the steps that it needs, each of its shape or of size 1.
+
+    Raises:
+      ValueError: naming the step, the shape got and the shape needed.
+    """
+    for name, shape in shapes(tiling, spec)._asdict().items():
+        step = getattr(steps, name)
+        if shape is None or (name == "activation" and step is None):
+            continue
+        got = None if step is None else np.shape(step)
+        if got is None or (got != shape and math.prod(got) != 1):
+            raise ValueError(f"`steps.{name}` has shape {got}; the layer needs {shape} (see `core.steps.shapes`).")
+
+
+def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size: int) -> Steps:
+    """LSQ's factor of every step's gradient: `c / sqrt(n q)` (Esser et al. 2020, section 2.2).
+
+    `n`: true elements that share the step, per example for activations and partial sums; `q`: the largest `max|code|`
+    of the group; `c`: the kind's `gradient_factor`. It is applied once to the stored parameter, before it fans out.
+
+    Args:
+      input_size: elements of the layer's input per example (activations).
+      output_size: output positions per example, `OH * OW`.
+
+    Returns:
+      `Steps` of float32 NumPy arrays, broadcastable to the steps.
+    """
+    shape = shapes(tiling, spec)
+    weight_count = _weights_sharing(tiling, spec)
+    if spec.weight.step_per_plane:
+        weight_count = weight_count[:, None, :]
+    activation = activation_factor(input_size, spec.activation)
+    weight = _factor(weight_count, spec.weight.code_range.magnitude, spec.weight.gradient_factor)
+    if spec.adc is None:
+        return Steps(activation=activation, weight=weight)
+    slices = len(spec.activation.slices)
+    ranges = np.array([[codes.magnitude for codes in row] for row in spec.adc_ranges])
+    magnitude = ranges.max(axis=0)[None, :, None] if spec.adc.granularity == Granularity.COLUMN else ranges.max()
+    psum = _factor(_columns_sharing(tiling, spec) * slices * output_size, magnitude, spec.adc.gradient_factor)
+    reference = None
+    if shape.reference is not None:
+        largest = max(codes.magnitude for codes in spec.reference_ranges)
+        reference = _factor(slices * output_size, largest, spec.adc.gradient_factor)
+    return Steps(
+        activation=activation,
+        weight=weight,
+        psum=psum,
+        offset=psum if spec.adc.offset else None,
+        reference=reference,
+        reference_offset=reference if spec.adc.offset else None,
+    )
+
+
+def activation_factor(input_size: int, spec: ActivationSpec) -> np.ndarray:
+    """The gradient factor of an activation step, for `input_size` elements per example; see `gradient_factors`."""
+    return _factor(input_size, spec.code_range.magnitude, spec.gradient_factor)
+
+
+def _factor(count: Any, magnitude: Any, constant: float) -> np.ndarray:
+    return np.asarray(constant / np.sqrt(np.asarray(count, np.float64) * magnitude), np.float32)
+
+
+def _outputs_of_tile(tiling: Tiling) -> np.ndarray:
+    """(Ct,) int, how many outputs each column tile really has."""
+    return np.bincount(tiling.column_tile_of_output, minlength=tiling.column_tiles)
+
+
+def _weights_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
+    rows = tiling.rows_of_array[:, None]
+    if spec.weight.granularity == Granularity.LAYER:
+        return np.full((1, 1), rows.sum() * tiling.features)
+    return rows * (_outputs_of_tile(tiling) if spec.weight.granularity == Granularity.ARRAY else 1)
+
+
+def _columns_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
+    planes = len(spec.weight.planes)
+    if spec.adc is None or spec.adc.granularity == Granularity.COLUMN:
+        return np.ones((1, 1, 1))
+    if spec.adc.granularity == Granularity.ARRAY:
+        return planes * _outputs_of_tile(tiling)[None, None, :]
+    return np.full((1, 1, 1), tiling.groups * planes * tiling.features)
+
+
+def real_steps(stored: Steps, factors: Steps, spec: CIMSpec) -> Steps:
+    """Real steps and offsets of stored parameters, with their gradient factors and kinds applied.
+
+    Stored are logarithms of steps, `s = exp(clip(log_step, -30, 30))`, and offsets in steps, `zeta = z / s`, so that
+    neither depends on units. `fixed` steps are computed from `full_scale` and need no stored value; neither they nor
+    `calibrated` ones receive a gradient.
+
+    Args:
+      stored: logarithms of steps, and offsets in steps.
+      factors: from `gradient_factors`.
+
+    Returns:
+      Real steps, > 0, and offsets in psum units.
+    """
+
+    def learned(log_step: Array, factor: Any) -> Array:
+        return lsq.step_from_log(lsq.scale_gradient(log_step, factor))
+
+    activation = None if stored.activation is None else learned(stored.activation, factors.activation)
+    steps = Steps(activation=activation, weight=learned(stored.weight, factors.weight))
+    if spec.adc is None:
+        return steps
+    psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, spec)
+    steps = steps._replace(psum=psum, offset=offset)
+    if spec.weight.reference == Reference.ADC:
+        psum, offset = _adc_steps(stored.reference, stored.reference_offset, factors.reference, spec)
+        steps = steps._replace(reference=psum, reference_offset=offset)
+    return steps
+
+
+def _adc_steps(log_step: Array | None, zeta: Array | None, factor: Any, spec: CIMSpec) -> tuple[Array, Array | None]:
+    """The real step and offset of one ADC kind."""
+    adc = spec.adc
+    assert adc is not None
+    if adc.step == StepKind.FIXED:
+        step = jnp.full((1,) * np.ndim(factor), fixed_step(spec), jnp.float32)
+    else:
+        assert log_step is not None
+        step = lsq.step_from_log(lsq.scale_gradient(log_step, factor))
+    if adc.step == StepKind.POWER_OF_TWO:
+        step = lsq.nearest_power_of_two(step)
+    if not adc.trainable:
+        step = jax.lax.stop_gradient(step)
+    if zeta is None:
+        return step, None
+    offset = lsq.scale_gradient(zeta, factor) * jax.lax.stop_gradient(step)
+    return step, offset if adc.trainable else jax.lax.stop_gradient(offset)
+
+
+def fixed_step(spec: CIMSpec) -> float:
+    """The step of a `fixed` ADC: `full_scale / (codes - 1)`, in psum units."""
+    assert spec.adc is not None and spec.adc.full_scale is not None
+    return spec.adc.full_scale / (spec.adc_ranges[0][0].count - 1)

@@ -1,0 +1,1 @@
+"""What goes into the chip, and what it costs there."""

@@ -1,0 +1,202 @@
+"""The layers: `CIMConv`, `CIMDense` and `Quantize`, with the arguments and parameter names of their Flax namesakes.
+
+They declare parameters and call `cimjax.core`. Networks made of them are elsewhere in `cimjax.nn`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from cimjax.core import conv, lsq, start, tiling
+from cimjax.core import steps as steps_lib
+from cimjax.core import window as window_lib
+from cimjax.core.lsq import Codes
+from cimjax.core.steps import Steps
+from cimjax.core.window import Padding, PerAxis, Window
+from cimjax.nn.calibrate import kinds_to_set
+from cimjax.spec import ActivationSpec, CIMSpec, StepKind
+
+# The parameter that stores each field of `Steps`.
+PARAMETERS = Steps(
+    activation="activation_log_step",
+    weight="weight_log_step",
+    psum="psum_log_step",
+    offset="psum_offset",
+    reference="reference_log_step",
+    reference_offset="reference_offset",
+)
+
+
+class Quantize(nn.Module):
+    """Quantizes a tensor once for all the layers that read it: real in, `Codes` out.
+
+    Parameter `log_step` () is the logarithm of the step; it is set from the input by `init` and `calibrate`.
+
+    spec: bits and sign of the codes; the layers that read them need the same.
+    """
+
+    spec: ActivationSpec = ActivationSpec()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike) -> Codes:
+        """Quantize `x` (N, ..., C); returns `Codes` of the same shape, float32."""
+        x = jnp.asarray(x)
+        log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
+        if "activation" in kinds_to_set(self):
+            log_step = lsq.log_from_step(start.activation_step(x, self.spec))
+            self.put_variable("params", "log_step", log_step)
+        factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
+        step = lsq.step_from_log(lsq.scale_gradient(log_step, factor))
+        return conv.quantize_activation(x, step, self.spec)
+
+
+class _ArrayLayer(nn.Module):
+    """What both layers share: the parameters of a layer's steps, and their calibration."""
+
+    def _through_arrays(
+        self, x: Array | Codes, kernel: Array, window: Window, spec: CIMSpec, input_size: int, positions: int
+    ) -> Array:
+        """`x` (N, H, W, C) times `kernel` (kh, kw, C, O) through the arrays; both counts are per example."""
+        tiled = tiling.tile(kernel.shape, spec)
+        stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
+        key = self._variation_key(spec)
+        kinds = kinds_to_set(self)
+        if kinds:
+            stored = start.calibrated(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
+            for name, value in zip(PARAMETERS, stored, strict=True):
+                if value is not None:
+                    self.put_variable("params", name, value)
+        factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
+        steps = steps_lib.real_steps(stored, factors, spec)
+        return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
+
+    def _declare(self, shapes: Steps, spec: CIMSpec, *, has_step: bool) -> Steps:
+        """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
+        if not has_step:
+            shapes = shapes._replace(activation=None)
+        if spec.adc is not None and spec.adc.step == StepKind.FIXED:
+            shapes = shapes._replace(psum=None, reference=None)
+        return Steps(
+            *(
+                None if shape is None else self.param(name, nn.initializers.zeros, shape, jnp.float32)
+                for name, shape in zip(PARAMETERS, shapes, strict=True)
+            )
+        )
+
+    def _variation_key(self, spec: CIMSpec) -> Array | None:
+        if spec.variation is None:
+            return None
+        if not self.has_rng("variation") and not self.is_initializing():
+            raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
+        return self.make_rng("variation")
+
+
+class CIMConv(_ArrayLayer):
+    """A convolution through memory arrays, in place of `flax.linen.Conv`.
+
+    `kernel` (kh, kw, C, features) and `bias` (features,) are `Conv`'s, so that pretrained weights drop in. Steps are
+    stored as logarithms, offsets in steps: `activation_log_step` () unless the input is `Codes`, `weight_log_step`,
+    and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`, `reference_offset` as the specification has
+    them (shapes: `core.steps.Steps`). `init` sets them from its input.
+
+    features, kernel_size, strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, kernel_init,
+      bias_init: as for `flax.linen.Conv`. `padding` is 'SAME', 'VALID', an integer or pairs.
+    feature_group_count: only 1.
+    spec: what to build.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, ...]
+    strides: PerAxis = 1
+    padding: Padding = "SAME"
+    input_dilation: PerAxis = 1
+    kernel_dilation: PerAxis = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    spec: CIMSpec = CIMSpec()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike | Codes) -> Array:
+        """Convolve `x` (..., H, W, C), real or `Codes`; returns (..., OH, OW, features).
+
+        Raises:
+          ValueError: for `feature_group_count` other than 1, a kernel that does not fit the arrays, or codes of another
+            specification.
+        """
+        if self.feature_group_count != 1:
+            raise ValueError(
+                f"`feature_group_count` is {self.feature_group_count}; grouped convolutions through arrays are not "
+                "supported: use one `CIMConv` per group, or `flax.linen.Conv` for this layer."
+            )
+        kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        x, batch = _with_one_batch_axis(x, len(kernel_size) + 1)
+        shape = _shape(x)
+        kernel = self.param("kernel", self.kernel_init, (*kernel_size, shape[-1], self.features), self.param_dtype)
+        window = window_lib.resolve(
+            shape[1:-1],
+            kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+        )
+        positions = window_lib.positions(shape[1:-1], kernel_size, window)
+        y = self._through_arrays(x, kernel, window, self.spec, math.prod(shape[1:]), positions)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return y.reshape(*batch, *y.shape[1:]).astype(self.dtype or _result_type(x, kernel))
+
+
+class CIMDense(_ArrayLayer):
+    """A matrix product through memory arrays, in place of `flax.linen.Dense`; parameters as `CIMConv`'s.
+
+    features, use_bias, dtype, param_dtype, kernel_init, bias_init: as for `flax.linen.Dense`.
+    spec: what to build.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    spec: CIMSpec = CIMSpec()
+
+    @nn.compact
+    def __call__(self, x: ArrayLike | Codes) -> Array:
+        """Multiply `x` (..., C), real or `Codes`, any leading axes; returns (..., features)."""
+        *leading, channels = _shape(x)
+        flat, _ = _with_one_batch_axis(x, 1)
+        kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
+        positions = math.prod(leading[1:])
+        y = self._through_arrays(flat, kernel, Window((), (), (), ()), self.spec, positions * channels, positions)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return y.reshape(*leading, self.features).astype(self.dtype or _result_type(x, kernel))
+
+
+def _shape(x: ArrayLike | Codes) -> tuple[int, ...]:
+    return x.codes.shape if isinstance(x, Codes) else jnp.shape(x)
+
+
+def _result_type(x: ArrayLike | Codes, kernel: Array) -> Any:
+    return jnp.result_type(x.codes if isinstance(x, Codes) else x, kernel)
+
+
+def _with_one_batch_axis(x: ArrayLike | Codes, trailing: int) -> tuple[Array | Codes, tuple[int, ...]]:
+    """`x` with all axes before the last `trailing` flattened to one, and what they were."""
+    shape = _shape(x)
+    batch, flat = shape[: len(shape) - trailing], (-1, *shape[len(shape) - trailing :])
+    if isinstance(x, Codes):
+        return Codes(x.codes.reshape(flat), x.step, x.spec), batch
+    return jnp.asarray(x).reshape(flat), batch
