@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 
 class CodeRange(NamedTuple):
-    """The codes of one quantizer: `q_min .. q_max`, or only the two ends when `count` is 2 and `q_min` is -1.
+    """The codes of one quantizer: `q_min .. q_max`, or only the two ends when `size` is 2 and `q_min` is -1.
 
     q_min, q_max: the lowest and the highest code.
-    count: how many codes there are; `{-1, +1}` has 2 and no 0, `{-1, 0, +1}` has 3.
+    size: how many codes there are; `{-1, +1}` has 2 and no 0, `{-1, 0, +1}` has 3.
     """
 
     q_min: int
     q_max: int
-    count: int
+    size: int
 
     @property
     def magnitude(self) -> int:
@@ -29,7 +29,7 @@ class CodeRange(NamedTuple):
     @property
     def binary(self) -> bool:
         """True for `{-1, +1}`, whose code is the sign of the input."""
-        return self.q_min == -1 and self.count == 2
+        return self.q_min == -1 and self.size == 2
 
 
 class Plane(NamedTuple):
@@ -64,14 +64,14 @@ def code_range(bits: float, *, signed: bool) -> CodeRange:
         return CodeRange(-1, 1, 2) if signed else CodeRange(0, 1, 2)
     if bits == 1.5:
         return CodeRange(-1, 1, 3) if signed else CodeRange(0, 2, 3)
-    count = 2 ** int(bits)
-    return CodeRange(-count // 2, count // 2 - 1, count) if signed else CodeRange(0, count - 1, count)
+    size = 2 ** int(bits)
+    return CodeRange(-size // 2, size // 2 - 1, size) if signed else CodeRange(0, size - 1, size)
 
 
 def weight_range(bits: float, *, symmetric: bool) -> CodeRange:
     """The codes of a weight quantizer; `symmetric` drops `-2^(b-1)`, which a magnitude cannot store."""
-    q_min, q_max, count = code_range(bits, signed=True)
-    return CodeRange(-q_max, q_max, count - 1) if symmetric and bits >= 2 else CodeRange(q_min, q_max, count)
+    q_min, q_max, size = code_range(bits, signed=True)
+    return CodeRange(-q_max, q_max, size - 1) if symmetric and bits >= 2 else CodeRange(q_min, q_max, size)
 
 
 def unsigned_planes(bits: int, digit_bits: int, sign: int = 1) -> tuple[Plane, ...]:

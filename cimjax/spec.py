@@ -193,9 +193,7 @@ class WeightSpec(Spec):
             return planes_lib.twos_complement_planes(int(self.bits), self.cell_bits)
         if self.encoding == Encoding.DIFFERENTIAL:
             magnitude_bits = max(1, math.floor(self.bits) - 1)
-            return planes_lib.magnitude_planes(
-                magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG
-            )
+            return planes_lib.magnitude_planes(magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG)
         if self.bits == 1:
             return (Plane(2, 0, 1),)
         return planes_lib.unsigned_planes(int(self.bits), self.cell_bits)
@@ -246,7 +244,9 @@ class ADCSpec(Spec):
         self._positive("gradient_factor")
         if self.step == StepKind.FIXED:
             if self.full_scale is None:
-                raise ValueError("`full_scale` is None with a 'fixed' ADC step; give the psum span that the ADC covers.")
+                raise ValueError(
+                    "`full_scale` is None with a 'fixed' ADC step; give the psum span that the ADC covers."
+                )
             self._positive("full_scale")
         elif self.full_scale is not None:
             raise ValueError(f"`full_scale` is {self.full_scale!r} with step {self.step!s}; it belongs to 'fixed'.")
@@ -338,12 +338,12 @@ class CIMSpec(Spec):
                 f"`columns` is {self.array.columns} but one output needs {need} columns ({len(self.weight.planes)} "
                 "planes, two columns for a signed plane, one dummy column if any); use wider arrays or fewer planes."
             )
-        if self.adc is not None and self.adc.range == ADCRange.SIGNED and not self.adc.offset:
-            if not all(signed for row in self.signed_psums for signed in row):
-                raise ValueError(
-                    "`range` is 'signed' without an offset, but some columns are never negative, so half of the codes "
-                    "would be lost; use range='auto', or offset=True."
-                )
+        forced = self.adc is not None and self.adc.range == ADCRange.SIGNED and not self.adc.offset
+        if forced and not all(signed for row in self.signed_psums for signed in row):
+            raise ValueError(
+                "`range` is 'signed' without an offset, but some columns are never negative, so half of the codes "
+                "would be lost; use range='auto', or offset=True."
+            )
 
     @property
     def outputs_per_array(self) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 
 from cimjax.core import lsq
+from cimjax.core.lsq import CodeRanges
 from cimjax.core.steps import Steps, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.planes import CodeRange
@@ -44,19 +45,18 @@ def convert_reference(sums: Array, steps: Steps, spec: CIMSpec) -> Array:
     return lsq.fake_quantize(sums, steps.reference, ranges, steps.reference_offset, half_up=True)
 
 
-def ranges_of_psums(ndim: int, spec: CIMSpec) -> tuple[np.ndarray, ...]:
+def ranges_of_psums(ndim: int, spec: CIMSpec) -> CodeRanges:
     """Code ranges, broadcastable to psums of `ndim` axes (T, N, ..., R, K, O): they differ by slice and plane."""
     planes = len(spec.weight.planes)
     return _as_arrays(spec.adc_ranges, (-1, *(1,) * (ndim - 3), planes, 1))
 
 
-def ranges_of_reference(ndim: int, spec: CIMSpec) -> tuple[np.ndarray, ...]:
+def ranges_of_reference(ndim: int, spec: CIMSpec) -> CodeRanges:
     """Code ranges, broadcastable to reference sums of `ndim` axes (T, N, ..., R)."""
     return _as_arrays([[codes] for codes in spec.reference_ranges], (-1, *(1,) * (ndim - 1)))
 
 
-def _as_arrays(
-    ranges: tuple[tuple[CodeRange, ...], ...] | list[list[CodeRange]], shape: tuple[int, ...]
-) -> tuple[np.ndarray, ...]:
+def _as_arrays(ranges: tuple[tuple[CodeRange, ...], ...] | list[list[CodeRange]], shape: tuple[int, ...]) -> CodeRanges:
     table = np.asarray(ranges, np.float32)
-    return tuple(table[..., index].reshape(shape) for index in range(3))
+    q_min, q_max, size = (table[..., index].reshape(shape) for index in range(3))
+    return q_min, q_max, size

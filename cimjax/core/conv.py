@@ -51,8 +51,8 @@ def cim_conv(
 ) -> Array:
     """A convolution through memory arrays: `y = s_a * sum_{t,r,k} g_t f_k s_w P^`.
 
-    `P^` is what the ADC makes of `P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`. With an ideal ADC `y` is
-    the convolution of the quantized input with the quantized kernel. Source: the paper's eqs. 1-3 and Fig. 5; gradients
+    `P^` is what the ADC makes of `P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`. With an ideal ADC
+    `y` is the convolution of the quantized input with the quantized kernel. Source: the paper's eqs. 1-3 and Fig. 5; gradients
     by LSQ through every quantizer.
 
     Args:

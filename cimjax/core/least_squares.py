@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from cimjax.core import lsq
+from cimjax.core.lsq import CodeRanges
 from cimjax.core.steps import fixed_step
 from cimjax.spec import ADCSpec, CIMSpec, StepKind
 
@@ -49,7 +50,7 @@ class _Ladder(NamedTuple):
 
 
 def fit(
-    values: Array, weight: Array, codes: tuple[np.ndarray, ...], grouping: Grouping, spec: CIMSpec
+    values: Array, weight: Array, codes: CodeRanges, grouping: Grouping, spec: CIMSpec
 ) -> tuple[Array, Array | None]:
     """Step and offset of least `sum weight (P^ - P)^2` for every group, `P^` the value after the ADC.
 
@@ -78,11 +79,10 @@ def fit(
 class _Problem:
     """One least-squares problem: the data, and the moves that a search makes."""
 
-    def __init__(
-        self, values: Array, weight: Array, codes: tuple[np.ndarray, ...], grouping: Grouping, spec: CIMSpec
-    ) -> None:
+    def __init__(self, values: Array, weight: Array, codes: CodeRanges, grouping: Grouping, spec: CIMSpec) -> None:
         assert spec.adc is not None
         self.values, self.weight, self.codes = values, weight, codes
+        self.q_min, self.q_max = np.asarray(codes[0]), np.asarray(codes[1])
         self.grouping, self.spec = grouping, spec
         self.adc: ADCSpec = spec.adc
         # (T, *columns) extremes of the partial sums.
@@ -109,7 +109,7 @@ class _Problem:
 
     def search(self, start: _Ladder) -> _Ladder:
         """The best step of the grid, code 0 at 0."""
-        q_min, q_max = self.codes[0][:, 0], self.codes[1][:, 0]
+        q_min, q_max = self.q_min[:, 0], self.q_max[:, 0]
         # The step at which the highest and the lowest code just reach the extremes.
         reach = jnp.maximum(self.high / q_max, jnp.where(q_min < 0, self.low / np.minimum(q_min, -1), 0.0))
         covering = self.grouping.largest(jnp.max(reach, axis=0))
@@ -121,9 +121,10 @@ class _Problem:
 
     def search_with_offset(self, start: _Ladder) -> _Ladder:
         """The best step and ladder position of the grid."""
-        q_min, q_max, _ = self.codes
-        reach, middle = float((q_max - q_min).max()), float((q_max + q_min).max()) / 2
-        low, high = -self.grouping.largest(jnp.max(-self.low, axis=0)), self.grouping.largest(jnp.max(self.high, axis=0))
+        # With an offset all code ranges are the same.
+        reach, middle = float((self.q_max - self.q_min).max()), float((self.q_max + self.q_min).max()) / 2
+        low = -self.grouping.largest(jnp.max(-self.low, axis=0))
+        high = self.grouping.largest(jnp.max(self.high, axis=0))
         mass = self.total(self.weight)
         mean = self.total(self.weight * self.values) / mass
         spread = jnp.sqrt(self.total(self.weight * jnp.square(self.values - self.grouping.expand(mean))) / mass)
@@ -137,8 +138,8 @@ class _Problem:
 
         places = [(place, True) for place in ACROSS] + [(place, False) for place in AROUND]
         grid = [(scale, *place) for scale, place in itertools.product(SCALES, places)]
-        columns = tuple(jnp.asarray(column) for column in zip(*grid, strict=True))
-        return jax.lax.scan(visit, start, columns)[0]
+        scales, positions, across = (jnp.asarray(column) for column in zip(*grid, strict=True))
+        return jax.lax.scan(visit, start, (scales, positions, across))[0]
 
     def refine(self, best: _Ladder) -> _Ladder:
         """The ladder that fits the present codes best (linear regression of values on codes), if it is better."""

@@ -19,6 +19,9 @@ from jax.typing import ArrayLike
 from cimjax.planes import CodeRange
 from cimjax.spec import ActivationSpec
 
+# One code range, or arrays of its entries (lowest, highest, number of codes) where parts of a tensor differ.
+CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]
+
 # Bounds of a stored log-step: a step stays within exp(-30) .. exp(30), about 1e-13 .. 1e13.
 LOG_STEP_LIMIT = 30.0
 
@@ -45,7 +48,7 @@ class Codes:
 def quantize(
     x: ArrayLike,
     step: ArrayLike,
-    codes: CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike],
+    codes: CodeRanges,
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,
@@ -71,9 +74,9 @@ def quantize(
     >>> print(quantize(jnp.array([-1.0, 0.6, 9.0]), 0.5, CodeRange(0, 7, 8)))
     [0. 1. 7.]
     """
-    q_min, q_max, count = (np.asarray(bound, np.float32) for bound in codes)
+    q_min, q_max, size = (np.asarray(bound, np.float32) for bound in codes)
     # Whether any part is {-1, +1} is known before tracing, so that other quantizers pay nothing for it.
-    sign = (q_min == -1) & (count == 2)
+    sign = (q_min == -1) & (size == 2)
     x, step = jnp.asarray(x, jnp.float32), jnp.asarray(step, jnp.float32)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
     return _quantize(x, step, offset, q_min, q_max, sign if sign.any() else None, half_up)
@@ -139,7 +142,7 @@ def dequantize(codes: ArrayLike, step: ArrayLike, offset: ArrayLike | None = Non
 def fake_quantize(
     x: ArrayLike,
     step: ArrayLike,
-    codes: CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike],
+    codes: CodeRanges,
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,

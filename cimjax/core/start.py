@@ -17,6 +17,7 @@ from jax import Array
 from cimjax.core import conv, lsq
 from cimjax.core.adc import ranges_of_psums, ranges_of_reference
 from cimjax.core.least_squares import Grouping, fit
+from cimjax.core.lsq import Codes
 from cimjax.core.steps import (
     Steps,
     expand_outputs,
@@ -27,7 +28,6 @@ from cimjax.core.steps import (
     shapes,
     sum_over_groups,
 )
-from cimjax.core.lsq import Codes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window
 from cimjax.planes import CodeRange

@@ -43,7 +43,7 @@ class Steps(NamedTuple):
 def shapes(tiling: Tiling, spec: CIMSpec) -> Steps:
     """The shape of every step that a layer has; None for those that it has not."""
     planes = len(spec.weight.planes)
-    weight = {
+    weight: tuple[int, ...] = {
         Granularity.LAYER: (1, 1),
         Granularity.ARRAY: (tiling.arrays, tiling.column_tiles),
         Granularity.COLUMN: (tiling.arrays, tiling.features),
@@ -52,7 +52,7 @@ def shapes(tiling: Tiling, spec: CIMSpec) -> Steps:
         weight = (tiling.arrays, planes, tiling.features)
     if spec.adc is None:
         return Steps(activation=(), weight=weight)
-    psum = {
+    psum: tuple[int, ...] = {
         Granularity.LAYER: (1, 1, 1),
         Granularity.ARRAY: (tiling.groups, 1, tiling.column_tiles),
         Granularity.COLUMN: (tiling.groups, planes, tiling.features),
@@ -242,4 +242,4 @@ def _adc_steps(log_step: Array | None, zeta: Array | None, factor: Any, spec: CI
 def fixed_step(spec: CIMSpec) -> float:
     """The step of a `fixed` ADC: `full_scale / (codes - 1)`, in psum units."""
     assert spec.adc is not None and spec.adc.full_scale is not None
-    return spec.adc.full_scale / (spec.adc_ranges[0][0].count - 1)
+    return spec.adc.full_scale / (spec.adc_ranges[0][0].size - 1)

@@ -87,19 +87,20 @@ def tile(kernel_shape: tuple[int, ...], spec: CIMSpec) -> Tiling:
     if 0 in kernel_shape:
         raise ValueError(f"The kernel has shape {kernel_shape}; every size must be at least 1.")
     area = math.prod(kernel_size)
-    array_of_group, rows_of_group = [], []
+    array_of_group: list[int] = []
+    rows_of_group: list[np.ndarray] = []
     arrays = _cut(range(area * in_channels), spec.array.rows, area, spec.array)
-    for index, rows in enumerate(arrays):
-        for group in _cut(rows, spec.array.rows_per_read, area, spec.array):
+    for index, array in enumerate(arrays):
+        for group in _cut(array, spec.array.rows_per_read, area, spec.array):
             array_of_group.append(index)
             rows_of_group.append(np.asarray(group))
     channels_of_group = [np.unique(rows // area) for rows in rows_of_group]
     width = max(len(channels) for channels in channels_of_group)
     channels = np.full((len(rows_of_group), width), in_channels)
     stored = np.zeros((area, len(rows_of_group), width), bool)
-    for group, (rows, of_group) in enumerate(zip(rows_of_group, channels_of_group, strict=True)):
-        channels[group, : len(of_group)] = of_group
-        stored[rows % area, group, np.searchsorted(of_group, rows // area)] = True
+    for index, (rows, of_group) in enumerate(zip(rows_of_group, channels_of_group, strict=True)):
+        channels[index, : len(of_group)] = of_group
+        stored[rows % area, index, np.searchsorted(of_group, rows // area)] = True
     tiling = Tiling(
         kernel_size=tuple(kernel_size),
         in_channels=in_channels,

@@ -47,12 +47,15 @@ def resolve(
             )
         dilated = [(size - 1) * gap + 1 for size, gap in zip(input_size, input_gaps, strict=True)]
         spans = [(size - 1) * gap + 1 for size, gap in zip(kernel_size, kernel_gaps, strict=True)]
-        pairs = tuple(tuple(pair) for pair in lax.padtype_to_pads(dilated, spans, steps, padding))
+        pairs = tuple((low, high) for low, high in lax.padtype_to_pads(dilated, spans, steps, padding))
     elif isinstance(padding, int):
         pairs = ((padding, padding),) * axes
     else:
-        pairs = tuple((entry, entry) if isinstance(entry, int) else tuple(entry) for entry in padding)
-    if len(pairs) != axes or any(len(pair) != 2 for pair in pairs):
+        entries = [(entry, entry) if isinstance(entry, int) else tuple(entry) for entry in padding]
+        if any(len(entry) != 2 for entry in entries):
+            raise ValueError(f"`padding` is {padding!r}; give an integer or a (low, high) pair for each spatial axis.")
+        pairs = tuple((low, high) for low, high in entries)
+    if len(pairs) != axes:
         raise ValueError(f"`padding` is {padding!r}; give one (low, high) pair for each of the {axes} spatial axes.")
     return Window(steps, pairs, input_gaps, kernel_gaps)
 

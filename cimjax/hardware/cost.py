@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from cimjax.core.tiling import tile
-from cimjax.spec import CIMSpec, Encoding, Granularity, Reference
+from cimjax.spec import CIMSpec, Encoding, Granularity, Reference, StepKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,8 @@ def _multiplications(groups: int, planes: int, outputs: int, spec: CIMSpec) -> i
 def _references(groups: int, planes: int, outputs: int, column_tiles: int, spec: CIMSpec) -> int:
     if spec.adc is None:
         return 0
+    if spec.adc.step == StepKind.FIXED and not spec.adc.offset:
+        return 1
     own = {
         Granularity.LAYER: 1,
         Granularity.ARRAY: groups * column_tiles,
