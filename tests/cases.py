@@ -40,7 +40,7 @@ def spec(
     *,
     activation: dict[str, Any] | None = None,
     weight: dict[str, Any] | None = None,
-    adc: dict[str, Any] | None | bool = True,
+    adc: dict[str, Any] | bool | None = True,
     array: dict[str, Any] | None = None,
 ) -> CIMSpec:
     """A specification of small arrays from dictionaries; `adc=False` is an ideal ADC."""

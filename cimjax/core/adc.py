@@ -20,7 +20,7 @@ def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
     but the partial sum and its step: not on other images of a batch. With an ideal ADC (`spec.adc` None) `P^ = P`.
 
     Args:
-      psums: (T, N, ..., R, K, O) float32.
+      psums: (T, M, R, K, O) float32.
       steps: `psum` > 0 and `offset`, in psum units, at psum granularity.
 
     Returns:
@@ -30,30 +30,29 @@ def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
         return psums
     step = expand_outputs(steps.psum, tiling)
     offset = None if steps.offset is None else expand_outputs(steps.offset, tiling)
-    return lsq.fake_quantize(psums, step, ranges_of_psums(psums.ndim, spec), offset, half_up=True)
+    return lsq.fake_quantize(psums, step, ranges_of_psums(spec), offset, half_up=True)
 
 
 def convert_reference(sums: Array, steps: Steps, spec: CIMSpec) -> Array:
     """What the ADCs of the dummy columns make of their partial sums: as `convert`, one step per read group.
 
     Args:
-      sums: (T, N, ..., R) float32, the sum of each read group's inputs.
+      sums: (T, M, R) float32, the sum of each read group's inputs.
     """
     if spec.adc is None:
         return sums
-    ranges = ranges_of_reference(sums.ndim, spec)
+    ranges = ranges_of_reference(spec)
     return lsq.fake_quantize(sums, steps.reference, ranges, steps.reference_offset, half_up=True)
 
 
-def ranges_of_psums(ndim: int, spec: CIMSpec) -> CodeRanges:
-    """Code ranges, broadcastable to psums of `ndim` axes (T, N, ..., R, K, O): they differ by slice and plane."""
-    planes = len(spec.weight.planes)
-    return _as_arrays(spec.adc_ranges, (-1, *(1,) * (ndim - 3), planes, 1))
+def ranges_of_psums(spec: CIMSpec) -> CodeRanges:
+    """Code ranges, broadcastable to psums (T, M, R, K, O): they differ by slice and plane."""
+    return _as_arrays(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))
 
 
-def ranges_of_reference(ndim: int, spec: CIMSpec) -> CodeRanges:
-    """Code ranges, broadcastable to reference sums of `ndim` axes (T, N, ..., R)."""
-    return _as_arrays([[codes] for codes in spec.reference_ranges], (-1, *(1,) * (ndim - 1)))
+def ranges_of_reference(spec: CIMSpec) -> CodeRanges:
+    """Code ranges, broadcastable to reference sums (T, M, R): they differ by slice."""
+    return _as_arrays([[codes] for codes in spec.reference_ranges], (-1, 1, 1))
 
 
 def _as_arrays(ranges: tuple[tuple[CodeRange, ...], ...] | list[list[CodeRange]], shape: tuple[int, ...]) -> CodeRanges:

@@ -25,12 +25,13 @@ from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference
 
 
 class PartialSums(NamedTuple):
-    """What the columns give before the ADC.
+    """What the columns give before the ADC, at every output position: `M = N OH OW`.
 
-    columns: (T, N, OH, OW, R, K, O) float32, for every slice, read group, plane and output; exact integers unless the
+    Positions share one axis because XLA's CPU backend crashes on sums over arrays of seven axes.
+
+    columns: (T, M, R, K, O) float32, for every slice, read group, plane and output; exact integers unless the
       specification has `variation`.
-    reference: (T, N, OH, OW, R) float32, the sum of the inputs that drive each read group; None without an `offset`
-      encoding.
+    reference: (T, M, R) float32, the sum of the inputs that drive each read group; None without an `offset` encoding.
     """
 
     columns: Array
@@ -52,8 +53,8 @@ def cim_conv(
     """A convolution through memory arrays: `y = s_a * sum_{t,r,k} g_t f_k s_w P^`.
 
     `P^` is what the ADC makes of `P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`. With an ideal ADC
-    `y` is the convolution of the quantized input with the quantized kernel. Source: the paper's eqs. 1-3 and Fig. 5; gradients
-    by LSQ through every quantizer.
+    `y` is the convolution of the quantized input with the quantized kernel. Source: the paper's eqs. 1-3 and Fig. 5;
+    gradients by LSQ through every quantizer.
 
     Args:
       x: (N, H, W, C) real, quantized here with `steps.activation`; or `Codes`, quantized before.
@@ -88,7 +89,9 @@ def cim_conv(
         kernel_dilation=kernel_dilation,
     )
     psums = partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
-    return add_up(digitise(psums, steps, tiling, spec), inputs.step, steps, tiling, spec)
+    y = add_up(digitise(psums, steps, tiling, spec), inputs.step, steps, tiling, spec)
+    spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
+    return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
 
 
 def cim_dense(
@@ -198,7 +201,7 @@ def partial_sums(
     sums = lowering.choose(spec.lowering)(driven, columns, window)
     if spec.variation is None:
         sums = whole(sums)
-    sums = sums.reshape(*slices.shape[:2], *sums.shape[1:])
+    sums = sums.reshape(slices.shape[0], -1, *sums.shape[-2:])
     planes = len(spec.weight.planes)
     stored = sums[..., :-1] if has_reference else sums
     return PartialSums(
@@ -232,7 +235,7 @@ def add_up(psums: PartialSums, activation_step: Array, steps: Steps, tiling: Til
     are the integers of the tile's convolution.
 
     Returns:
-      (N, OH, OW, O) float32.
+      (M, O) float32.
     """
     weight_step = expand_weight(steps.weight, tiling)
     slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)

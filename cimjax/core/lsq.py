@@ -24,6 +24,8 @@ CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]
 
 # Bounds of a stored log-step: a step stays within exp(-30) .. exp(30), about 1e-13 .. 1e13.
 LOG_STEP_LIMIT = 30.0
+# Bound of a stored offset, in steps.
+OFFSET_LIMIT = 2.0**24
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "step"], meta_fields=["spec"])
@@ -91,12 +93,17 @@ def _quantize(
     # operation that rounds once instead of twice: codes at ties are then the same on every backend.
     inside = jnp.clip(u, q_min, q_max)
     codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)
-    return codes if sign is None else jnp.where(sign, jnp.where(u >= 0, 1.0, -1.0), codes)
+    # The sign is that of `x - offset`: in steps a tiny negative distance could vanish.
+    return codes if sign is None else jnp.where(sign, jnp.where(_from_offset(x, offset) >= 0, 1.0, -1.0), codes)
 
 
 def _in_steps(x: Array, step: Array, offset: Array | None) -> Array:
     """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes."""
-    return (x if offset is None else x - offset) * (1.0 / step)
+    return _from_offset(x, offset) * (1.0 / step)
+
+
+def _from_offset(x: Array, offset: Array | None) -> Array:
+    return x if offset is None else x - offset
 
 
 def _quantize_forward(
@@ -179,6 +186,17 @@ def _step_from_log_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
 def log_from_step(step: ArrayLike) -> Array:
     """The logarithm to store for a positive step; steps outside the limits are clipped to them."""
     return jnp.clip(jnp.log(jnp.asarray(step, jnp.float32)), -LOG_STEP_LIMIT, LOG_STEP_LIMIT)
+
+
+@jax.custom_jvp
+def offset_in_limits(zeta: Array) -> Array:
+    """An offset in steps, clipped to +-2^24 with a straight-through gradient: beyond, float32 has no unit step left."""
+    return jnp.clip(zeta, -OFFSET_LIMIT, OFFSET_LIMIT)
+
+
+@offset_in_limits.defjvp
+def _offset_in_limits_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return offset_in_limits(primals[0]), tangents[0]
 
 
 @jax.custom_jvp

@@ -140,14 +140,14 @@ def psum_steps(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> tup
     step is kept and only its offset is found.
 
     Args:
-      psums: (T, N, ..., R, K, O) float32.
+      psums: (T, M, R, K, O) float32.
       steps: `weight` is used.
 
     Returns:
       Step and offset (None without one), float32, of the psum step's shape, in psum units.
     """
     shape = shapes(tiling, spec).psum
-    values = _sampled(psums, 3)
+    values = _sampled(psums)
     slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None, None, None]
     planes = np.asarray([p.significance for p in spec.weight.planes], np.float32)[:, None]
     weight_of = expand_weight(steps.weight, tiling)
@@ -159,29 +159,28 @@ def psum_steps(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> tup
         largest=lambda column: max_over_groups(column, shape, tiling),
     )
     weight = jnp.broadcast_to(weight, (values.shape[0], 1, *values.shape[2:]))
-    return fit(values, weight, ranges_of_psums(5, spec), grouping, spec)
+    return fit(values, weight, ranges_of_psums(spec), grouping, spec)
 
 
 def reference_steps(sums: Array, spec: CIMSpec) -> tuple[Array, Array | None]:
     """As `psum_steps`, for the dummy columns of `reference="adc"`: one step per read group.
 
     Args:
-      sums: (T, N, ..., R) float32.
+      sums: (T, M, R) float32.
 
     Returns:
       Step and offset (None without one), (R,) float32.
     """
-    values = _sampled(sums, 1)
+    values = _sampled(sums)
     slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None]
     same = Grouping(expand=lambda step: step, total=lambda column: column, largest=lambda column: column)
     weight = jnp.broadcast_to(jnp.square(slices), (values.shape[0], 1, *values.shape[2:]))
-    return fit(values, weight, ranges_of_reference(3, spec), same, spec)
+    return fit(values, weight, ranges_of_reference(spec), same, spec)
 
 
-def _sampled(values: Array, trailing: int) -> Array:
-    """At most `SAMPLES` positions, spread over images and pixels: (T, N, ..., columns) -> (T, S, columns)."""
-    flat = values.reshape(values.shape[0], -1, *values.shape[values.ndim - trailing :])
-    if flat.shape[1] <= SAMPLES:
-        return flat
-    chosen = np.sort(np.random.default_rng(0).permutation(flat.shape[1])[:SAMPLES])
-    return jnp.take(flat, chosen, axis=1)
+def _sampled(values: Array) -> Array:
+    """At most `SAMPLES` positions, spread over images and pixels: (T, M, *columns) -> (T, S, *columns)."""
+    if values.shape[1] <= SAMPLES:
+        return values
+    chosen = np.sort(np.random.default_rng(0).permutation(values.shape[1])[:SAMPLES])
+    return jnp.take(values, chosen, axis=1)

@@ -235,7 +235,7 @@ def _adc_steps(log_step: Array | None, zeta: Array | None, factor: Any, spec: CI
         step = jax.lax.stop_gradient(step)
     if zeta is None:
         return step, None
-    offset = lsq.scale_gradient(zeta, factor) * jax.lax.stop_gradient(step)
+    offset = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * jax.lax.stop_gradient(step)
     return step, offset if adc.trainable else jax.lax.stop_gradient(offset)
 
 

@@ -40,14 +40,15 @@ def resolve(
     steps = _per_axis("strides", strides, axes)
     input_gaps = _per_axis("input_dilation", input_dilation, axes)
     kernel_gaps = _per_axis("kernel_dilation", kernel_dilation, axes)
+    if isinstance(padding, str) and any(gap != 1 for gap in input_gaps):
+        raise ValueError(f"`padding` is {padding!r} with an input dilation of {input_gaps}; give (low, high) pairs.")
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
             raise ValueError(
                 f"`padding` is {padding!r}; give 'SAME', 'VALID', an integer or pairs, or pad the input yourself."
             )
-        dilated = [(size - 1) * gap + 1 for size, gap in zip(input_size, input_gaps, strict=True)]
         spans = [(size - 1) * gap + 1 for size, gap in zip(kernel_size, kernel_gaps, strict=True)]
-        pairs = tuple((low, high) for low, high in lax.padtype_to_pads(dilated, spans, steps, padding))
+        pairs = tuple((low, high) for low, high in lax.padtype_to_pads(input_size, spans, steps, padding))
     elif isinstance(padding, int):
         pairs = ((padding, padding),) * axes
     else:

@@ -1,0 +1,87 @@
+"""Geometry and overhead of a layer, against counts done by hand and by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from cimjax import ADCSpec, ArraySpec, CIMSpec, WeightSpec, layer_cost
+from cimjax.spec import ActivationSpec
+
+KERNEL, OUTPUT = (3, 3, 32, 64), (16, 16)
+
+
+def cost(weight: str = "column", psum: str | None = "column", **options: object) -> object:
+    spec = CIMSpec(
+        activation=ActivationSpec(bits=4, slice_bits=options.pop("slice_bits", None)),
+        array=ArraySpec(active_rows=options.pop("active_rows", None)),
+        weight=WeightSpec(granularity=weight, **options),
+        adc=None if psum is None else ADCSpec(granularity=psum),
+    )
+    return layer_cost(KERNEL, OUTPUT, spec, use_bias=True)
+
+
+def test_a_layer_counted_by_hand() -> None:
+    """32 channels of 3 x 3 in 128 rows: 14, 14 and 4 channels; 4-bit weights in two planes, the upper one signed."""
+    got = cost()
+    assert (got.row_tiles, got.column_tiles, got.read_groups, got.planes, got.slices) == (3, 2, 3, 2, 1)
+    assert got.arrays == 6
+    assert got.cells == 6 * 128 * 128
+    assert got.used_cells == 288 * 64 * 3
+    assert got.utilization == got.used_cells / got.cells
+    assert got.physical_columns == 3 * 64 * 3
+    assert got.adc_conversions == 3 * 64 * 2 * 256
+    assert got.adc_references == 3 * 2 * 64
+    assert got.dequantization_multiplications == got.dequantization_multiplications_of_paper == 3 * 2 * 64
+    assert got.factor_bits(16) == 3 * 2 * 64 * 16
+    assert got.parameters == 9 * 32 * 64 + 64
+    json.dumps(got.to_dict())
+
+
+def test_multiplications_for_every_pair_of_granularities() -> None:
+    rows, planes, outputs = 3, 2, 64
+    for weight, psum in itertools.product(("layer", "array", "column"), ("layer", "array", "column", None)):
+        got = cost(weight, psum)
+        per_output = (1 if weight == "layer" and psum in ("layer", None) else rows) * (
+            planes if psum == "column" else 1
+        )
+        assert got.dequantization_multiplications == outputs * per_output, (weight, psum)
+        paper = {"layer": 1, None: 1, "array": rows * outputs, "column": rows * planes * outputs}[psum]
+        assert got.dequantization_multiplications_of_paper == paper
+        # Aligning weights with column-wise partial sums costs no multiplication more: the paper's point.
+        if psum == "column":
+            assert got.dequantization_multiplications == cost("layer", psum).dequantization_multiplications
+    assert cost("layer", "layer").dequantization_factors == 1
+    assert cost("column", "layer", step_per_plane=True).dequantization_multiplications == outputs * rows * planes
+
+
+def test_reads_slices_references_and_signed_cells() -> None:
+    assert cost(active_rows=36).read_groups == 4 + 4 + 1
+    assert cost(active_rows=36).row_tiles == 3
+    assert cost(slice_bits=1).adc_conversions == 4 * cost().adc_conversions
+    assert cost(signed_cells="ideal").physical_columns == 3 * 64 * 2
+    digital, dummy = cost(encoding="offset"), cost(encoding="offset", reference="adc")
+    assert digital.dequantization_multiplications == 3 * 2 * 64 + 3 * 64
+    assert cost("layer", "column", encoding="offset").dequantization_multiplications == 3 * 2 * 64 + 64
+    assert dummy.adc_conversions - digital.adc_conversions == 3 * dummy.column_tiles * 256
+    assert dummy.physical_columns - digital.physical_columns == 3 * dummy.column_tiles
+    assert dummy.adc_references - digital.adc_references == 3
+    assert cost(psum=None).adc_conversions == cost(psum=None).adc_references == 0
+
+
+def test_every_granularity_counts_its_references() -> None:
+    assert [cost(psum=p).adc_references for p in ("layer", "array", "column")] == [1, 6, 384]
+    fixed = CIMSpec(adc=ADCSpec(step="fixed", full_scale=100))
+    assert layer_cost(KERNEL, OUTPUT, fixed).adc_references == 1
+
+
+def test_a_dense_layer_has_one_output_position() -> None:
+    got = layer_cost((300, 10), (), CIMSpec())
+    assert (got.row_tiles, got.adc_conversions) == (3, 3 * 2 * 10)
+
+
+def test_a_kernel_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit in 64 rows"):
+        layer_cost((9, 9, 3, 4), OUTPUT, CIMSpec(array=ArraySpec(rows=64)))

@@ -1,0 +1,167 @@
+"""Specifications: what is refused and in which words, round trips, and the facts that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from cases import CASES
+
+from cimjax.planes import CodeRange, Plane
+from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Encoding, Granularity, VariationSpec, WeightSpec
+
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (ActivationSpec, {"bits": 0}, r"`bits` is 0; give a whole number of bits from 1 to 16, or 1.5"),
+    (ActivationSpec, {"bits": 2.5}, r"`bits` is 2.5"),
+    (ActivationSpec, {"bits": True}, r"`bits` is True"),
+    (ActivationSpec, {"bits": "4"}, r"`bits` is '4'"),
+    (ActivationSpec, {"bits": float("nan")}, r"`bits` is nan"),
+    (ActivationSpec, {"bits": 1.5}, r"`bits` is 1.5 for an unsigned activation; set `signed=True`"),
+    (ActivationSpec, {"signed": 1}, r"`signed` is 1; give True or False"),
+    (ActivationSpec, {"bits": 1, "slice_bits": 1}, r"`slice_bits` is 1 for 1-bit codes"),
+    (ActivationSpec, {"bits": 1.5, "signed": True, "slice_bits": 1}, r"`slice_bits` is 1 for 1.5-bit codes"),
+    (ActivationSpec, {"slice_bits": 0}, r"`slice_bits` is 0"),
+    (ActivationSpec, {"gradient_factor": 0}, r"`gradient_factor` is 0; give a positive finite number"),
+    (WeightSpec, {"bits": 9}, r"`bits` is 9; give a whole number of bits from 1 to 8"),
+    (WeightSpec, {"bits": 1}, r"`bits` is 1 with encoding twos_complement.*use 'differential' or 'offset'"),
+    (WeightSpec, {"bits": 1.5}, r"`bits` is 1.5 with encoding twos_complement; three codes need 'differential'"),
+    (WeightSpec, {"bits": 1.5, "encoding": "offset"}, r"`bits` is 1.5 with encoding offset"),
+    (WeightSpec, {"cell_bits": 1.5}, r"`cell_bits` is 1.5; give a whole number of bits from 1 to 8\."),
+    (
+        WeightSpec,
+        {"granularity": "colum"},
+        r"`granularity` is 'colum' \(did you mean 'column'\?\); allowed: layer, array",
+    ),
+    (WeightSpec, {"granularity": "row"}, r"`granularity` is 'row'.*allowed: layer, array, column"),
+    (WeightSpec, {"encoding": "sign"}, r"`encoding` is 'sign'.*allowed: twos_complement, differential, offset"),
+    (WeightSpec, {"subtract": "analog"}, r"`subtract` is 'analog' with encoding twos_complement; it belongs to 'diff"),
+    (WeightSpec, {"reference": "adc"}, r"`reference` is 'adc' with encoding twos_complement; it belongs to 'offset'"),
+    (WeightSpec, {"step_per_plane": True, "granularity": "layer"}, r"`step_per_plane` is True with granularity layer"),
+    (WeightSpec, {"step_per_plane": True, "encoding": "differential"}, r"`step_per_plane` is True with encoding diff"),
+    (ADCSpec, {"bits": 17}, r"`bits` is 17"),
+    (ADCSpec, {"step": "learn"}, r"`step` is 'learn' \(did you mean 'learned'\?\)"),
+    (ADCSpec, {"range": "unsigned"}, r"`range` is 'unsigned'.*allowed: auto, signed"),
+    (ADCSpec, {"step": "fixed"}, r"`full_scale` is None with a 'fixed' ADC step"),
+    (ADCSpec, {"step": "fixed", "full_scale": -1}, r"`full_scale` is -1; give a positive"),
+    (ADCSpec, {"full_scale": 3.0}, r"`full_scale` is 3.0 with step learned; it belongs to 'fixed'"),
+    (ArraySpec, {"rows": 0}, r"`rows` is 0; give a whole number of at least 1"),
+    (ArraySpec, {"columns": 12.5}, r"`columns` is 12.5"),
+    (
+        ArraySpec,
+        {"tiling": "pack"},
+        r"`tiling` is 'pack' \(did you mean 'packed'\?\); allowed: packed, balanced, im2col",
+    ),
+    (ArraySpec, {"rows": 64, "active_rows": 65}, r"`active_rows` is 65 but an array has 64 rows"),
+    (ArraySpec, {"active_rows": 0}, r"`active_rows` is 0"),
+    (VariationSpec, {"sigma": -0.1}, r"`sigma` is -0.1; give a finite number of at least 0"),
+    (VariationSpec, {"sigma": 0.1, "on": "cell"}, r"`on` is 'cell' \(did you mean 'cells'\?\)"),
+    (CIMSpec, {"weight": 4}, r"`weight` is 4; give a WeightSpec\."),
+    (CIMSpec, {"adc": 3}, r"`adc` is 3; give a ADCSpec or None\."),
+    (CIMSpec, {"lowering": "cuda"}, r"`lowering` is 'cuda'"),
+    (CIMSpec, {"array": ArraySpec(columns=2)}, r"`columns` is 2 but one output needs 3 columns \(2 planes"),
+    (
+        CIMSpec,
+        {"array": ArraySpec(columns=2), "weight": WeightSpec(encoding="offset", reference="adc")},
+        r"`columns` is 2 but one output needs 3 columns",
+    ),
+    (
+        CIMSpec,
+        {"adc": ADCSpec(range="signed")},
+        r"`range` is 'signed' without an offset, but some columns are never neg",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind,options,message", REFUSED, ids=[f"{k.__name__}-{o}"[:60] for k, o, _ in REFUSED])
+def test_what_cannot_be_is_refused_in_one_clear_line(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        kind(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_plain_dictionaries_round_trip(case: Any) -> None:
+    text = json.dumps(case.spec.to_dict())
+    again = CIMSpec.from_dict(json.loads(text))
+    assert again == case.spec and hash(again) == hash(case.spec)
+
+
+def test_dictionaries_with_unknown_fields_are_refused_by_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"`CIMSpec` has no field 'wieght' \(did you mean 'weight'\?\)"):
+        CIMSpec.from_dict({"wieght": {}})
+    with pytest.raises(ValueError, match=r"`WeightSpec` has no field 'xyz' \(known: bits, cell_bits"):
+        CIMSpec.from_dict({"weight": {"xyz": 1}})
+    with pytest.raises(ValueError, match="`CIMSpec` is built from a dictionary of its fields, got 3"):
+        CIMSpec.from_dict(3)  # type: ignore[arg-type]
+    assert CIMSpec.from_dict({"weight": {"bits": 8}, "adc": None}).adc is None
+    assert CIMSpec(weight={"bits": 8}).weight.bits == 8  # type: ignore[arg-type]
+
+
+def test_specifications_are_frozen_and_normalised() -> None:
+    spec = WeightSpec(bits=4.0, granularity="layer")
+    assert spec.bits == 4 and isinstance(spec.bits, int)
+    assert spec.granularity is Granularity.LAYER and spec.encoding is Encoding.TWOS_COMPLEMENT
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.bits = 3  # type: ignore[misc]
+    assert ArraySpec(rows=64).rows_per_read == 64 and ArraySpec(rows=64, active_rows=8).rows_per_read == 8
+
+
+def test_code_ranges_are_those_of_the_table() -> None:
+    for bits, unsigned, signed, weight in (
+        (1, (0, 1, 2), (-1, 1, 2), (-1, 1, 2)),
+        (2, (0, 3, 4), (-2, 1, 4), (-1, 1, 3)),
+        (4, (0, 15, 16), (-8, 7, 16), (-7, 7, 15)),
+    ):
+        assert ActivationSpec(bits=bits).code_range == CodeRange(*unsigned)
+        assert ActivationSpec(bits=bits, signed=True).code_range == CodeRange(*signed)
+        assert WeightSpec(bits=bits, encoding="differential").code_range == CodeRange(*weight)
+        assert WeightSpec(bits=bits, encoding="offset").code_range == CodeRange(*signed)
+        assert ADCSpec(bits=bits).code_range(signed=False) == CodeRange(*unsigned)
+        assert ADCSpec(bits=bits).code_range(signed=True) == CodeRange(*signed)
+        assert ADCSpec(bits=bits, offset=True).code_range(signed=True) == CodeRange(*unsigned)
+        assert ADCSpec(bits=bits, offset=True, range="signed").code_range(signed=False) == CodeRange(*signed)
+    assert ActivationSpec(bits=1.5, signed=True).code_range == (-1, 1, 3)
+    assert ADCSpec(bits=1.5).code_range(signed=False) == (0, 2, 3)
+
+
+def test_planes_of_the_papers_code_and_of_slices() -> None:
+    assert WeightSpec(bits=3, cell_bits=1).planes == (Plane(1, 0, 1), Plane(2, 0, 1), Plane(-4, 0, 1))
+    assert WeightSpec(bits=4, cell_bits=2).planes == (Plane(1, 0, 3), Plane(4, -2, 1))
+    assert WeightSpec(bits=5, cell_bits=2).planes == (Plane(1, 0, 3), Plane(4, 0, 3), Plane(-16, 0, 1))
+    assert WeightSpec(bits=3, cell_bits=1, encoding="differential").planes == (
+        Plane(1, 0, 1),
+        Plane(2, 0, 1),
+        Plane(-1, 0, 1),
+        Plane(-2, 0, 1),
+    )
+    assert WeightSpec(bits=1, encoding="offset").planes == (Plane(2, 0, 1),)
+    assert ActivationSpec(bits=3, slice_bits=2, signed=True).slices == (Plane(1, 0, 3), Plane(-4, 0, 1))
+    assert ActivationSpec(bits=1, signed=True).slices == (Plane(1, -1, 1),)
+
+
+def test_an_ideal_adc_has_no_codes_and_ideal_cells_no_export() -> None:
+    with pytest.raises(ValueError, match="an ideal ADC has no codes"):
+        _ = CIMSpec(adc=None).adc_ranges
+    with pytest.raises(ValueError, match="an ideal ADC has no codes"):
+        _ = CIMSpec(adc=None).reference_ranges
+    with pytest.raises(ValueError, match=r"`signed_cells` is 'ideal'.*use 'paired' to export"):
+        CIMSpec(weight=WeightSpec(signed_cells="ideal")).require_exportable()
+    CIMSpec().require_exportable()
+    CIMSpec(weight=WeightSpec(bits=3, cell_bits=1, signed_cells="ideal")).require_exportable()
+
+
+@hypothesis.given(
+    st.dictionaries(
+        st.sampled_from(["bits", "cell_bits", "granularity", "encoding", "step_per_plane"]),
+        st.integers() | st.text() | st.none() | st.floats() | st.lists(st.integers()),
+    )
+)
+def test_no_input_ends_in_another_error(options: dict[str, Any]) -> None:
+    try:
+        WeightSpec(**options)
+    except ValueError as error:
+        assert str(error)

@@ -1,0 +1,195 @@
+"""Starting values: LSQ's for weights and activations, least squares for ADC ladders, held against brute force."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, ENCODINGS, Case, draw, spec
+
+from cimjax.core import adc, conv, start
+from cimjax.core import steps as steps_lib
+from cimjax.core import window as window_lib
+from cimjax.core.steps import Steps
+from cimjax.core.tiling import Tiling, tile
+from cimjax.spec import CIMSpec
+
+SAMPLES = 512
+
+
+def distributions() -> dict[str, np.ndarray]:
+    """Integer samples as columns see them: one-sided and two-sided, sparse, skewed, few-valued."""
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=SAMPLES)
+    return {
+        "far from zero": np.rint(200 + 12 * normal),
+        "one-sided": np.rint(np.abs(40 * normal)),
+        "exponential": np.rint(rng.exponential(60, SAMPLES)),
+        "sparse": np.rint(np.where(rng.random(SAMPLES) < 0.7, 0, rng.exponential(80, SAMPLES))),
+        "binomial": rng.binomial(126, 0.3, SAMPLES),
+        "small": rng.binomial(9, 0.4, SAMPLES),
+        "uniform": rng.integers(0, 900, SAMPLES),
+        "outlier": np.append(rng.integers(0, 20, SAMPLES - 1), 1500),
+        "two values": np.where(rng.random(SAMPLES) < 0.5, 3, 90),
+    }
+
+
+def one_column(values: np.ndarray, layer_spec: CIMSpec) -> tuple[jax.Array, Tiling, Steps]:
+    """Psums (1, M, 1, 1, 1) of a layer with a single column."""
+    tiling = tile((4, 1), layer_spec)
+    psums = jnp.asarray(values, jnp.float32).reshape(1, -1, 1, 1, 1)
+    return psums, tiling, Steps(activation=jnp.float32(1), weight=jnp.ones((1, 1)))
+
+
+def error(psums: jax.Array, step: np.ndarray, offset: np.ndarray | None, tiling: Tiling, layer_spec: CIMSpec) -> float:
+    shaped = Steps(
+        psum=jnp.asarray(step, jnp.float32).reshape(1, 1, 1),
+        offset=None if offset is None else jnp.asarray(offset, jnp.float32).reshape(1, 1, 1),
+    )
+    return float(jnp.sum(jnp.square(adc.convert(psums, shaped, tiling, layer_spec) - psums)))
+
+
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 3, 5])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force(bits: float, offset: bool, signed: bool) -> None:
+    encoding = {"bits": 4, "cell_bits": 4, "encoding": "differential", "subtract": "analog"}
+    weight = encoding if signed else {"bits": 3, "cell_bits": 8, "encoding": "offset"}
+    layer_spec = spec(weight=weight, adc={"bits": bits, "offset": offset, "range": "signed" if signed else "auto"})
+    search = jax.jit(lambda psums, steps: start.psum_steps(psums, steps, tile((4, 1), layer_spec), layer_spec))
+    for name, values in distributions().items():
+        if signed:
+            values = values * np.random.default_rng(1).choice([-1, 1], SAMPLES)
+        psums, tiling, steps = one_column(values, layer_spec)
+        step, zero = search(psums, steps)
+        got = error(psums, step, zero, tiling, layer_spec)
+
+        @jax.jit
+        def errors(step: jax.Array, zero: jax.Array | None, psums: jax.Array = psums) -> jax.Array:
+            ranges = adc.ranges_of_psums(layer_spec)
+            from cimjax.core import lsq
+
+            return jnp.sum(jnp.square(lsq.fake_quantize(psums, step, ranges, zero, half_up=True) - psums))
+
+        low, high = values.min(), values.max()
+        smallest = 1.0 if bits > 1 else 0.5
+        candidates = np.geomspace(smallest, max(2.0, 1.2 * max(abs(low), high)), 400, dtype=np.float32)
+        if offset:
+            zeros = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 121, dtype=np.float32)
+            grid = jax.vmap(jax.vmap(errors, (None, 0)), (0, None))(candidates, zeros)
+        else:
+            grid = jax.vmap(lambda s: errors(s, None))(candidates)
+        best = float(jnp.min(grid))
+        assert got <= 1.1 * best + 1e-3, f"{name}: {got} against {best}"
+        assert step >= (1 if bits > 1 else 0)
+
+
+def test_with_an_offset_every_code_is_used_on_one_sided_psums() -> None:
+    layer_spec = spec(adc={"bits": 3, "offset": True}, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
+    for name in ("far from zero", "one-sided", "binomial", "uniform"):
+        psums, tiling, steps = one_column(distributions()[name], layer_spec)
+        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        codes = np.unique(
+            np.rint((adc.convert(psums, Steps(psum=step, offset=zero), tiling, layer_spec) - zero) / step)
+        )
+        assert codes.tolist() == list(range(8)), name
+
+
+@pytest.mark.parametrize("granularity", ["layer", "array", "column"])
+@pytest.mark.parametrize("offset", [False, True])
+def test_every_group_is_fitted_on_its_own_psums_by_weight(granularity: str, offset: bool) -> None:
+    """Each group's ladder is the best for what it shares: no other common step does better."""
+    layer_spec = spec(weight=ENCODINGS["twos-wide-top"], adc={"granularity": granularity, "offset": offset})
+    case = Case("", layer_spec, x_shape=(4, 6, 5, 7))
+    x, kernel, steps = draw(case)
+    tiling = tile(case.kernel_shape, layer_spec)
+    window = window_lib.resolve((6, 5), (3, 3), padding="SAME")
+    inputs = conv.quantize_activation(x, steps.activation, layer_spec.activation)
+    psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiling, window, layer_spec).columns
+    step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+    chex.assert_shape(step, steps_lib.shapes(tiling, layer_spec).psum)
+    significance = np.array([p.significance for p in layer_spec.weight.planes], np.float32)[:, None]
+    weight = jnp.square(significance * steps_lib.expand_weight(jnp.asarray(steps.weight), tiling))
+
+    def errors(step: jax.Array, zero: jax.Array | None) -> jax.Array:
+        rounded = adc.convert(psums, Steps(psum=step, offset=zero), tiling, layer_spec)
+        each = jnp.sum(weight * jnp.square(rounded - psums), axis=(0, 1))
+        return steps_lib.sum_over_groups(each, step.shape, tiling)
+
+    best = errors(step, zero)
+    for scale in (0.7, 0.85, 1.15, 1.4):
+        assert (errors(jnp.maximum(1.0, step * scale), zero) >= 0.95 * best - 1e-3).all()
+    if zero is not None:
+        for shift in (-0.5, 0.5):
+            assert (errors(step, zero + shift * step) >= 0.95 * best - 1e-3).all()
+
+
+def test_a_silent_group_gets_one_and_zero() -> None:
+    for adc_options in ({"offset": True}, {"bits": 1, "offset": True}, {}, {"bits": 1}):
+        layer_spec = spec(adc=adc_options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
+        psums, tiling, steps = one_column(np.zeros(64), layer_spec)
+        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        assert step.item() == 1
+        assert zero is None or zero.item() == 0
+    assert start.activation_step(jnp.zeros((2, 3)), layer_spec.activation) == 1
+    zero_kernel = start.weight_step(jnp.zeros((4, 1)), tiling, layer_spec)
+    np.testing.assert_array_equal(zero_kernel, 1)
+
+
+def test_power_of_two_and_fixed_steps_are_kept_to_while_searching() -> None:
+    values = distributions()["far from zero"]
+    for options, allowed in (
+        ({"step": "power_of_two", "offset": True}, lambda s: np.log2(s) == np.rint(np.log2(s))),
+        ({"step": "fixed", "full_scale": 700.0, "offset": True}, lambda s: s == 100),
+    ):
+        layer_spec = spec(adc=options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
+        psums, tiling, steps = one_column(values, layer_spec)
+        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        assert allowed(step.item())
+        assert error(psums, step, zero, tiling, layer_spec) <= error(psums, step, zero + 7, tiling, layer_spec)
+
+
+def test_weight_steps_are_the_mean_magnitude_of_the_weights_that_a_group_has() -> None:
+    for case in CASES:
+        if not case.name.startswith(("tiling", "pair")):
+            continue
+        kernel = np.asarray(draw(case)[1])
+        tiling = tile(case.kernel_shape, case.spec)
+        got = start.weight_step(jnp.asarray(kernel), tiling, case.spec)
+        q = case.spec.weight.code_range.magnitude
+        # The flattened kernel, channel slowest, cut where the read groups' arrays end.
+        rows = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
+        bounds = np.concatenate([[0], np.cumsum(tiling.rows_of_array)])
+        for index in np.ndindex(got.shape):
+            a, column = index
+            part = rows if got.shape[0] == 1 else rows[bounds[a] : bounds[a + 1]]
+            if case.spec.weight.granularity == "array":
+                part = part[:, tiling.column_tile_of_output == column]
+            elif case.spec.weight.granularity == "column":
+                part = part[:, column : column + 1]
+            np.testing.assert_allclose(got[index], 2 * np.abs(part).mean() / np.sqrt(q), rtol=1e-5)
+    binary = spec(weight={"bits": 1, "encoding": "offset", "granularity": "layer"})
+    step = start.weight_step(jnp.asarray(kernel), tile(kernel.shape, binary), binary)
+    np.testing.assert_allclose(step, np.abs(kernel).mean(), rtol=1e-5)
+
+
+def test_gradient_factors_count_what_shares_a_step() -> None:
+    layer_spec = spec(
+        weight={"granularity": "array"} | ENCODINGS["offset-adc"] | {"granularity": "array"},
+        adc={"granularity": "array", "bits": 4, "offset": True},
+        activation={"bits": 4, "slice_bits": 2},
+        array={"columns": 10},
+    )
+    tiling = tile((3, 3, 7, 5), layer_spec)
+    # Three channels, then three, then one; three outputs an array (one column is the dummy), then two; 3 planes.
+    assert tiling.rows_of_array.tolist() == [27, 27, 9] and tiling.outputs_per_array == 3
+    factors = steps_lib.gradient_factors(tiling, layer_spec, input_size=140, output_size=20)
+    np.testing.assert_allclose(factors.activation, 1 / np.sqrt(140 * 15))
+    weights = np.array([[81, 54], [81, 54], [27, 18]])
+    np.testing.assert_allclose(factors.weight, 1 / np.sqrt(weights * 4), rtol=1e-6)
+    columns = np.array([[[9, 6]]]) * 2 * 20
+    np.testing.assert_allclose(factors.psum, 1 / np.sqrt(columns * 15), rtol=1e-6)
+    np.testing.assert_allclose(factors.reference, 1 / np.sqrt(2 * 20 * 15), rtol=1e-6)
+    np.testing.assert_allclose(factors.offset, factors.psum)
