@@ -1,0 +1,208 @@
+"""What a data set is to the rest of the library: two splits of images and labels, and the colour statistics.
+
+Everything that can be wrong with a user's own arrays is refused here, at construction. Where arrays come from is told
+by `cimjax.data.loading`, how they become batches by `cimjax.training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+      images: (N, H, W, C) uint8, N > 0; grey images have C = 1.
+      labels: (N,) int32, >= 0.
+
+    Raises:
+      ValueError: another shape or dtype, no images, or another number of labels than of images.
+
+    >>> Split(np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 9], np.int32))
+    Split(images=uint8 (2, 8, 8, 1), labels=int32 (2,))
+    """
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        _require_array("images", self.images, np.uint8, "(N, H, W, C)")
+        _require_array("labels", self.labels, np.int32, "(N,)")
+        if 0 in self.images.shape:
+            raise ValueError(f"`images` must not be empty, got shape {self.images.shape}")
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"`images` and `labels` must have the same length, got {len(self.images)} and {len(self.labels)}"
+            )
+        if self.labels.min() < 0:
+            raise ValueError(f"`labels` must be 0 or more, got {self.labels.min()}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"Split(images=uint8 {self.images.shape}, labels=int32 {self.labels.shape})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """A training split, a test split, and what normalises them: `(image / 255 - mean) / std`.
+
+    Attributes:
+      name: what the data set is called in run folders and reports.
+      train, test: images of one shape (H, W, C).
+      classes: number of classes, >= 2; labels are 0 .. classes - 1.
+      mean, std: per channel, of the training images divided by 255; C numbers each, `std` > 0.
+
+    Raises:
+      ValueError: splits of different image shapes, a label beyond `classes`, or statistics that do not fit.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"`name` must be a word, got {self.name!r}")
+        for field in ("train", "test"):
+            if not isinstance(getattr(self, field), Split):
+                raise ValueError(f"`{field}` must be a `cimjax.data.Split`, got {type(getattr(self, field)).__name__}")
+        if self.test.images.shape[1:] != self.image_shape:
+            raise ValueError(
+                "`train` and `test` must have images of one shape, "
+                f"got {self.image_shape} and {self.test.images.shape[1:]}"
+            )
+        if isinstance(self.classes, bool) or not isinstance(self.classes, numbers.Integral) or self.classes < 2:
+            raise ValueError(f"`classes` must be an integer, 2 or more, got {self.classes!r}")
+        object.__setattr__(self, "classes", int(self.classes))
+        for field, split in (("train", self.train), ("test", self.test)):
+            if split.labels.max() >= self.classes:
+                raise ValueError(
+                    f"labels of `{field}` must be 0 .. {self.classes - 1} (`classes` = {self.classes}), "
+                    f"got {split.labels.max()}"
+                )
+        object.__setattr__(self, "mean", self._per_channel("mean", self.mean))
+        object.__setattr__(self, "std", self._per_channel("std", self.std))
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"`mean` must lie in 0 .. 1 (of images divided by 255), got {self.mean}")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"`std` must be greater than 0, got {self.std}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of every image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def _per_channel(self, field: str, values: Sequence[float]) -> tuple[float, ...]:
+        channels = self.image_shape[-1]
+        numbers = tuple(float(value) for value in values)
+        if len(numbers) != channels or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"`{field}` must hold one finite number per channel ({channels}), got {numbers}")
+        return numbers
+
+    @classmethod
+    def from_arrays(
+        cls,
+        name: str,
+        train_images: npt.ArrayLike,
+        train_labels: npt.ArrayLike,
+        test_images: npt.ArrayLike,
+        test_labels: npt.ArrayLike,
+        *,
+        classes: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """A data set of the user's own arrays.
+
+        Args:
+          name: what to call it.
+          train_images, test_images: (N, H, W, C) or, grey, (N, H, W); uint8, 0 .. 255; not copied.
+          train_labels, test_labels: (N,) of any integer dtype.
+          classes: number of classes; the largest label + 1 when not given.
+          mean, std: per channel, of images divided by 255; measured on `train_images` when not given (a channel
+            that is the same everywhere gets `std` 1).
+
+        Raises:
+          ValueError: what `Split` and `Dataset` refuse, and labels that are not integers.
+
+        >>> images, labels = np.zeros((4, 8, 8), np.uint8), [0, 1, 2, 1]
+        >>> data = Dataset.from_arrays("mine", images, labels, images, labels)
+        >>> data.classes, data.image_shape, data.mean, data.std
+        (3, (8, 8, 1), (0.0,), (1.0,))
+        """
+        train = Split(_images(train_images), _labels(train_labels))
+        test = Split(_images(test_images), _labels(test_labels))
+        if classes is None:
+            classes = max(2, 1 + int(max(train.labels.max(), test.labels.max())))
+        if mean is None or std is None:
+            measured_mean, measured_std = channel_statistics(train.images)
+            mean = measured_mean if mean is None else mean
+            std = measured_std if std is None else std
+        return cls(name, train, test, classes, tuple(mean), tuple(std))
+
+
+def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of `images / 255`, exact to rounding: from counts of the 256 values.
+
+    `mean_c = sum_v n_cv v / sum_v n_cv`, `std_c^2 = sum_v n_cv (v - mean_c)^2 / sum_v n_cv`, v = 0/255 .. 255/255;
+    a `std` of 0 becomes 1.
+
+    Args:
+      images: (N, H, W, C) uint8, N > 0.
+
+    Returns:
+      C means and C standard deviations.
+    """
+    values = np.arange(256) / 255
+    means, deviations = [], []
+    for channel in range(images.shape[-1]):
+        counts = np.bincount(images[..., channel].ravel(), minlength=256)
+        mean = np.average(values, weights=counts)
+        means.append(float(mean))
+        deviations.append(float(np.sqrt(np.average((values - mean) ** 2, weights=counts))) or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def _require_array(field: str, array: object, dtype: type[np.generic], shape: str) -> None:
+    """Refuses what is not an array of the dtype with as many dimensions as `shape` has letters."""
+    dimensions = len(shape.strip("(),").split(","))
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != dimensions:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(
+            f"`{field}` must be a NumPy array of {np.dtype(dtype)} and shape {shape}, got {got}; "
+            "`Dataset.from_arrays` converts labels and grey images"
+        )
+
+
+def _images(images: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+    array = np.asarray(images)
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"images must be uint8, 0 .. 255, got {array.dtype}; "
+            "values in 0 .. 1 become so by (255 * images).round().astype(numpy.uint8)"
+        )
+    return array[..., np.newaxis] if array.ndim == 3 else array
+
+
+def _labels(labels: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    array = np.asarray(labels)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"labels must be integers of shape (N,), got {array.dtype} {array.shape}")
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise ValueError(f"labels must be 0 or more and fit int32, got {array.min()} .. {array.max()}")
+    return array.astype(np.int32)
