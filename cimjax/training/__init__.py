@@ -1,0 +1,1 @@
+"""Training: optimizer, step functions, devices, checkpoints, metrics, and the loop."""
