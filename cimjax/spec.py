@@ -89,6 +89,7 @@ class Lowering(enum.StrEnum):
 
     AUTO = "auto"
     GROUPED_CONV = "grouped_conv"
+    CONV_PER_TILE = "conv_per_tile"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from cimjax.core import conv, lsq, start, tiling
 from cimjax.core import steps as steps_lib
 from cimjax.core import window as window_lib
+from cimjax.core.health import adc_health
 from cimjax.core.lsq import Codes
 from cimjax.core.steps import Steps
 from cimjax.core.window import Padding, PerAxis, Window
@@ -31,6 +32,9 @@ PARAMETERS = Steps(
     reference="reference_log_step",
     reference_offset="reference_offset",
 )
+
+# The collection in which layers leave the `Health` of their ADCs when it is mutable.
+HEALTH = "health"
 
 
 class Quantize(nn.Module):
@@ -74,6 +78,10 @@ class _ArrayLayer(nn.Module):
                     self.put_variable("params", name, value)
         factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
         steps = steps_lib.real_steps(stored, factors, spec)
+        if spec.adc is not None and self.is_mutable_collection(HEALTH) and not self.is_initializing():
+            inputs = conv.quantize_activation(x, steps.activation, spec.activation)
+            psums = conv.partial_sums(inputs, kernel, steps, tiled, window, spec, key)
+            self.sow(HEALTH, "adc", adc_health(psums.columns, steps, tiled, spec), reduce_fn=lambda _, new: new)
         return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
 
     def _declare(self, shapes: Steps, spec: CIMSpec, *, has_step: bool) -> Steps:

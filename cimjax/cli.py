@@ -1,0 +1,247 @@
+"""The command line, `cimjax COMMAND`: reads what was typed, calls the room that does it, prints what comes back.
+
+A command imports its room when it runs, so that help and mistakes are answered at once. What a user can get wrong ends
+in one line and exit code 2; a mistake of cimjax itself keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import cimjax
+from cimjax.fields import nearest
+from cimjax.training.options import CIM_OPTIONS, describe_options
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood: one line that says what, and how to mend it."""
+
+
+class Command(NamedTuple):
+    """One command: what `--help` says, its arguments as `argparse` takes them, and what it does."""
+
+    help: str
+    example: str
+    arguments: Mapping[str, dict[str, Any]]
+    run: Callable[[argparse.Namespace], None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a mistake in what was asked for, or 130 when interrupted."""
+    try:
+        _dispatch(sys.argv[1:] if argv is None else list(argv))
+        return 0
+    except ValueError as error:
+        if not _is_for_the_user(error):
+            raise
+        print("cimjax:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print("cimjax:", str(stop) or "interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config_file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.workdir is not None:
+        _check_folder(arguments.workdir)
+    from cimjax.training.loop import train
+
+    workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
+    try:
+        print(f"run folder: {workdir}", flush=True)
+        train(config, workdir=workdir)
+    finally:
+        if arguments.workdir is None:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # only where nothing was written
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from cimjax.training.run_folder import read_config
+
+    run = Path(arguments.run).expanduser()
+    read_config(run)  # says what is wrong with the folder before jax is imported
+    from cimjax.training.evaluate import evaluate
+
+    result = evaluate(run, which=arguments.which)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values())
+        print("  ".join(f"{name} {value}" for name, value in zip(result, values, strict=True)))
+
+
+def _data_prepare(arguments: argparse.Namespace) -> None:
+    from cimjax.data import prepare
+
+    print(prepare(arguments.name, arguments.data_dir, progress=sys.stderr.isatty()))
+
+
+def _data_list(arguments: argparse.Namespace) -> None:
+    from cimjax.data import names
+
+    print("\n".join(names()))
+
+
+_COMMANDS = {
+    "train": Command(
+        "train a network through the arrays, or go on with a run; `python train.py` is the same",
+        "cimjax train --config configs/digits.py:weight=column,psum=layer,adc_bits=2 --config.epochs=60",
+        {
+            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "what to train"},
+            "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
+        },
+        _train,
+    ),
+    "evaluate": Command(
+        "measure a trained run on its test images",
+        "cimjax evaluate runs/digits-20250131-120000 --json",
+        {
+            "run": {"metavar": "RUN", "help": "the folder of a run"},
+            "--which": {"choices": ("best", "last"), "default": "best", "help": "which checkpoint; best if not given"},
+            "--json": {"action": "store_true", "help": "print one JSON object"},
+        },
+        _evaluate,
+    ),
+    "data prepare": Command(
+        "download or make a data set, or mend it; prints its folder",
+        "cimjax data prepare cifar100 --data_dir ~/tensorflow_datasets",
+        {
+            "name": {"metavar": "NAME", "help": "one of `cimjax data list`"},
+            "--data_dir": {"metavar": "DIR", "help": "$TFDS_DATA_DIR or ~/tensorflow_datasets if not given"},
+        },
+        _data_prepare,
+    ),
+    "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
+}
+
+_ON_CONFIGS = """\
+any field of the config:
+  --config.field=value, as in --config.optimizer.learning_rate=0.05
+
+options of every config, after a colon and separated by commas:
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """The arguments of one command; raises instead of printing and leaving."""
+
+    def __init__(self, name: str) -> None:
+        command = _COMMANDS[name]
+        notes = _ON_CONFIGS + describe_options() + "\n\n" if "--config" in command.arguments else ""
+        super().__init__(
+            prog=f"cimjax {name}",
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=f"{notes}example:\n  {command.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.example, self.flags = command.example, ["--help", "-h"]
+        for argument, settings in command.arguments.items():
+            self.add_argument(argument, **settings)
+            self.flags += [argument] if argument.startswith("-") else []
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; for example: {self.example}")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """What was typed, or one line about the first thing that is wrong with it."""
+        overrides: list[Any] = []
+        if "--config" in self.flags:
+            from cimjax.training.config_file import take_overrides
+
+            overrides, argv = take_overrides(argv)
+            if argv and ".py" in argv[0] and not argv[0].startswith("-"):
+                raise UsageError(f"unexpected argument {argv[0]!r}; did you mean --config {argv[0]}?")
+        for word in argv:
+            if word.startswith("-") and word.partition("=")[0] not in self.flags:
+                raise UsageError(f"{_about_flag(word, self.flags)}; see {self.prog} --help.")
+        arguments, unexpected = self.parse_known_args(argv)
+        if unexpected:
+            self.error(f"unexpected argument {unexpected[0]!r}")
+        arguments.overrides = overrides
+        return arguments
+
+
+def _dispatch(argv: list[str]) -> None:
+    if not argv:
+        raise UsageError(f"give a command: {', '.join(_COMMANDS)}; see cimjax --help.")
+    if argv[0] in ("-h", "--help"):
+        return print(_help())
+    if argv == ["--version"]:
+        return print(f"cimjax {cimjax.__version__}")
+    words = 2 if argv[0] == "data" else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if name not in _COMMANDS:
+        raise UsageError(f"unknown command {name!r}{nearest(name, _COMMANDS)}; see cimjax --help.")
+    parser = _Parser(name)
+    if {"-h", "--help"} & set(rest):
+        return print(parser.format_help().rstrip())
+    _COMMANDS[name].run(parser.parse(rest))
+
+
+def _about_flag(word: str, flags: list[str]) -> str:
+    """What was meant by a flag that there is not."""
+    name, _, value = word.lstrip("-").partition("=")
+    if "--config" in flags and name in {option.name for option in CIM_OPTIONS}:
+        return f"unknown flag --{name}: options follow the file, --config FILE:{name}={value or 'VALUE'}"
+    if "--config" in flags and not difflib.get_close_matches(f"--{name}", flags):
+        return f"unknown flag --{name}: a field of the config is set by --config.{name}={value or 'VALUE'}"
+    return f"unknown flag --{name}{nearest(f'--{name}', flags)}"
+
+
+def _check_folder(workdir: str) -> None:
+    """Refuse at once what can never become a folder."""
+    if not workdir:
+        raise UsageError("--workdir is empty; give a folder, or leave it out for a new one in runs/.")
+    path = Path(workdir).expanduser().absolute()
+    with contextlib.suppress(PermissionError):  # said by whoever opens the folder
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not there.is_dir():
+            raise UsageError(f"--workdir {workdir}: {there} is a file, not a folder; give another --workdir.")
+
+
+def _new_folder(config: str, number: int = 1) -> Path:
+    """A new folder in `runs/`, named by config, options and time; a second start gets another one."""
+    file, _, options = config.partition(":")
+    name = "-".join(filter(None, [Path(file).stem, options[:100], time.strftime("%Y%m%d-%H%M%S")]))
+    name = re.sub(r"[^\w.=,+-]", "_", name)
+    folder = Path("runs", name if number == 1 else f"{name}-{number}")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return _new_folder(config, number + 1)
+    except OSError as error:
+        raise UsageError(f"cannot create {folder}: {error.strerror}; give another folder by --workdir.") from error
+    return folder
+
+
+def _is_for_the_user(error: ValueError) -> bool:
+    """Whether a `raise` statement of cimjax or of the user's own files made it.
+
+    Everywhere in cimjax that is how a user's mistake is refused. A ValueError from a library beneath is a bug of ours.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(frame.filename).is_relative_to(Path(cimjax.__file__).parent)
+    theirs = not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)
+    return (ours or theirs) and (frame.line or "").startswith("raise ")
+
+
+def _help() -> str:
+    lines = ["Train networks for compute-in-memory chips.", ""]
+    for name, command in _COMMANDS.items():
+        lines += [f"cimjax {name}", f"    {command.help}", f"    example: {command.example}", ""]
+    return "\n".join([*lines, "cimjax COMMAND --help explains a command; cimjax --version prints the version."])

@@ -1,0 +1,66 @@
+"""Which layer of a network is built how: the network's own convolution, unless a rule names the layer.
+
+A network takes its convolution as an argument and a table of rules, so that one network serves full precision and
+every array.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from cimjax.nn.layers import CIMConv, CIMDense
+from cimjax.spec import CIMSpec
+
+# Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
+ConvMaker = Callable[..., nn.Module]
+# (pattern, specification) pairs; the pattern matches a layer's whole path, "block2/conv1"; None is full precision.
+Rules = tuple[tuple[str, CIMSpec | None], ...]
+
+
+def conv_maker(spec: CIMSpec | None) -> ConvMaker:
+    """The convolution of a specification; `flax.linen.Conv` for None."""
+    return nn.Conv if spec is None else functools.partial(CIMConv, spec=spec)
+
+
+def conv_for(parent: nn.Module, name: str, default: ConvMaker, rules: Rules) -> ConvMaker:
+    """The convolution for the layer `name` inside `parent`: the first rule that matches its path, else `default`."""
+    matched, spec = _match(parent, name, rules)
+    return functools.partial(conv_maker(spec) if matched else default, name=name)
+
+
+def dense_for(parent: nn.Module, name: str, rules: Rules) -> Callable[..., nn.Module]:
+    """The matrix product for the layer `name` inside `parent`: full precision unless a rule matches its path."""
+    _, spec = _match(parent, name, rules)
+    return functools.partial(nn.Dense if spec is None else functools.partial(CIMDense, spec=spec), name=name)
+
+
+def check_rules(rules: Any) -> Rules:
+    """Rules from plain data: specifications as dictionaries or `CIMSpec`.
+
+    Raises:
+      ValueError: for a rule that is not a pair, a pattern that is no regular expression, or a refused specification.
+    """
+    checked = []
+    for rule in rules:
+        if len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"`rules` has {rule!r}; give pairs of a path pattern and a specification or None.")
+        pattern, spec = rule
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`rules` has the pattern {pattern!r}, which is no regular expression: {error}.") from None
+        checked.append((pattern, spec if spec is None or isinstance(spec, CIMSpec) else CIMSpec.from_dict(spec)))
+    return tuple(checked)
+
+
+def _match(parent: nn.Module, name: str, rules: Rules) -> tuple[bool, CIMSpec | None]:
+    path = "/".join((*parent.path, name))
+    for pattern, spec in rules:
+        if re.fullmatch(pattern, path):
+            return True, spec
+    return False, None

@@ -1,0 +1,68 @@
+"""Why a loss is not finite: the first layer whose output is not, else the parameters whose gradient is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from cimjax.training.experiment import Experiment
+from cimjax.training.step import Images, TrainState, augment, order_of_epoch
+
+
+def explain_failure(experiment: Experiment, state: TrainState, data: Images, step: int) -> str:
+    """One line on the step that failed.
+
+    Args:
+      state: as it was before that step; a failed step changes nothing.
+      data: the training images.
+      step: the step that failed.
+    """
+    config, stepper = experiment.config, experiment.stepper
+    epoch, position = divmod(step, experiment.steps_per_epoch)
+    order = order_of_epoch(stepper.key, epoch, data.labels.shape[0])
+    chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
+    keys = jax.random.split(jax.random.fold_in(stepper.key, step), config.batch_size)
+    pixels = augment(data.pixels[chosen], keys, config.augment.shift, config.augment.flip)
+    advice = "lower optimizer.learning_rate or optimizer.step_factor, or raise warmup_epochs"
+    culprit = _first_layer(experiment, state, pixels) or _gradients(experiment, state, pixels, data.labels[chosen])
+    return f"Step {step}: the loss or a gradient is not finite ({culprit}); {advice}."
+
+
+def _single_device_model(experiment: Experiment) -> Any:
+    model = experiment.model
+    return model.clone(axis_name=None) if hasattr(model, "axis_name") else model
+
+
+def _first_layer(experiment: Experiment, state: TrainState, pixels: jax.Array) -> str | None:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    _, found = _single_device_model(experiment).apply(
+        variables,
+        experiment.stepper.normalise(pixels),
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+        rngs={"variation": jax.random.key(0), "dropout": jax.random.key(0)},
+    )
+    for path, values in flax.traverse_util.flatten_dict(found["intermediates"], sep="/").items():
+        finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(values))
+        if not finite:
+            layer = path.removesuffix("__call__").strip("/") or "the network's output"
+            return f"the first layer with such an output is {layer}"
+    return None
+
+
+def _gradients(experiment: Experiment, state: TrainState, pixels: jax.Array, labels: jax.Array) -> str:
+    stepper = experiment.stepper
+    single = type(stepper)(
+        _single_device_model(experiment), stepper.optimizer, stepper.config, stepper.mean, stepper.std
+    )
+    gradient, _ = jax.grad(single.loss, has_aux=True)(state.params, state.batch_stats, pixels, labels)
+    names = [
+        "/".join(str(part.key) for part in path)
+        for path, value in jax.tree_util.tree_flatten_with_path(gradient)[0]
+        if not bool(jnp.all(jnp.isfinite(value)))
+    ]
+    return f"every output is finite, but not the gradient of {', '.join(names[:3]) or 'the loss'}"

@@ -1,0 +1,116 @@
+"""Accuracy on a split, counting every image once, and trained runs as functions."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cimjax.data import Dataset, Split
+from cimjax.nn.layers import HEALTH
+from cimjax.spec import CIMSpec
+from cimjax.training.experiment import Experiment, build
+from cimjax.training.metrics import health_by_layer
+from cimjax.training.run_folder import read_config
+from cimjax.training.step import Images, TrainState
+
+
+class Evaluator:
+    """Evaluates states of one run on one split, which is padded to whole batches once."""
+
+    def __init__(self, experiment: Experiment, split: Split) -> None:
+        size = experiment.config.eval_batch_size
+        self.count = len(split)
+        padding = -self.count % size
+        real = np.arange(self.count + padding) < self.count
+        images = np.concatenate([split.images, np.zeros((padding, *split.images.shape[1:]), np.uint8)])
+        labels = np.concatenate([split.labels, np.zeros(padding, np.int32)]).astype(np.int32)
+        self.batches = [
+            (Images(jnp.asarray(images[i : i + size]), jnp.asarray(labels[i : i + size])), jnp.asarray(real[i : i + size]))
+            for i in range(0, len(images), size)
+        ]
+        self.step = experiment.devices.spread_batch(experiment.stepper.evaluate)
+
+    def __call__(self, params: Any, batch_stats: Any) -> dict[str, float]:
+        """`accuracy` (0 to 1) and mean `loss` over all images of the split."""
+        sums = [self.step(params, batch_stats, *batch) for batch in self.batches]
+        correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
+        return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
+
+
+def health(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
+    """The health of every layer's ADCs on the calibration images, in evaluation mode; see `core.health`."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return health_by_layer(_measure_health(experiment.model)(variables, experiment.calibration_images()))
+
+
+@functools.lru_cache(maxsize=4)
+def _measure_health(model: nn.Module) -> Any:
+    def measure(variables: Any, images: jax.Array) -> Any:
+        rngs = {"variation": jax.random.key(0)}
+        return model.apply(variables, images, mutable=[HEALTH], rngs=rngs)[1].get(HEALTH, {})
+
+    return jax.jit(measure)
+
+
+def restore(
+    run: str | Path,
+    *,
+    which: Literal["last", "best"] = "best",
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+) -> tuple[Experiment, TrainState, dict[str, Any]]:
+    """The experiment of a run folder, one of its states, and what was saved beside that state.
+
+    Args:
+      run: the run folder.
+      which: the state of the best test accuracy, or the last.
+      model, dataset: the network and images of the run when they were the caller's own.
+
+    Raises:
+      RunFolderError: when the folder holds no run, or its checkpoint is damaged or of another network.
+    """
+    from cimjax.training.checkpoint import Checkpoints
+
+    experiment = build(ConfigDict(read_config(run)), model=model, dataset=dataset)
+    state, extra = Checkpoints(Path(run)).restore(experiment.abstract_state(), which=which)
+    return experiment, state, extra
+
+
+def load(
+    run: str | Path,
+    *,
+    which: Literal["last", "best"] = "best",
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+) -> tuple[nn.Module, dict[str, Any], CIMSpec | None]:
+    """A trained run as a function: its network, its variables and its specification.
+
+    Images go in normalised, as `experiment.stepper.normalise` makes them. Arguments and errors as for `restore`.
+
+    >>> model, variables, spec = load("runs/digits")  # doctest: +SKIP
+    >>> logits = model.apply(variables, images)  # doctest: +SKIP
+    """
+    experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
+    return experiment.model, {"params": state.params, "batch_stats": state.batch_stats}, experiment.spec
+
+
+def evaluate(
+    run: str | Path,
+    which: Literal["last", "best"] = "best",
+    *,
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+) -> dict[str, Any]:
+    """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}."""
+    experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
+    params, batch_stats = experiment.devices.put((state.params, state.batch_stats))
+    evaluator = Evaluator(experiment, experiment.dataset.test)
+    found = evaluator(params, batch_stats)
+    return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}

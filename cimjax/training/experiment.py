@@ -1,0 +1,143 @@
+"""From a configuration to the parts of a run: data, network, optimizer, devices. Nothing is computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+from cimjax.data import Dataset, Split, load
+from cimjax.hardware.survey import Layer, layers_of
+from cimjax.nn.models import build_model
+from cimjax.nn.rules import check_rules, conv_maker
+from cimjax.spec import CIMSpec
+from cimjax.training.optimizer import make_optimizer, steps_per_epoch, total_steps
+from cimjax.training.parallel import Devices
+from cimjax.training.step import Images, Stepper, TrainState, stored_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run.
+
+    spec: what the network's convolutions are built as; None for full precision.
+    layers: the network's layers in order.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    spec: CIMSpec | None
+    model: nn.Module
+    layers: list[Layer]
+    optimizer: optax.GradientTransformation
+    devices: Devices
+    stepper: Stepper
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training images."""
+        return steps_per_epoch(self.config, len(self.dataset.train))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.config, len(self.dataset.train))
+
+    @property
+    def codes(self) -> dict[str, int]:
+        """How many codes the ADCs of each array layer have."""
+        return {
+            layer.name: max(codes.size for row in layer.spec.adc_ranges for codes in row)
+            for layer in self.layers
+            if layer.spec is not None and layer.spec.adc is not None
+        }
+
+    def calibration_images(self) -> Array:
+        """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
+        key = jax.random.fold_in(self.stepper.key, 4)
+        count = min(self.config.calibration_images, len(self.dataset.train))
+        chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
+        return self.stepper.normalise(jnp.asarray(self.dataset.train.images[chosen]))
+
+    def first_state(self) -> TrainState:
+        """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
+
+        @jax.jit
+        def init(key: Array, images: Array) -> TrainState:
+            keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
+            variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
+            params, batch_stats = variables["params"], variables.get("batch_stats", {})
+            return TrainState(
+                step=jnp.int32(0),
+                failed_at=jnp.int32(-1),
+                params=params,
+                batch_stats=batch_stats,
+                opt_state=self.optimizer.init(params),
+                # Copies: the state is donated to every step, and no buffer may be donated twice.
+                first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
+            )
+
+        return init(self.stepper.key, self.calibration_images())
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, to restore a checkpoint into."""
+        return jax.eval_shape(self.first_state)
+
+    def _without_axis(self) -> dict[str, Any]:
+        # Initialisation runs outside the mapped axis.
+        return {"axis_name": None} if hasattr(self.model, "axis_name") else {}
+
+
+def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Dataset | None = None) -> Experiment:
+    """The parts of the run that a configuration describes.
+
+    Args:
+      config: as the files in `configs/` give it.
+      model: a network of the caller's own, `model(images, train=...)` giving logits; else `config.model`.
+      dataset: images of the caller's own; else `config.dataset`.
+
+    Raises:
+      ValueError: for anything in the configuration that cannot be built.
+    """
+    dataset = dataset or load(config.dataset, config.data_dir or None)
+    spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
+    devices = Devices()
+    devices.check_batch(config.batch_size, "config.batch_size")
+    devices.check_batch(config.eval_batch_size, "config.eval_batch_size")
+    if model is None:
+        options = config.model.to_dict()
+        rules = check_rules(config.rules)
+        model = build_model(options.pop("name"), classes=dataset.classes, conv=conv_maker(spec), rules=rules, **options)
+    if devices.axis_name and hasattr(model, "axis_name"):
+        model = model.clone(axis_name=devices.axis_name)
+    images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
+    optimizer = make_optimizer(config, len(dataset.train))
+    stepper = Stepper(model, optimizer, config, dataset.mean, dataset.std, devices.axis_name)
+    return Experiment(
+        config=config,
+        dataset=dataset,
+        spec=spec,
+        model=model,
+        layers=layers_of(model, images),
+        optimizer=optimizer,
+        devices=devices,
+        stepper=stepper,
+    )
+
+
+def on_device(split: Split) -> Images:
+    """A split as arrays that a step takes."""
+    return Images(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """Where a run goes when no folder is given."""
+    return Path("runs") / f"{config.dataset}-{config.model.name}"

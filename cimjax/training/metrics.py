@@ -1,0 +1,111 @@
+"""What training is watched by: gradients of steps against those of weights, how far steps moved, ADC health."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# The stored parameters of each kind of step.
+KINDS = {
+    "activation": ("activation_log_step", "log_step"),
+    "weight": ("weight_log_step",),
+    "psum": ("psum_log_step", "reference_log_step"),
+    "offset": ("psum_offset", "reference_offset"),
+}
+# When to warn: conversions beyond the ladder, codes that columns give, and movement of steps over a whole run.
+SATURATED = 0.2
+CODES_USED = 0.5
+MOVED = 1e-3
+
+
+def kind_of_step(path: str) -> str:
+    """The kind of a stored step by its path: "activation", "weight", "psum" or "offset"."""
+    name = path.rsplit("/", 1)[-1]
+    return next(kind for kind, names in KINDS.items() if name in names)
+
+
+def gradient_ratios(params: Any, gradient: Any) -> dict[str, Array]:
+    """For each kind of step the median over layers of `|dL/dlog_step| / (|dL/dw| |w|)`, norms over the layer.
+
+    It tells how fast steps learn compared with weights; useful training has it between about 0.1 and 1 at the start.
+
+    Returns:
+      {"activation_gradient_ratio": ..., ...} for the kinds that the network has, () float32.
+    """
+    ratios: dict[str, list[Array]] = {}
+    for params_of, gradient_of in _layers(params, gradient):
+        if "kernel" not in params_of:
+            continue
+        scale = jnp.linalg.norm(gradient_of["kernel"].ravel()) * jnp.linalg.norm(params_of["kernel"].ravel())
+        for kind, names in KINDS.items():
+            for name in names:
+                if name in params_of:
+                    ratio = jnp.linalg.norm(gradient_of[name].ravel()) / jnp.maximum(scale, 1e-30)
+                    ratios.setdefault(kind, []).append(ratio)
+    return {f"{kind}_gradient_ratio": jnp.median(jnp.stack(values)) for kind, values in ratios.items()}
+
+
+def _layers(params: Any, gradient: Any) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+    """The parameters and gradients of every module that has some of its own."""
+    own = {name: value for name, value in params.items() if not isinstance(value, dict)}
+    if own:
+        yield own, gradient
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from _layers(value, gradient[name])
+
+
+def movement(first: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How far steps moved since calibration: by kind and layer, the mean of `|log(s / s0)|` (offsets: of steps).
+
+    Args:
+      first, now: stored steps by path, as `step.stored_steps` gives them.
+    """
+    moved: dict[str, dict[str, float]] = {}
+    for path, value in now.items():
+        layer = path.rsplit("/", 1)[0]
+        distance = float(np.mean(np.abs(np.asarray(value, np.float64) - np.asarray(first[path], np.float64))))
+        moved.setdefault(kind_of_step(path), {})[layer] = distance
+    return moved
+
+
+def mean_movement(moved: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The mean over layers of `movement`, {"psum_moved": ...}."""
+    return {f"{kind}_moved": float(np.mean(list(layers.values()))) for kind, layers in moved.items()}
+
+
+def health_by_layer(collection: Any) -> dict[str, dict[str, float]]:
+    """The `Health` that layers left in their collection: {"conv1": {"saturated": ..., "codes_used": ...}}."""
+    flat = flax.traverse_util.flatten_dict(dict(collection), sep="/")
+    return {
+        path.rsplit("/", 1)[0]: {name: float(value) for name, value in health._asdict().items()}
+        for path, health in flat.items()
+    }
+
+
+def warnings(
+    health: dict[str, dict[str, float]], codes: dict[str, int], moved: dict[str, float] | None = None
+) -> list[str]:
+    """What a user should know: saturated ADCs, unused codes and, at the end of a run, steps that did not move.
+
+    Args:
+      health: from `health_by_layer`.
+      codes: how many codes each layer's ADC has.
+      moved: from `mean_movement`, at the end of a run.
+    """
+    found = []
+    for layer, of in health.items():
+        if of["saturated"] > SATURATED:
+            found.append(f"{layer}: {of['saturated']:.0%} of the conversions lie beyond the ADC's ladder.")
+        if of["codes_used"] < CODES_USED * codes[layer]:
+            found.append(f"{layer}: a column uses {of['codes_used']:.1f} of the ADC's {codes[layer]} codes on average.")
+    for name, distance in (moved or {}).items():
+        if distance < MOVED:
+            kind = name.removesuffix("_moved")
+            found.append(f"{kind} steps moved by {distance:.1e} only (mean |log(s/s0)|): raise optimizer.step_factor.")
+    return found

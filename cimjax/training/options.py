@@ -1,0 +1,250 @@
+"""The options in a config path, `configs/digits.py:weight=column,psum=layer,adc_bits=2,smoke`, and their specification.
+
+An option is a short, typed name for what people change most; any other field of a config is set by
+`--config.field=value`, which `cimjax.training.config_file` reads. Nothing is validated here that `cimjax.spec` knows:
+its refusals are passed on in the names that were typed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import enum
+import re
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from cimjax.spec import (
+    ActivationSpec,
+    ADCSpec,
+    ArraySpec,
+    CIMSpec,
+    Encoding,
+    Granularity,
+    Reference,
+    SignedCells,
+    StepKind,
+    Subtract,
+    TilingRule,
+    WeightSpec,
+)
+
+
+class OptionError(ValueError):
+    """An option that cannot be: one line that names it as it is typed, and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a config: typed as `name=value`, or as `name` alone where it is a flag."""
+
+    name: str
+    # What a value may be: a name, a number, None (typed `none`), `int` (any whole number), `bool` (a flag).
+    allowed: tuple[str | float | type[int] | type[bool] | None, ...]
+    # The value where neither the user nor the config gives one.
+    default: str | float | None
+    # What it chooses, in a few words.
+    help: str
+    # The field of `CIMSpec` that it sets, `"group.field"`; None where it sets none.
+    field: str | None = None
+
+    @property
+    def values(self) -> str:
+        """What may be typed after the `=`."""
+        return ", ".join(map(_typed, self.allowed))
+
+    def parse(self, text: str | None) -> Any:
+        """The typed value of what stands after the `=`; None: there is no `=`.
+
+        Raises:
+          OptionError: where it is not one of `allowed`.
+        """
+        if text is None and bool in self.allowed:
+            return True
+        if text is None:
+            raise OptionError(f"option {self.name} needs a value, as in {self.name}=VALUE; allowed: {self.values}.")
+        for one in self.allowed:
+            if one is bool and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if one is int and re.fullmatch("[0-9]{1,9}", text):
+                return int(text)
+            if text == _typed(one):
+                return one
+        names = [_typed(one) for one in self.allowed if one is None or isinstance(one, str)]
+        raise OptionError(f"{self.name} is {text!r}{_meant(text, names)}; allowed: {self.values}.")
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a config may give this value as its default."""
+        return any(type(value) is one if isinstance(one, type) else value == one for one in self.allowed)
+
+
+def _typed(allowed: str | float | type | None) -> str:
+    """One of the values that an option allows, as it is typed or described."""
+    if allowed is int:
+        return "a whole number up to 999999999"
+    if allowed is bool:
+        return "true, false"
+    return "none" if allowed is None else str(allowed)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The nearest name, or nothing: what is known is listed beside it anyway."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _names(kind: type[enum.StrEnum], *without: enum.StrEnum) -> tuple[str, ...]:
+    return tuple(str(member) for member in kind if member not in without)
+
+
+# The granularities (weight, psum) of schemes whose way of training is not here yet.
+_LATER_SCHEMES = {
+    "kim2022": ("layer", "layer"),
+    "bai2023": ("array", "array"),
+    "bai2024": ("array", "array"),
+    "saxena2022": ("layer", "array"),
+    "saxena2023": ("layer", "column"),
+}
+
+# The options that every config offers.
+CIM_OPTIONS = (
+    Option("scheme", ("column", *_LATER_SCHEMES), None, "weight and psum by the name of a scheme"),
+    Option("weight", (*_names(Granularity), None), "column", "what shares a weight step", "weight.granularity"),
+    Option("psum", (*_names(Granularity), None), "column", "what shares an ADC step", "adc.granularity"),
+    Option("act_bits", (int, 1.5), 4, "bits of an activation", "activation.bits"),
+    Option("slice_bits", (int, None), None, "bits that the DAC drives at once", "activation.slice_bits"),
+    Option("weight_bits", (int, 1.5), 4, "bits of a weight", "weight.bits"),
+    Option("cell_bits", (int,), 2, "bits that one cell stores", "weight.cell_bits"),
+    Option("encoding", _names(Encoding), "twos_complement", "how cells store a signed weight", "weight.encoding"),
+    Option("subtract", _names(Subtract), "digital", "where `differential` subtracts", "weight.subtract"),
+    Option("reference", _names(Reference), "digital", "what removes the constant of `offset`", "weight.reference"),
+    Option("signed_cells", _names(SignedCells), "paired", "what a signed plane costs", "weight.signed_cells"),
+    Option("step_per_plane", (bool,), False, "one weight step per plane", "weight.step_per_plane"),
+    Option("adc_bits", (int, 1.5), 3, "bits of an ADC", "adc.bits"),
+    Option("adc_step", _names(StepKind, StepKind.FIXED), "learned", "how an ADC step comes about", "adc.step"),
+    Option("offset", (bool,), False, "a learned offset before each ADC", "adc.offset"),
+    Option("rows", (int,), 128, "rows of an array", "array.rows"),
+    Option("columns", (int,), 128, "columns of an array", "array.columns"),
+    Option("active_rows", (int, None), None, "rows that are read at once", "array.active_rows"),
+    Option("tiling", _names(TilingRule), "packed", "how a kernel is cut into arrays", "array.tiling"),
+    Option("seed", (int,), 0, "of everything random"),
+    Option("smoke", (bool,), False, "a few seconds instead of the whole training"),
+)
+
+
+def parse_options(argument: str | None, *extra: Option, **defaults: Any) -> types.SimpleNamespace:
+    """The value of every option, typed.
+
+    >>> options = parse_options("weight=layer,adc_bits=2,smoke", rows=64)
+    >>> options.weight, options.psum, options.adc_bits, options.rows, options.smoke
+    ('layer', 'column', 2, 64, True)
+
+    Args:
+      argument: what stands behind the colon of a config path; None or empty: nothing was typed.
+      *extra: options that this config offers beside `CIM_OPTIONS`.
+      **defaults: values of this config where the user gives none.
+
+    Raises:
+      OptionError: for what the user typed: an unknown option, a bad value, the same option twice, options that
+        contradict each other or have no effect.
+      ValueError: for a default that is no option, or is not allowed.
+    """
+    table = {option.name: option for option in (*CIM_OPTIONS, *extra)}
+    for name, value in defaults.items():
+        if name not in table or not table[name].accepts(value):
+            raise ValueError(f"{name}={value!r} is no default: there is no such option, or it takes no such value.")
+    typed = _read(argument, table)
+    values = {option.name: option.default for option in table.values()} | defaults | typed
+    values |= _granularities(values["scheme"], typed)
+    _refuse_idle(values, typed, table)
+    return types.SimpleNamespace(**values)
+
+
+def spec_from_options(options: types.SimpleNamespace) -> dict[str, Any] | None:
+    """`CIMSpec.to_dict()` of the options; None, which is full precision, with `weight=none`.
+
+    Raises:
+      OptionError: in the words of `CIMSpec`, with the names of options for those of its fields.
+    """
+    if options.weight is None:
+        return None
+    fields: dict[str, dict[str, Any]] = {"activation": {}, "weight": {}, "adc": {}, "array": {}}
+    for option in CIM_OPTIONS:
+        if option.field:
+            group, _, field = option.field.partition(".")
+            fields[group][field] = getattr(options, option.name)
+    with _in_names_of_options("activation"):
+        activation = ActivationSpec(**fields["activation"])
+    with _in_names_of_options("weight"):
+        weight = WeightSpec(**fields["weight"])
+    with _in_names_of_options("adc"):
+        adc = None if options.psum is None else ADCSpec(**fields["adc"])
+    with _in_names_of_options("array"):
+        array = ArraySpec(**fields["array"])
+        return CIMSpec(activation=activation, weight=weight, adc=adc, array=array).to_dict()
+
+
+def describe_options() -> str:
+    """A table of the options that every config offers, for `--help`."""
+    lines = []
+    for option in CIM_OPTIONS:
+        values = "|".join("N" if one is int else _typed(one) for one in option.allowed)
+        text = option.name if bool in option.allowed else f"{option.name}={values}"
+        lines += [f"  {text:46}{option.help}"] if len(text) < 46 else [f"  {text}", f"  {'':46}{option.help}"]
+    return "\n".join(lines)
+
+
+def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
+    """What the user typed, each option once."""
+    typed: dict[str, Any] = {}
+    for item in (argument or "").split(",") if (argument or "").strip() else ():
+        name, equals, text = (part.strip() for part in item.partition("="))
+        if not name:
+            raise OptionError(f"an option is empty in {argument!r}; write them as name=value,name=value,flag.")
+        if name not in table:
+            raise OptionError(f"unknown option {name!r}{_meant(name, table)}; known: {', '.join(table)}.")
+        if name in typed:
+            raise OptionError(f"option {name} is given twice; leave one of them out.")
+        typed[name] = table[name].parse(text if equals else None)
+    return typed
+
+
+def _granularities(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, str]:
+    """What the name of a scheme stands for."""
+    if scheme is None:
+        return {}
+    if scheme in _LATER_SCHEMES:
+        weight, psum = _LATER_SCHEMES[scheme]
+        today = f"weight={weight},psum={psum} trains its granularities in one stage today"
+        raise OptionError(f"scheme={scheme} comes with a later version; {today}.")
+    for name in ("weight", "psum"):
+        if name in typed and typed[name] != "column":
+            given = f"{name}={'none' if typed[name] is None else typed[name]}"
+            raise OptionError(f"scheme=column means weight=column,psum=column, not {given}; leave one of them out.")
+    return {"weight": "column", "psum": "column"}
+
+
+def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mapping[str, Option]) -> None:
+    """An option that changes nothing would mislead whoever reads the command later."""
+    for name in typed:
+        field = table[name].field
+        if field is None or values[name] is None:
+            continue
+        if values["weight"] is None:
+            raise OptionError(f"{name} has no effect with weight=none, which is full precision; leave one of them out.")
+        if values["psum"] is None and field.startswith("adc."):
+            raise OptionError(f"{name} has no effect with psum=none, which is an ideal ADC; leave one of them out.")
+
+
+@contextlib.contextmanager
+def _in_names_of_options(group: str) -> Iterator[None]:
+    """Turn what a group of `CIMSpec` refuses into the same line about options."""
+    fields = {option.field: option.name for option in CIM_OPTIONS}
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"`(\w+)`", lambda found: f"`{fields.get(f'{group}.{found[1]}', found[1])}`", str(error))
+        text = re.sub(r"\bgranularity\b", fields.get(f"{group}.granularity", "granularity"), text)
+        raise OptionError(text) from error

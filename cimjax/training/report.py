@@ -1,0 +1,87 @@
+"""What is shown of a run, as rows of plain data for the display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cimjax.hardware.survey import Layer
+from cimjax.spec import CIMSpec
+from cimjax.training.display import LayerRow
+from cimjax.training.experiment import Experiment
+
+if TYPE_CHECKING:
+    from cimjax.training.loop import Result
+
+
+def describe_run(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Title and facts of a run, as `Display.start` takes them."""
+    data, config, devices = experiment.dataset, experiment.config, experiment.devices
+    parameters = sum(layer.parameters for layer in experiment.layers)
+    shape = " x ".join(str(size) for size in data.image_shape)
+    return {
+        "title": f"{type(experiment.model).__name__} on {data.name}, {describe_spec(experiment.spec)}",
+        "facts": {
+            "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
+            "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
+            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}",
+            "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
+            "devices": f"{devices.count} x {devices.platform}" + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
+            "run folder": str(folder),
+        },
+    }
+
+
+def describe_spec(spec: CIMSpec | None) -> str:
+    """A specification in a few words: "weights column, psums column, A3 W3/1 P3"."""
+    if spec is None:
+        return "full precision"
+    psums = "ideal ADC" if spec.adc is None else f"psums {spec.adc.granularity}"
+    return f"weights {spec.weight.granularity}, {psums}, {describe_bits(spec)}"
+
+
+def describe_bits(spec: CIMSpec) -> str:
+    """Bits of activations, weights (per cell) and partial sums: "A3 W3/1 P3"."""
+    psum = "P-" if spec.adc is None else f"P{spec.adc.bits:g}"
+    return f"A{spec.activation.bits:g} W{spec.weight.bits:g}/{spec.weight.cell_bits} {psum}"
+
+
+def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
+    """The rows of the table before training."""
+    return [
+        LayerRow(
+            name=layer.name,
+            kind="full precision" if layer.spec is None else "cim",
+            kernel=layer.kernel,
+            output=layer.output,
+            bits="-" if layer.spec is None else describe_bits(layer.spec),
+            cost=layer.cost,
+            parameters=layer.parameters,
+        )
+        for layer in layers
+    ]
+
+
+def step_rows(
+    experiment: Experiment, moved: dict[str, dict[str, float]], health: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """The rows of the table after training: how far steps moved, and how ADCs fare, for each array layer."""
+    rows = []
+    for layer in experiment.layers:
+        if layer.spec is None:
+            continue
+        drift = {kind: layers[layer.name] for kind, layers in moved.items() if layer.name in layers}
+        of = health.get(layer.name, {})
+        codes = experiment.codes.get(layer.name)
+        rows.append({"layer": layer.name, "drift": drift, "codes": codes, **of})
+    return rows
+
+
+def final_rows(result: Result) -> dict[str, str]:
+    """What a run came to, in words."""
+    return {
+        "run folder": str(result.workdir),
+        "again": f"cimjax evaluate {result.workdir}",
+        "test accuracy": f"{result.accuracy:.2%} (best {result.best_accuracy:.2%})",
+    }

@@ -1,0 +1,245 @@
+"""The options in a config path: what they mean, what is refused and in which words, and the configs that offer them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from cimjax.spec import CIMSpec, Granularity
+from cimjax.training.config_file import load_config
+from cimjax.training.options import CIM_OPTIONS, Option, OptionError, describe_options, parse_options, spec_from_options
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+NAMES = [option.name for option in CIM_OPTIONS]
+
+REFUSED = [
+    ("wieght=layer", r"unknown option 'wieght' \(did you mean 'weight'\?\); known: scheme, weight, psum, .*, smoke\."),
+    ("xyz=red", r"unknown option 'xyz'; known: scheme, weight, "),
+    ("weight=colum", r"weight is 'colum' \(did you mean 'column'\?\); allowed: layer, array, column, none\."),
+    ("psum=row", r"psum is 'row'; allowed: layer, array, column, none\."),
+    ("weight=Layer", r"weight is 'Layer' \(did you mean 'layer'\?\)"),
+    ("weight", r"option weight needs a value, as in weight=VALUE; allowed: layer, array, column, none\."),
+    ("weight=", r"weight is ''; allowed: layer"),
+    ("adc_bits=two", r"adc_bits is 'two'; allowed: a whole number up to 999999999, 1\.5\."),
+    ("adc_bits=2.5", r"adc_bits is '2\.5'; allowed: a whole number up to 999999999, 1\.5\."),
+    ("rows=1e2", r"rows is '1e2'; allowed: a whole number"),
+    ("rows=-64", r"rows is '-64'; allowed: a whole number"),
+    ("seed=12345678901", r"seed is '12345678901'; allowed: a whole number up to 999999999\."),
+    ("active_rows=none,rows=None", r"rows is 'None'; allowed: a whole number"),
+    ("smoke=yes", r"smoke is 'yes'; allowed: true, false\."),
+    ("adc_step=fixed", r"adc_step is 'fixed'; allowed: learned, calibrated, power_of_two\."),
+    ("seed=1,seed=1", r"option seed is given twice; leave one of them out\."),
+    ("smoke,", r"an option is empty in 'smoke,'; write them as name=value,name=value,flag\."),
+    ("=3", r"an option is empty in '=3'"),
+    ("scheme=colum", r"scheme is 'colum' \(did you mean 'column'\?\); allowed: column, kim2022, bai2023"),
+    ("scheme=kim2022", r"scheme=kim2022 comes with a later version; weight=layer,psum=layer trains its .* one stage"),
+    ("scheme=bai2023", r"a later version; weight=array,psum=array trains"),
+    ("scheme=bai2024", r"a later version; weight=array,psum=array trains"),
+    ("scheme=saxena2022", r"a later version; weight=layer,psum=array trains"),
+    ("scheme=saxena2023", r"a later version; weight=layer,psum=column trains"),
+    ("scheme=column,weight=layer", r"scheme=column means weight=column,psum=column, not weight=layer; leave one of"),
+    ("psum=none,scheme=column", r"scheme=column means weight=column,psum=column, not psum=none"),
+    ("weight=none,rows=64", r"rows has no effect with weight=none, which is full precision; leave one of them out\."),
+    ("weight=none,psum=layer", r"psum has no effect with weight=none"),
+    ("adc_bits=2,psum=none", r"adc_bits has no effect with psum=none, which is an ideal ADC; leave one of them out\."),
+    ("offset,psum=none", r"offset has no effect with psum=none"),
+]
+
+# What only the specification refuses: in its words, with the names of options.
+REFUSED_BY_SPEC = [
+    ("act_bits=0", r"`act_bits` is 0; give a whole number of bits from 1 to 16, or 1\.5"),
+    ("act_bits=1.5", r"`act_bits` is 1\.5 for an unsigned activation"),
+    ("weight_bits=9", r"`weight_bits` is 9; give a whole number of bits from 1 to 8"),
+    ("weight_bits=1", r"`weight_bits` is 1 with encoding twos_complement"),
+    ("cell_bits=0", r"`cell_bits` is 0; give a whole number of bits from 1 to 8\."),
+    ("adc_bits=99", r"`adc_bits` is 99; give a whole number of bits from 1 to 16"),
+    ("slice_bits=0", r"`slice_bits` is 0"),
+    ("rows=0", r"`rows` is 0; give a whole number of at least 1"),
+    ("columns=2", r"`columns` is 2 but one output needs 3 columns"),
+    ("rows=64,active_rows=65", r"`active_rows` is 65 but an array has 64 rows"),
+    ("subtract=analog", r"`subtract` is 'analog' with encoding twos_complement; it belongs to 'differential'"),
+    ("reference=adc", r"`reference` is 'adc' with encoding twos_complement"),
+    ("step_per_plane,weight=array", r"`step_per_plane` is True with weight array; it needs weight 'column'"),
+    ("step_per_plane,encoding=differential", r"`step_per_plane` is True with encoding differential"),
+]
+
+
+@pytest.mark.parametrize("argument,message", REFUSED, ids=[argument for argument, _ in REFUSED])
+def test_a_bad_option_is_refused_in_one_clear_line(argument: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"^[^\n]*{message}[^\n]*$"):
+        parse_options(argument)
+
+
+@pytest.mark.parametrize("argument,message", REFUSED_BY_SPEC, ids=[argument for argument, _ in REFUSED_BY_SPEC])
+def test_what_the_specification_refuses_is_said_in_names_of_options(argument: str, message: str) -> None:
+    with pytest.raises(OptionError, match=f"^[^\n]*{message}[^\n]*$"):
+        spec_from_options(parse_options(argument))
+
+
+def test_values_are_typed_and_defaults_are_those_of_the_config_then_of_the_table() -> None:
+    argument = "psum=none , smoke=True,step_per_plane=FALSE,slice_bits=2,weight_bits=1.5,encoding=differential"
+    options = parse_options(argument, seed=7, rows=64, offset=True)
+    assert vars(options) == {option.name: option.default for option in CIM_OPTIONS} | {
+        "psum": None,
+        "smoke": True,
+        "slice_bits": 2,
+        "weight_bits": 1.5,
+        "encoding": "differential",
+        "seed": 7,
+        "rows": 64,
+        "offset": True,
+    }
+
+
+@pytest.mark.parametrize("argument", [None, "", " "])
+def test_no_options_are_the_defaults(argument: str | None) -> None:
+    assert vars(parse_options(argument)) == {option.name: option.default for option in CIM_OPTIONS}
+
+
+def test_a_config_may_offer_options_of_its_own_and_wrong_defaults_are_its_fault_not_the_users() -> None:
+    depth = Option("depth", (int,), 20, "layers")
+    assert parse_options("depth=32,rows=64", depth).depth == 32
+    assert parse_options(None, depth, depth=56).depth == 56
+    for wrong in ({"depht": 3}, {"depth": "20"}, {"smoke": 1}, {"rows": True}, {"weight": "none"}):
+        with pytest.raises(ValueError, match="is no default") as caught:
+            parse_options(None, depth, **wrong)
+        assert not isinstance(caught.value, OptionError)
+
+
+def test_a_scheme_stands_for_its_granularities_whatever_the_config_prefers() -> None:
+    for argument in ("scheme=column", "scheme=column,weight=column", "psum=column,scheme=column"):
+        options = parse_options(argument, weight="layer", psum=None)
+        assert (options.weight, options.psum) == ("column", "column")
+
+
+def test_full_precision_and_an_ideal_adc() -> None:
+    assert spec_from_options(parse_options("weight=none")) is None
+    assert spec_from_options(parse_options("weight=none,psum=none,seed=3,smoke")) is None
+    spec = spec_from_options(parse_options("psum=none"))
+    assert spec is not None and spec["adc"] is None
+    assert CIMSpec.from_dict(spec) == CIMSpec(adc=None)
+
+
+def test_every_option_sets_its_field_and_only_that() -> None:
+    """Against the specification's defaults, which the options repeat."""
+    usual = CIMSpec().to_dict()
+    assert spec_from_options(parse_options(None)) == usual
+    for text, field, value in [
+        ("weight=layer", "weight.granularity", "layer"),
+        ("psum=array", "adc.granularity", "array"),
+        ("act_bits=3", "activation.bits", 3),
+        ("slice_bits=1", "activation.slice_bits", 1),
+        ("weight_bits=5", "weight.bits", 5),
+        ("cell_bits=3", "weight.cell_bits", 3),
+        ("adc_bits=1.5", "adc.bits", 1.5),
+        ("rows=256", "array.rows", 256),
+        ("columns=64", "array.columns", 64),
+        ("active_rows=32", "array.active_rows", 32),
+        ("tiling=im2col", "array.tiling", "im2col"),
+        ("encoding=offset", "weight.encoding", "offset"),
+        ("signed_cells=ideal", "weight.signed_cells", "ideal"),
+        ("step_per_plane", "weight.step_per_plane", True),
+        ("offset", "adc.offset", True),
+        ("adc_step=power_of_two", "adc.step", "power_of_two"),
+    ]:
+        group, name = field.split(".")
+        changed = usual | {group: usual[group] | {name: value}}
+        assert spec_from_options(parse_options(text)) == changed, text
+
+
+def typed_options() -> st.SearchStrategy[str]:
+    """Option strings that parse: some of the options, each with a value that it allows."""
+
+    def value(option: Option) -> st.SearchStrategy[str]:
+        texts: list[st.SearchStrategy[str]] = []
+        for one in option.allowed:
+            if one is bool:
+                texts.append(st.sampled_from([option.name, f"{option.name}=true", f"{option.name}=false"]))
+            else:
+                number = st.integers(0, 200).map(str) if one is int else st.just("none" if one is None else str(one))
+                texts.append(number.map(lambda text: f"{option.name}={text}"))
+        return st.one_of(texts)
+
+    some = st.lists(st.sampled_from(CIM_OPTIONS), unique_by=lambda option: option.name)
+    return some.flatmap(lambda options: st.tuples(*map(value, options))).map(",".join)
+
+
+@hypothesis.given(typed_options())
+def test_options_give_a_valid_specification_or_one_line_about_options(argument: str) -> None:
+    try:
+        options = parse_options(argument)
+        spec = spec_from_options(options)
+    except OptionError as error:
+        assert "\n" not in str(error)
+        # The two names that are values, or fields without an option, as the specification writes them.
+        assert set(re.findall(r"`(\w+)", str(error))) <= {*NAMES, "signed"}
+        return
+    assert (spec is None) == (options.weight is None)
+    if spec is not None:
+        assert CIMSpec.from_dict(json.loads(json.dumps(spec))).to_dict() == spec
+
+
+@hypothesis.given(st.text() | st.lists(st.text(), max_size=4).map(",".join) | st.sampled_from(NAMES).map("{}=".format))
+def test_any_other_text_is_refused_in_one_way(argument: str) -> None:
+    try:
+        parse_options(argument)
+    except OptionError as error:
+        assert str(error)
+
+
+def test_the_help_names_every_option() -> None:
+    lines = describe_options().splitlines()
+    assert all(any(line.startswith((f"  {name}=", f"  {name} ")) for line in lines) for name in NAMES)
+    assert max(map(len, lines)) < 100
+
+
+# What every model has beside its name is its own.
+FIELDS: dict[str, Any] = {
+    "seed": int,
+    "dataset": str,
+    "data_dir": str,
+    "model.name": str,
+    "rules": tuple,
+    "batch_size": int,
+    "epochs": float,
+    "warmup_epochs": float,
+    "optimizer.name": str,
+    "optimizer.learning_rate": float,
+    "optimizer.momentum": float,
+    "optimizer.nesterov": bool,
+    "optimizer.weight_decay": float,
+    "optimizer.step_factor": float,
+    "label_smoothing": float,
+    "augment.shift": int,
+    "augment.flip": bool,
+    "eval_batch_size": int,
+    "calibration_images": int,
+    "steps_per_dispatch": int,
+    "checkpoint_epochs": float,
+}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("options", ["", ":smoke", ":weight=none", ":weight=layer,psum=array,adc_bits=2,seed=3"])
+def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.Path, options: str) -> None:
+    config = load_config(f"{file}{options}")
+    assert config.is_locked
+    assert {name: type(config[name]) for name in FIELDS} == FIELDS
+    groups = {name.partition(".")[0] for name in FIELDS}
+    assert set(config) == groups | {"spec"}
+    assert all(f"{group}.{name}" in FIELDS for group in ("optimizer", "augment") for name in config[group])
+    assert (config.spec is None) == (options == ":weight=none")
+    json.loads(config.to_json())
+
+
+def test_the_digits_config_is_the_documented_network() -> None:
+    spec = CIMSpec.from_dict(load_config(str(CONFIGS / "digits.py")).spec.to_dict())
+    assert (spec.activation.bits, spec.weight.bits, spec.weight.cell_bits, spec.adc and spec.adc.bits) == (3, 3, 1, 3)
+    assert (spec.array.rows, spec.array.columns) == (64, 64)
+    assert spec.weight.granularity == Granularity.COLUMN == (spec.adc and spec.adc.granularity)
