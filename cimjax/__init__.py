@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cimjax.nn.calibrate import calibrate
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, VariationSpec, WeightSpec
+    from cimjax.training.evaluate import evaluate, load
+    from cimjax.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,8 @@ _HOMES = {
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
     "cimjax.nn.calibrate": ("calibrate",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
+    "cimjax.training.loop": ("train",),
+    "cimjax.training.evaluate": ("load", "evaluate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -50,6 +54,9 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "fake_quantize",
     "LayerCost",
     "layer_cost",
+    "train",
+    "load",
+    "evaluate",
 ]
 
 

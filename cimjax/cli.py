@@ -57,8 +57,10 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workdir is not None:
         _check_folder(arguments.workdir)
+    from cimjax.training.cache import keep_compiled_programs
     from cimjax.training.loop import train
 
+    keep_compiled_programs()
     workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
     try:
         print(f"run folder: {workdir}", flush=True)
@@ -82,6 +84,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     else:
         values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values())
         print("  ".join(f"{name} {value}" for name, value in zip(result, values, strict=True)))
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from cimjax.analysis import sweep
+    from cimjax.training.config_file import load_config
+
+    axes = sweep.parse_axes(arguments.over)
+    load_config(arguments.config, arguments.overrides)  # says what is wrong before the first run
+    fields = [str(override) for override in arguments.overrides]
+    rows = sweep.sweep(arguments.config, axes, arguments.workdir, jobs=arguments.jobs, fields=fields)
+    print(sweep.show(sweep.table(rows, axes), [name for name in axes if name != "seed"]))
+    print(f"all runs: {sweep.save(rows, arguments.workdir)}")
 
 
 def _data_prepare(arguments: argparse.Namespace) -> None:
@@ -124,6 +138,22 @@ _COMMANDS = {
             "--data_dir": {"metavar": "DIR", "help": "$TFDS_DATA_DIR or ~/tensorflow_datasets if not given"},
         },
         _data_prepare,
+    ),
+    "sweep": Command(
+        "train every combination of some options, and print the table of accuracies",
+        "cimjax sweep --config configs/digits.py:adc_bits=2 --over weight=layer,column --workdir runs/two",
+        {
+            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "what to train"},
+            "--over": {
+                "action": "append",
+                "required": True,
+                "metavar": "OPTION=A,B",
+                "help": "an option and its values",
+            },
+            "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
+            "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
+        },
+        _sweep,
     ),
     "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
 }

@@ -43,6 +43,6 @@ def adc_health(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Hea
     margin = np.where((np.asarray(size) == 2) & (np.asarray(q_min) == -1), 1.0, 0.5)
     beyond = (u < q_min - margin) | (u > q_max + margin)
     codes = lsq.quantize(psums, step, (q_min, q_max, size), offset, half_up=True)
-    values = np.arange(np.min(q_min), np.max(q_max) + 1, dtype=np.float32)
+    values = np.arange(int(np.min(np.asarray(q_min))), int(np.max(np.asarray(q_max))) + 1, dtype=np.float32)
     used = jax.lax.map(lambda value: jnp.any(codes == value, axis=(0, 1)), jnp.asarray(values))
     return Health(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(used, axis=0, dtype=jnp.float32)))

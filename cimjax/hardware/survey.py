@@ -61,7 +61,7 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         result = call(*given, **named)
         module = context.module
         if context.method_name == "__call__" and isinstance(module, CIMConv | CIMDense | nn.Conv | nn.Dense):
-            kernel = module.get_variable("params", "kernel").shape
+            kernel: tuple[int, ...] = module.get_variable("params", "kernel").shape
             spatial = result.shape[1:-1] if len(kernel) > 2 else ()
             spec = getattr(module, "spec", None)
             found.append(Layer("/".join(module.path), kernel, spatial, spec, module.use_bias))

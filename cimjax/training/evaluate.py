@@ -32,7 +32,10 @@ class Evaluator:
         images = np.concatenate([split.images, np.zeros((padding, *split.images.shape[1:]), np.uint8)])
         labels = np.concatenate([split.labels, np.zeros(padding, np.int32)]).astype(np.int32)
         self.batches = [
-            (Images(jnp.asarray(images[i : i + size]), jnp.asarray(labels[i : i + size])), jnp.asarray(real[i : i + size]))
+            (
+                Images(jnp.asarray(images[i : i + size]), jnp.asarray(labels[i : i + size])),
+                jnp.asarray(real[i : i + size]),
+            )
             for i in range(0, len(images), size)
         ]
         self.step = experiment.devices.spread_batch(experiment.stepper.evaluate)

@@ -69,27 +69,26 @@ class Experiment:
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-
-        @jax.jit
-        def init(key: Array, images: Array) -> TrainState:
-            keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
-            variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
-            params, batch_stats = variables["params"], variables.get("batch_stats", {})
-            return TrainState(
-                step=jnp.int32(0),
-                failed_at=jnp.int32(-1),
-                params=params,
-                batch_stats=batch_stats,
-                opt_state=self.optimizer.init(params),
-                # Copies: the state is donated to every step, and no buffer may be donated twice.
-                first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
-            )
-
-        return init(self.stepper.key, self.calibration_images())
+        return jax.jit(self._init)(self.stepper.key, self.calibration_images())
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
-        return jax.eval_shape(self.first_state)
+        images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), jnp.float32)
+        return jax.eval_shape(self._init, self.stepper.key, images)
+
+    def _init(self, key: Array, images: Array) -> TrainState:
+        keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
+        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(
+            step=jnp.int32(0),
+            failed_at=jnp.int32(-1),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=self.optimizer.init(params),
+            # Copies: the state is donated to every step, and no buffer may be donated twice.
+            first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
+        )
 
     def _without_axis(self) -> dict[str, Any]:
         # Initialisation runs outside the mapped axis.

@@ -1,4 +1,4 @@
-"""The run: from the first state or a checkpoint to the last epoch, with what is measured, saved and shown on the way."""
+"""The run: from the first state or a checkpoint to the last epoch; what is measured, saved and shown on the way."""
 
 from __future__ import annotations
 
@@ -135,9 +135,7 @@ class _Run:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here."""
         experiment, total = self.experiment, self.experiment.total_steps
         epoch = step // experiment.steps_per_epoch
-        order = experiment.devices.put(
-            order_of_epoch(experiment.stepper.key, epoch, len(experiment.dataset.train))
-        )
+        order = experiment.devices.put(order_of_epoch(experiment.stepper.key, epoch, len(experiment.dataset.train)))
         pending: list[dict[str, jax.Array]] = []
         looked, first = time.monotonic(), step
         while step < end:
@@ -221,6 +219,8 @@ class _Run:
         moved = movement(jax.device_get(state.first_steps), jax.device_get(stored_steps(state.params)))
         found = self._look_at_adcs(state, step, show=False)
         result = Result(last["accuracy"], self.best, last["loss"], step, mean_movement(moved), self.folder.path)
+        summary = {"accuracy": result.accuracy, "best_accuracy": result.best_accuracy, "moved": result.moved}
+        self.folder.log({"step": step, "split": "result", **summary})
         self.display.finish(final_rows(result), step_rows(self.experiment, moved, found))
         for message in warnings(found, self.experiment.codes, result.moved):
             self.display.warn(message)

@@ -27,7 +27,8 @@ def describe_run(experiment: Experiment, folder: Path) -> dict[str, Any]:
             "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
             f"{config.optimizer.name} at {config.optimizer.learning_rate:g}",
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
-            "devices": f"{devices.count} x {devices.platform}" + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
+            "devices": f"{devices.count} x {devices.platform}"
+            + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
             "run folder": str(folder),
         },
     }

@@ -143,11 +143,9 @@ class Stepper:
         Args:
           real: (N,) bool, False at padding.
         """
-        logits = self.model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            self.normalise(data.pixels),
-            rngs={"variation": jax.random.fold_in(self.key, 1)},
-        ).astype(jnp.float32)
+        variables = {"params": params, "batch_stats": batch_stats}
+        rngs = {"variation": jax.random.fold_in(self.key, 1)}
+        logits = jnp.asarray(self.model.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
         right = jnp.argmax(logits, -1) == data.labels
         return {"correct": jnp.sum(right & real), "loss": jnp.sum(jnp.where(real, loss, 0.0))}

@@ -1,0 +1,1 @@
+"""Experiments: they train and evaluate, and make tables."""

@@ -1,0 +1,26 @@
+"""Compiled programs kept on disk, so that the second start of a run begins at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None:
+    """Turn on JAX's persistent compilation cache, unless the user has set one or turned it off.
+
+    Args:
+      folder: where to keep programs; `$XDG_CACHE_HOME/cimjax` or `~/.cache/cimjax` if not given. A folder that
+        cannot be written is no error: programs are then compiled anew.
+    """
+    if jax.config.jax_compilation_cache_dir or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    chosen = Path(folder) if folder is not None else home / "cimjax"
+    with contextlib.suppress(OSError):
+        chosen.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(chosen))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,0 +1,311 @@
+"""Training end to end, on the real digits, with real optimizers, checkpoints and processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cimjax
+from cimjax.data import Dataset, load
+from cimjax.training.config_file import load_config
+from cimjax.training.evaluate import Evaluator
+from cimjax.training.experiment import build
+from cimjax.training.optimizer import kind_of, learning_rate, make_optimizer, total_steps
+from cimjax.training.run_folder import RunFolderError, read_records
+from cimjax.training.step import augment, order_of_epoch
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "digits.py")
+
+
+def config(options: str = "smoke", **fields: Any) -> Any:
+    chosen = load_config(f"{CONFIG}:{options}" if options else CONFIG, [])
+    with chosen.unlocked():
+        chosen.model.width = 4
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                chosen[name].update(value)
+            else:
+                chosen[name] = value
+    return chosen
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if "second" not in key} for record in records]
+
+
+def quiet() -> Any:
+    from cimjax.training.display import Display
+
+    return Display(stream=open(os.devnull, "w"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    return folder, cimjax.train(config(epochs=4.0), workdir=folder, display=quiet())
+
+
+def test_a_run_learns_and_leaves_its_records(trained: tuple[Path, Any]) -> None:
+    folder, result = trained
+    records = read_records(folder)
+    tests = [record for record in records if record["split"] == "test"]
+    trains = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in tests] == [22, 44, 66, 88]
+    assert trains[-1]["loss"] < 0.7 * trains[0]["loss"]
+    assert result.best_accuracy == max(record["accuracy"] for record in tests) > 0.3
+    assert {"psum_moved", "weight_moved", "activation_moved", "psum_gradient_ratio"} <= set(trains[-1])
+    assert all(value > 0 for value in result.moved.values())
+    health = [record for record in records if record["split"] == "health"]
+    assert {record["layer"] for record in health} == {"conv1", "conv2", "conv3"}
+    assert all(0 <= record["saturated"] <= 1 and 1 <= record["codes_used"] <= 8 for record in health)
+    saved = json.loads((folder / "config.json").read_text())
+    assert cimjax.CIMSpec.from_dict(saved["spec"]).adc.bits == 3
+    assert (folder / "versions.json").exists()
+
+
+def test_a_run_can_be_loaded_and_evaluated(trained: tuple[Path, Any]) -> None:
+    folder, result = trained
+    model, variables, spec = cimjax.load(folder)
+    assert spec == cimjax.CIMSpec.from_dict(config().spec.to_dict())
+    digits = load("digits")
+    images = (digits.test.images / 255 - digits.mean) / digits.std
+    logits = model.apply(variables, jnp.asarray(images, jnp.float32))
+    accuracy = float(np.mean(np.argmax(logits, -1) == digits.test.labels))
+    assert accuracy == pytest.approx(result.best_accuracy)
+    assert cimjax.evaluate(folder)["accuracy"] == pytest.approx(result.best_accuracy)
+    last = cimjax.evaluate(folder, which="last")
+    assert (last["accuracy"], last["images"], last["step"]) == (pytest.approx(result.accuracy), 360, 88)
+    # A trained network gives an image the same logits whatever its neighbours are.
+    apply = jax.jit(model.apply)
+    few = apply(variables, jnp.asarray(images[:8], jnp.float32))
+    other = np.concatenate([images[:4], -3 * images[4:8]]).astype(np.float32)
+    chex.assert_trees_all_equal(few[:4], apply(variables, jnp.asarray(other))[:4])
+
+
+def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any]) -> None:
+    folder, result = trained
+    before = read_records(folder)
+    again = cimjax.train(config(epochs=4.0), workdir=folder, display=quiet())
+    assert (again.accuracy, again.best_accuracy, again.steps) == (result.accuracy, result.best_accuracy, 88)
+    tests = [record for record in read_records(folder) if record["split"] == "test"]
+    assert tests == [record for record in before if record["split"] == "test"]
+    with pytest.raises(RunFolderError, match=r"holds a run of other options \(batch_size: 64 -> 32\)"):
+        cimjax.train(config(epochs=4.0, batch_size=32), workdir=folder, display=quiet())
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", "--config", "configs/digits.py:smoke", "--workdir", str(folder)]
+    command += ["--config.epochs=6.0", "--config.model.width=4", *more]
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder.parent / "cache")}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_epoch(folder: Path, epoch: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (folder / "metrics.jsonl").exists() and any(
+            record.get("epoch") == epoch and record["split"] == "test" for record in read_records(folder)
+        ):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"epoch {epoch} was not seen: {process.communicate()}")
+
+
+def test_a_run_killed_or_stopped_at_any_time_ends_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output, error = start(whole).communicate()
+    assert "test accuracy" in output and not error, error
+    for end, epoch in ((signal.SIGKILL, 1), (signal.SIGINT, 2), (signal.SIGTERM, 4)):
+        process = start(cut)
+        wait_for_epoch(cut, epoch, process)
+        process.send_signal(end)
+        output, error = process.communicate()
+        if end == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+            continue
+        assert "Traceback" not in error
+        assert f"saved: the same command with --workdir {cut} goes on" in error
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 1}[end]
+    output, error = start(cut).communicate()
+    assert "resumed after step" in output and not error, error
+    same = [record for record in without_times(read_records(cut)) if record["split"] != "health"]
+    assert same == [record for record in without_times(read_records(whole)) if record["split"] != "health"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_layer(tmp_path: Path) -> None:
+    wild = config(optimizer={"learning_rate": 1e30, "step_factor": 0.0}, warmup_epochs=0.0)
+    with pytest.raises(ValueError, match=r"Step \d+: the loss or a gradient is not finite \(.*(conv|stem|BatchNorm)"):
+        cimjax.train(wild, workdir=tmp_path / "run", display=quiet())
+
+
+PARALLEL = """
+import os, sys
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
+import json, jax, cimjax
+from cimjax.training.config_file import load_config
+from cimjax.training.display import Display
+config = load_config(sys.argv[2] + ":smoke", [])
+with config.unlocked():
+    config.model.width, config.epochs = 4, 1.0
+    config.augment.shift = 1
+assert len(jax.devices()) == int(sys.argv[1])
+result = cimjax.train(config, workdir=sys.argv[3], display=Display(stream=open(os.devnull, "w")))
+print(json.dumps([result.accuracy, result.loss]))
+"""
+
+
+def test_several_devices_give_the_result_of_one(tmp_path: Path) -> None:
+    results = {}
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        done = subprocess.run(
+            [sys.executable, "-c", PARALLEL, str(count), CONFIG, str(folder)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        results[count] = [record for record in read_records(folder) if record["split"] == "train"][-1]
+    for name in ("loss", "accuracy"):
+        assert results[4][name] == pytest.approx(results[1][name], rel=2e-3), name
+
+
+class OwnNet(nn.Module):
+    """A network of the caller's own, without batch normalisation or an axis name."""
+
+    spec: cimjax.CIMSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(cimjax.CIMConv(6, (3, 3), strides=(2, 2), spec=self.spec)(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+def test_own_networks_and_own_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    images = (rng.integers(0, 60, (200, 6, 6, 2)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    data = Dataset.from_arrays("own", images[:150], labels[:150], images[150:], labels[150:])
+    signed = cimjax.ActivationSpec(bits=4, signed=True)
+    net = OwnNet(cimjax.CIMSpec(activation=signed, array=cimjax.ArraySpec(rows=16, tiling="im2col")))
+    own = config(epochs=8.0, batch_size=16, eval_batch_size=16, augment={"flip": True})
+    result = cimjax.train(own, workdir=tmp_path / "run", model=net, dataset=data, display=quiet())
+    assert result.accuracy > 0.9
+    model, variables, _ = cimjax.load(tmp_path / "run", model=net, dataset=data)
+    assert model == net and "CIMConv_0" in variables["params"]
+
+
+def test_evaluation_counts_every_image_once() -> None:
+    experiment = build(config(eval_batch_size=100))
+    state = experiment.first_state()
+    evaluator = Evaluator(experiment, experiment.dataset.test)
+    found = evaluator(state.params, state.batch_stats)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = experiment.stepper.normalise(jnp.asarray(experiment.dataset.test.images))
+    logits = np.asarray(experiment.model.apply(variables, images), np.float64)
+    labels = experiment.dataset.test.labels
+    assert found["accuracy"] == np.mean(logits.argmax(-1) == labels)
+    log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    assert found["loss"] == pytest.approx(np.mean(log_sum - logits[np.arange(360), labels]), rel=1e-5)
+
+
+def test_decay_touches_kernels_only_and_steps_have_their_own_rate() -> None:
+    for name in ("sgd", "adamw"):
+        chosen = config(optimizer={"name": name, "weight_decay": 0.5, "step_factor": 0.25, "learning_rate": 0.1})
+        optimizer = make_optimizer(chosen, 1437)
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), build(chosen).abstract_state().params)
+        zero = jax.tree.map(jnp.zeros_like, params)
+        one = jax.tree.map(jnp.ones_like, params)
+        state = optimizer.init(params)
+        # The first step of the warm-up has rate 0; look at the second.
+        _, state = optimizer.update(zero, state, params)
+        by_decay, _ = optimizer.update(zero, state, params)
+        _, fresh = optimizer.update(zero, optimizer.init(zero), zero)
+        by_gradient, _ = optimizer.update(one, fresh, zero)
+        for (path, change), step in zip(
+            jax.tree_util.tree_flatten_with_path(by_decay)[0], jax.tree.leaves(by_gradient), strict=True
+        ):
+            assert bool(jnp.any(change != 0)) == (kind_of(path) == "kernel"), path
+            expected = 0.25 if kind_of(path) == "step" else 1.0
+            reference = by_gradient["classifier"]["bias"][0]
+            np.testing.assert_allclose(np.asarray(step), expected * reference, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"`config.optimizer.name` is 'adam'; allowed: sgd, adamw"):
+        make_optimizer(config(optimizer={"name": "adam"}), 1437)
+
+
+def test_the_rate_warms_up_and_falls_to_zero_over_derived_steps() -> None:
+    chosen = config("", epochs=10.0, warmup_epochs=2.0)
+    total = total_steps(chosen, 1437)
+    rate = learning_rate(chosen, 1437)
+    assert total == 220
+    assert float(rate(0)) == 0 and float(rate(44)) == pytest.approx(chosen.optimizer.learning_rate)
+    assert float(rate(total)) == pytest.approx(0, abs=1e-9)
+    assert float(rate(132)) == pytest.approx(chosen.optimizer.learning_rate / 2, rel=1e-3)
+    with pytest.raises(ValueError, match=r"`config.epochs` is 0.0"):
+        total_steps(config(epochs=0.0), 1437)
+    with pytest.raises(ValueError, match=r"`config.batch_size` is 2000; give 1 to 1437"):
+        total_steps(config(batch_size=2000), 1437)
+
+
+def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
+    key = jax.random.key(5)
+    one, two = order_of_epoch(key, 1, 50), order_of_epoch(key, 2, 50)
+    assert sorted(one.tolist()) == list(range(50)) and one.tolist() != two.tolist()
+    chex.assert_trees_all_equal(order_of_epoch(key, 1, 50), one)
+    pixels = np.random.default_rng(0).integers(1, 255, (30, 8, 8, 1)).astype(np.uint8)
+    keys = jax.random.split(key, 30)
+    moved = np.asarray(augment(jnp.asarray(pixels), keys, 2, True))
+    chex.assert_trees_all_equal(moved, np.asarray(augment(jnp.asarray(pixels), keys, 2, True)))
+    shifts = set()
+    for before, after in zip(pixels, moved, strict=True):
+        padded = np.pad(before, ((2, 2), (2, 2), (0, 0)))
+        found = [
+            (row, column, flip)
+            for row in range(5)
+            for column in range(5)
+            for flip in (False, True)
+            if np.array_equal(padded[row : row + 8, column : column + 8][:, :: -1 if flip else 1], after)
+        ]
+        assert len(found) == 1
+        shifts.add(found[0])
+    assert len(shifts) > 15
+    chex.assert_trees_all_equal(augment(jnp.asarray(pixels), keys, 0, False), pixels)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"model": {"name": "smal"}}, r"`model.name` is 'smal' \(did you mean 'small'\?\)"),
+        ({"model": {"widht": 3}}, r"`model.widht` is no option of 'small' \(did you mean 'width'\?\)"),
+        ({"dataset": "digit"}, r"unknown dataset 'digit'"),
+        ({"rules": (("conv[", None),)}, r"`rules` has the pattern 'conv\['"),
+        ({"rules": (("conv1",),)}, r"give pairs of a path pattern and a specification"),
+        ({"batch_size": 0}, r"`config.batch_size` is 0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(config(**fields))
+
+
+def test_rules_change_single_layers() -> None:
+    eight = cimjax.CIMSpec(adc=None, weight=cimjax.WeightSpec(bits=8)).to_dict()
+    experiment = build(config(rules=(("conv2", None), ("stem|classifier", eight))))
+    specs = {layer.name: layer.spec for layer in experiment.layers}
+    assert specs["conv2"] is None
+    assert specs["stem"].weight.bits == specs["classifier"].weight.bits == 8
+    assert specs["conv1"] == specs["conv3"] == experiment.spec
+    assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
