@@ -102,8 +102,8 @@ class ActivationSpec(Spec):
     signed: bool = False
     # Bits that the DAC drives in one cycle; None drives the whole code at once. Not for 1 and 1.5 bits.
     slice_bits: int | None = None
-    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step.
-    gradient_factor: float = 1.0
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
+    gradient_factor: float = 30.0
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)
@@ -150,8 +150,8 @@ class WeightSpec(Spec):
     signed_cells: SignedCells = SignedCells.PAIRED
     # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only.
     step_per_plane: bool = False
-    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step.
-    gradient_factor: float = 1.0
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
+    gradient_factor: float = 30.0
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 8, half=True)
@@ -233,8 +233,8 @@ class ADCSpec(Spec):
     range: ADCRange = ADCRange.AUTO
     # `fixed` only: the span of psums that the ladder covers, in units of one psum.
     full_scale: float | None = None
-    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step and of the offset.
-    gradient_factor: float = 1.0
+    # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step and of the offset; see `ActivationSpec`.
+    gradient_factor: float = 10.0
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)

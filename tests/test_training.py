@@ -212,7 +212,7 @@ def test_evaluation_counts_every_image_once() -> None:
     experiment = build(config(eval_batch_size=100))
     state = experiment.first_state()
     evaluator = Evaluator(experiment, experiment.dataset.test)
-    found = evaluator(state.params, state.batch_stats)
+    found = evaluator(state)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = experiment.stepper.normalise(jnp.asarray(experiment.dataset.test.images))
     logits = np.asarray(experiment.model.apply(variables, images), np.float64)

@@ -59,7 +59,7 @@ def cim_conv(
     Args:
       x: (N, H, W, C) real, quantized here with `steps.activation`; or `Codes`, quantized before.
       kernel: (kh, kw, C, O) real; any number of spatial axes.
-      steps: real steps > 0, float32, of the shapes that `core.steps.shapes` gives.
+      steps: real steps > 0, used in float32, of the shapes that `core.steps.shapes` gives (or with every size 1).
       spec: what to build.
       strides, padding, input_dilation, kernel_dilation: as for `flax.linen.Conv`; padded places are undriven rows.
       variation_key: the random key of the chip; needed with `spec.variation`.
@@ -71,6 +71,7 @@ def cim_conv(
       ValueError: for a kernel that does not fit the arrays, sums that float32 cannot hold exactly, channel counts that
         differ, codes of another specification, or a missing `variation_key`.
     """
+    steps = jax.tree.map(lambda step: jnp.asarray(step, jnp.float32), steps)
     inputs = quantize_activation(x, steps.activation, spec.activation)
     kernel = jnp.asarray(kernel)
     if inputs.codes.shape[-1] != kernel.shape[-2]:
@@ -148,7 +149,12 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
     tiled = tile_kernel(kernel, tiling)
     per_plane = jnp.moveaxis(expand_weight(step, tiling), 1, 0)
     per_plane = jnp.expand_dims(per_plane, (*range(1, 1 + len(tiling.kernel_size)), -2))
-    return lsq.quantize(tiled, per_plane if spec.weight.step_per_plane else per_plane[0], spec.weight.code_range)
+    if spec.weight.step_per_plane:
+        # One step for all planes still quantizes once for each, as `encode` expects.
+        step = jnp.broadcast_to(per_plane, (len(spec.weight.planes), *per_plane.shape[1:]))
+    else:
+        step = per_plane[0]
+    return lsq.quantize(tiled, step, spec.weight.code_range)
 
 
 def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:

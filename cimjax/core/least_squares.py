@@ -66,13 +66,13 @@ def fit(
     """
     adc = spec.adc
     assert adc is not None
-    problem = _Problem(values, weight, codes, grouping, spec)
+    problem = _Problem(values.astype(jnp.float32), weight.astype(jnp.float32), codes, grouping, spec)
     shape = jax.eval_shape(grouping.largest, jax.ShapeDtypeStruct(values.shape[2:], jnp.float32)).shape
-    start = _Ladder(jnp.full(shape, jnp.inf), jnp.ones(shape), jnp.zeros(shape))
+    start = _Ladder(*(jnp.full(shape, value, jnp.float32) for value in (jnp.inf, 1.0, 0.0)))
     search = problem.search_with_offset if adc.offset else problem.search
     best = jax.lax.fori_loop(0, REFINEMENTS, lambda _, ladder: problem.refine(ladder), search(start))
     silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) == 0
-    step = jnp.where(silent, problem.allowed(jnp.ones(shape)), best.step)
+    step = jnp.where(silent, problem.allowed(start.step), best.step)
     return step, jnp.where(silent, 0.0, best.offset) if adc.offset else None
 
 
@@ -93,10 +93,16 @@ class _Problem:
         return self.grouping.total(jnp.sum(jnp.broadcast_to(elements, self.values.shape), axis=(0, 1)))
 
     def allowed(self, step: Array) -> Array:
-        """The nearest step that the ADC may have; below 1 only for one bit, since partial sums are integers."""
+        """The nearest step that the ADC may have; below 1 only for one bit, since partial sums are integers.
+
+        Two levels around an offset lie at least 1 apart, as a step or as two (signed codes): smaller steps fit only
+        groups of one value, whose offset would be too many steps to be stored. Without an offset a mean magnitude
+        may be as small as it likes.
+        """
         if self.adc.step == StepKind.FIXED:
             return jnp.full_like(step, fixed_step(self.spec))
-        step = jnp.maximum(step, 1.0 if self.adc.bits > 1 else 1e-6)
+        smallest = 1.0 if self.adc.bits > 1 else 0.5 if self.adc.offset else 1e-6
+        step = jnp.maximum(step, smallest)
         return lsq.nearest_power_of_two(step) if self.adc.step == StepKind.POWER_OF_TWO else step
 
     def keep_better(self, best: _Ladder, step: Array, offset: Array) -> _Ladder:
@@ -138,8 +144,9 @@ class _Problem:
 
         places = [(place, True) for place in ACROSS] + [(place, False) for place in AROUND]
         grid = [(scale, *place) for scale, place in itertools.product(SCALES, places)]
-        scales, positions, across = (jnp.asarray(column) for column in zip(*grid, strict=True))
-        return jax.lax.scan(visit, start, (scales, positions, across))[0]
+        scales, positions, across = zip(*grid, strict=True)
+        candidates = jnp.asarray(scales, jnp.float32), jnp.asarray(positions, jnp.float32), jnp.asarray(across)
+        return jax.lax.scan(visit, start, candidates)[0]
 
     def refine(self, best: _Ladder) -> _Ladder:
         """The ladder that fits the present codes best (linear regression of values on codes), if it is better."""

@@ -202,7 +202,9 @@ def _offset_in_limits_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tupl
 @jax.custom_jvp
 def nearest_power_of_two(step: Array) -> Array:
     """The step rounded to a power of two, `2^rint(log2(step))`, with a straight-through gradient on its logarithm."""
-    return jnp.exp2(jnp.rint(jnp.log2(step)))
+    # Not `exp2`, which XLA computes as an exponential: off by a bit from 2^13 on.
+    exponent = jnp.rint(jnp.log2(step))
+    return jnp.where(jnp.isnan(step), step, jnp.ldexp(jnp.ones_like(step), exponent.astype(jnp.int32)))
 
 
 @nearest_power_of_two.defjvp
@@ -221,7 +223,8 @@ def scale_gradient(x: Array, factor: ArrayLike) -> Array:
 @scale_gradient.defjvp
 def _scale_gradient_jvp(primals: tuple[Array, ArrayLike], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     x, factor = primals
-    return x, tangents[0] * factor
+    # A float32 factor must not widen the gradient of a bfloat16 parameter, nor narrow a float64 one.
+    return x, (tangents[0] * factor).astype(tangents[0].dtype)
 
 
 def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:

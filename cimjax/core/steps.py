@@ -6,7 +6,6 @@ steps is in `cimjax.core.lsq`; their starting values are in `cimjax.core.start`.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +106,7 @@ def max_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Ar
 
 
 def require_shapes(steps: Steps, tiling: Tiling, spec: CIMSpec) -> None:
-    """Check that a layer has the steps that it needs, each of its shape or of size 1.
+    """Check that a layer has the steps that it needs, each of its shape, or of as many axes, all of size 1.
 
     Raises:
       ValueError: naming the step, the shape got and the shape needed.
@@ -117,7 +116,7 @@ def require_shapes(steps: Steps, tiling: Tiling, spec: CIMSpec) -> None:
         if shape is None or (name == "activation" and step is None):
             continue
         got = None if step is None else np.shape(step)
-        if got is None or (got != shape and math.prod(got) != 1):
+        if got not in (shape, (1,) * len(shape)):
             raise ValueError(f"`steps.{name}` has shape {got}; the layer needs {shape} (see `core.steps.shapes`).")
 
 
@@ -149,7 +148,7 @@ def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size
     reference = None
     if shape.reference is not None:
         largest = max(codes.magnitude for codes in spec.reference_ranges)
-        reference = _factor(slices * output_size, largest, spec.adc.gradient_factor)
+        reference = _factor(np.full(1, slices * output_size), largest, spec.adc.gradient_factor)
     return Steps(
         activation=activation,
         weight=weight,
@@ -166,7 +165,8 @@ def activation_factor(input_size: int, spec: ActivationSpec) -> np.ndarray:
 
 
 def _factor(count: Any, magnitude: Any, constant: float) -> np.ndarray:
-    return np.asarray(constant / np.sqrt(np.asarray(count, np.float64) * magnitude), np.float32)
+    # A layer without outputs (an image smaller than the kernel) has no gradient, but neither a NaN.
+    return np.asarray(constant / np.sqrt(np.maximum(count, 1.0) * magnitude), np.float32)
 
 
 def _outputs_of_tile(tiling: Tiling) -> np.ndarray:
@@ -202,8 +202,9 @@ def real_steps(stored: Steps, factors: Steps, spec: CIMSpec) -> Steps:
       factors: from `gradient_factors`.
 
     Returns:
-      Real steps, > 0, and offsets in psum units.
+      Real steps, > 0, and offsets in psum units; float32, whatever the parameters are kept in.
     """
+    stored = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored)
 
     def learned(log_step: Array, factor: Any) -> Array:
         return lsq.step_from_log(lsq.scale_gradient(log_step, factor))

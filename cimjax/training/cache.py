@@ -16,7 +16,7 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None
       folder: where to keep programs; `$XDG_CACHE_HOME/cimjax` or `~/.cache/cimjax` if not given. A folder that
         cannot be written is no error: programs are then compiled anew.
     """
-    if jax.config.jax_compilation_cache_dir or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+    if jax.config.values["jax_compilation_cache_dir"] or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     chosen = Path(folder) if folder is not None else home / "cimjax"

@@ -20,11 +20,11 @@ def explain_failure(experiment: Experiment, state: TrainState, data: Images, ste
       data: the training images.
       step: the step that failed.
     """
-    config, stepper = experiment.config, experiment.stepper
+    config = experiment.config
     epoch, position = divmod(step, experiment.steps_per_epoch)
-    order = order_of_epoch(stepper.key, epoch, data.labels.shape[0])
+    order = order_of_epoch(experiment.key, epoch, data.labels.shape[0])
     chosen = order[position * config.batch_size : (position + 1) * config.batch_size]
-    keys = jax.random.split(jax.random.fold_in(stepper.key, step), config.batch_size)
+    keys = jax.random.split(jax.random.fold_in(experiment.key, step), config.batch_size)
     pixels = augment(data.pixels[chosen], keys, config.augment.shift, config.augment.flip)
     advice = "lower optimizer.learning_rate or optimizer.step_factor, or raise warmup_epochs"
     culprit = _first_layer(experiment, state, pixels) or _gradients(experiment, state, pixels, data.labels[chosen])
@@ -59,7 +59,7 @@ def _gradients(experiment: Experiment, state: TrainState, pixels: jax.Array, lab
     single = type(stepper)(
         _single_device_model(experiment), stepper.optimizer, stepper.config, stepper.mean, stepper.std
     )
-    gradient, _ = jax.grad(single.loss, has_aux=True)(state.params, state.batch_stats, pixels, labels)
+    gradient, _ = jax.grad(single.loss, has_aux=True)(state.params, state, pixels, labels)
     names = [
         "/".join(str(part.key) for part in path)
         for path, value in jax.tree_util.tree_flatten_with_path(gradient)[0]

@@ -40,9 +40,9 @@ class Evaluator:
         ]
         self.step = experiment.devices.spread_batch(experiment.stepper.evaluate)
 
-    def __call__(self, params: Any, batch_stats: Any) -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """`accuracy` (0 to 1) and mean `loss` over all images of the split."""
-        sums = [self.step(params, batch_stats, *batch) for batch in self.batches]
+        sums = [self.step(state, *batch) for batch in self.batches]
         correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
         return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
 
@@ -113,7 +113,6 @@ def evaluate(
 ) -> dict[str, Any]:
     """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
-    params, batch_stats = experiment.devices.put((state.params, state.batch_stats))
     evaluator = Evaluator(experiment, experiment.dataset.test)
-    found = evaluator(params, batch_stats)
+    found = evaluator(experiment.devices.put(state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}

@@ -42,6 +42,11 @@ class Experiment:
     stepper: Stepper
 
     @property
+    def key(self) -> Array:
+        """The key of the run's randomness."""
+        return jax.random.key(self.config.seed)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training images."""
         return steps_per_epoch(self.config, len(self.dataset.train))
@@ -62,25 +67,27 @@ class Experiment:
 
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
-        key = jax.random.fold_in(self.stepper.key, 4)
+        key = jax.random.fold_in(self.key, 4)
         count = min(self.config.calibration_images, len(self.dataset.train))
         chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
         return self.stepper.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-        return jax.jit(self._init)(self.stepper.key, self.calibration_images())
+        return jax.jit(self._init)(jnp.int32(self.config.seed), self.calibration_images())
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
         images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), jnp.float32)
-        return jax.eval_shape(self._init, self.stepper.key, images)
+        return jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.int32), images)
 
-    def _init(self, key: Array, images: Array) -> TrainState:
+    def _init(self, seed: Array, images: Array) -> TrainState:
+        key = jax.random.key(seed)
         keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
         variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
+            seed=seed,
             step=jnp.int32(0),
             failed_at=jnp.int32(-1),
             params=params,

@@ -116,7 +116,7 @@ class _Run:
             state, step = self._epoch(state, step, end)
             last = self._after_epoch(state, step, epoch + 1, epochs, final=step == total)
         if not last:
-            last = self.evaluator(state.params, state.batch_stats)
+            last = self.evaluator(state)
         return self._finish(state, step, last)
 
     def _start(self) -> tuple[TrainState, int]:
@@ -135,7 +135,7 @@ class _Run:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here."""
         experiment, total = self.experiment, self.experiment.total_steps
         epoch = step // experiment.steps_per_epoch
-        order = experiment.devices.put(order_of_epoch(experiment.stepper.key, epoch, len(experiment.dataset.train)))
+        order = experiment.devices.put(order_of_epoch(experiment.key, epoch, len(experiment.dataset.train)))
         pending: list[dict[str, jax.Array]] = []
         looked, first = time.monotonic(), step
         while step < end:
@@ -178,7 +178,7 @@ class _Run:
         pending.clear()
 
     def _after_epoch(self, state: TrainState, step: int, epoch: int, epochs: int, *, final: bool) -> dict[str, float]:
-        test = self.evaluator(state.params, state.batch_stats)
+        test = self.evaluator(state)
         best = test["accuracy"] > self.best or self.checkpoints.latest_step() is None
         self.best = max(self.best, test["accuracy"])
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}

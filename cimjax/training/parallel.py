@@ -60,16 +60,16 @@ class Devices:
         return jax.jit(mapped, donate_argnums=donated)
 
     def spread_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile `step(params, batch_stats, *batch)`: the batch is split over devices, the results are summed."""
+        """Compile `step(state, *batch)`: the batch is split over devices, the results are summed."""
         if self.mesh is None:
             return jax.jit(step)
 
-        def summed(params: Any, batch_stats: Any, *batch: Any) -> Any:
-            return jax.lax.psum(step(params, batch_stats, *batch), AXIS)
+        def summed(state: Any, *batch: Any) -> Any:
+            return jax.lax.psum(step(state, *batch), AXIS)
 
-        def call(params: Any, batch_stats: Any, *batch: Any) -> Any:
-            specs = (P(), P(), *(P(AXIS) for _ in batch))
+        def call(state: Any, *batch: Any) -> Any:
+            specs = (P(), *(P(AXIS) for _ in batch))
             mapped = jax.shard_map(summed, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
-            return mapped(params, batch_stats, *batch)
+            return mapped(state, *batch)
 
         return jax.jit(call)

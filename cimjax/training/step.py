@@ -26,6 +26,7 @@ from cimjax.training.optimizer import is_kind
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes, and that a checkpoint holds.
 
+    seed: () int32, of all randomness; an argument, so that programs are the same for every seed.
     step: () int32, optimizer steps done.
     failed_at: () int32, the step whose loss or gradient was not finite, -1 while there is none; from then on the state
       no longer changes, so that the failure can be looked at.
@@ -33,6 +34,7 @@ class TrainState(flax.struct.PyTreeNode):
     first_steps: the stored steps and offsets as calibrated, by path.
     """
 
+    seed: Array
     step: Array
     failed_at: Array
     params: Any
@@ -63,11 +65,6 @@ class Stepper:
     std: tuple[float, ...]
     axis_name: str | None = None
 
-    @property
-    def key(self) -> Array:
-        """The key of the run's randomness."""
-        return jax.random.key(self.config.seed)
-
     def normalise(self, pixels: Array) -> Array:
         """Real images of uint8 pixels: zero mean and unit variance per channel."""
         mean, std = (np.asarray(value, np.float32) for value in (self.mean, self.std))
@@ -87,7 +84,7 @@ class Stepper:
         size = self.config.batch_size
         position = state.step % (data.labels.shape[0] // size)
         chosen = lax.dynamic_slice(order, (position * size,), (size,))
-        keys = jax.random.split(jax.random.fold_in(self.key, state.step), size)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), size)
         if self.axis_name is not None:
             share = size // lax.axis_size(self.axis_name)
             start = lax.axis_index(self.axis_name) * share
@@ -104,14 +101,15 @@ class Stepper:
             return state, jax.tree.map(lambda value: value[None], metrics)
         return lax.scan(lambda state, _: self.train(state, data, order), state, length=count)
 
-    def loss(self, params: Any, batch_stats: Any, pixels: Array, labels: Array) -> tuple[Array, tuple[Any, Array]]:
+    def loss(self, params: Any, state: TrainState, pixels: Array, labels: Array) -> tuple[Array, tuple[Any, Array]]:
         """Mean cross entropy of a batch in training mode; also the new batch statistics and the logits."""
+        key = jax.random.key(state.seed)
         logits, updated = self.model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": params, "batch_stats": state.batch_stats},
             self.normalise(pixels),
             train=True,
             mutable=["batch_stats"],
-            rngs={"variation": jax.random.fold_in(self.key, 1), "dropout": jax.random.fold_in(self.key, 2)},
+            rngs={"variation": jax.random.fold_in(key, 1), "dropout": jax.random.fold_in(key, state.step)},
         )
         smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing)
         mean = jnp.mean(optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth))
@@ -119,7 +117,7 @@ class Stepper:
 
     def _update(self, state: TrainState, pixels: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
-        (loss, (batch_stats, logits)), gradient = value_and_grad(state.params, state.batch_stats, pixels, labels)
+        (loss, (batch_stats, logits)), gradient = value_and_grad(state.params, state, pixels, labels)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
         if self.axis_name is not None:
             loss, accuracy, gradient = lax.pmean((loss, accuracy, gradient), self.axis_name)
@@ -137,14 +135,14 @@ class Stepper:
         )
         return state, metrics
 
-    def evaluate(self, params: Any, batch_stats: Any, data: Images, real: Array) -> dict[str, Array]:
+    def evaluate(self, state: TrainState, data: Images, real: Array) -> dict[str, Array]:
         """Sums over a batch of a split that is padded to whole batches: `correct` and `loss` of the `real` images.
 
         Args:
           real: (N,) bool, False at padding.
         """
-        variables = {"params": params, "batch_stats": batch_stats}
-        rngs = {"variation": jax.random.fold_in(self.key, 1)}
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        rngs = {"variation": jax.random.fold_in(jax.random.key(state.seed), 1)}
         logits = jnp.asarray(self.model.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
         right = jnp.argmax(logits, -1) == data.labels
