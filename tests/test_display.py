@@ -18,7 +18,8 @@ import pytest
 from cimjax.hardware.cost import layer_cost
 from cimjax.spec import ADCSpec, ArraySpec, CIMSpec, WeightSpec
 from cimjax.training import display as display_lib
-from cimjax.training.display import Display, LayerRow, count
+from cimjax.training.display import Display
+from cimjax.training.tables import LayerRow, count
 
 RECORD = {
     "train_loss": 0.51234,

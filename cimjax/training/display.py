@@ -8,85 +8,38 @@ row is broken. Nothing is measured, judged or stored here, and whatever happens 
 from __future__ import annotations
 
 import collections
-import contextlib
-import dataclasses
 import datetime
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
-from rich.box import SIMPLE
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cimjax.hardware.cost import LayerCost
+from cimjax.training.tables import (
+    LAYER_COLUMNS,
+    Column,
+    LayerRow,
+    Row,
+    count,
+    layer_row,
+    make_table,
+    show,
+    step_columns,
+    step_row,
+    totals_of,
+    width_of,
+)
+from cimjax.training.terminal import SPINNER, SafeStream, VisibleConsole, plain_width
 
 # Seconds between plain progress lines; a long run waits longer, this part of its time so far.
 _PLAIN_SECONDS, _PLAIN_PART = 15.0, 0.02
-# Width of plain output where neither COLUMNS nor a terminal tells it.
-_PLAIN_WIDTH = 120
-# What is used beyond ASCII, here and by rich, and what stands for it in a stream that cannot hold it.
-_TIMES, _SPINNER = "\N{MULTIPLICATION SIGN}", "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-_ASCII = str.maketrans("─━╸╺…" + _TIMES + _SPINNER, "-== .x" + r"|/-\|/-\|/")
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRow:
-    """One line of the table before training."""
-
-    # Path in the network: "conv1", "block2/conv1".
-    name: str
-    # "cim", or "full precision" for a layer that is not computed in arrays.
-    kind: str
-    # Shape of the kernel: (kh, kw, C, O) or (C, O).
-    kernel: tuple[int, ...]
-    # Spatial shape of the output; () for a dense layer.
-    output: tuple[int, ...]
-    # Bits as they are shown: "A3 W3/1 P3"; "-" in full precision.
-    bits: str
-    # What the layer takes on the chip; None in full precision.
-    cost: LayerCost | None
-    # Parameters of a layer in full precision; None counts the kernel alone.
-    parameters: int | None = None
-
-
-class _Column(NamedTuple):
-    """A column of a table; the one with the greatest `drop` is left out first, 0 stays."""
-
-    header: str
-    drop: int
-    legend: str = ""
-    style: str = ""
-
-
-# From header to text; "style" is that of the whole row, and what is absent is shown as "-".
-_Row = dict[str, str]
-
-_LAYER_COLUMNS = (
-    _Column("layer", 0),
-    _Column("kernel", 7),
-    _Column("output", 10),
-    _Column("tiles", 6, f"how the layer is cut: rows {_TIMES} columns of arrays"),
-    _Column("arrays", 1, "memory arrays that hold the layer"),
-    _Column("reads", 5, "times that a column is read, over its row tiles"),
-    _Column("cells\nused", 4, "part of all cells that holds weights"),
-    _Column("bits", 0, "A activations, W weights/per cell, P partial sums"),
-    _Column("conversions\nper image", 2, "partial sums that the ADCs digitise"),
-    _Column("multiplies\nper pixel", 3, "by scale factors, per output pixel"),
-    _Column("(paper's\ncount)", 8, "the same, as section III-B of the paper counts them", "dim"),
-    _Column("parameters", 9),
-)
-
-# What the numbers of a kind of step mean; "" for all others.
-_DRIFTS = {"offset": "mean |z - z0|, in steps of the ADC", "": "mean |log(s/s0)|, 0.01 is 1 %"}
 
 
 class Display:
@@ -103,12 +56,12 @@ class Display:
         if plain is None:
             plain = not stream.isatty() or os.environ.get("TERM") == "dumb"
         self._plain = plain
-        self._console = _Console(
-            file=cast(TextIO, _Stream(stream, strip=plain)),
+        self._console = VisibleConsole(
+            file=cast(TextIO, SafeStream(stream, strip=plain)),
             force_terminal=not plain,
             force_jupyter=False,
             color_system=None if plain else "auto",
-            width=_plain_width() if plain else None,
+            width=plain_width() if plain else None,
             markup=False,
             highlight=False,
             emoji=False,
@@ -129,8 +82,8 @@ class Display:
         self._facts(facts)
         if layers:
             several = any(layer.cost and layer.cost.read_groups != layer.cost.row_tiles for layer in layers)
-            columns = [column for column in _LAYER_COLUMNS if several or column.header != "reads"]
-            self._table(columns, [_layer_row(layer) for layer in layers], _totals(layers))
+            columns = [column for column in LAYER_COLUMNS if several or column.header != "reads"]
+            self._table(columns, [layer_row(layer) for layer in layers], totals_of(layers))
         self._console.print()
         self._bar.forget()
         self._begin = time.monotonic()
@@ -147,7 +100,7 @@ class Display:
 
     def resume(self, step: int, epoch: float) -> None:
         """Say that the run goes on after `step` steps, which are `epoch` epochs (a fraction too)."""
-        self.note(f"resumed after step {step:,} (epoch {_show(epoch)})")
+        self.note(f"resumed after step {step:,} (epoch {show(epoch)})")
         self._bar.forget()
 
     def progress(
@@ -178,11 +131,11 @@ class Display:
         best, get = bool(record.get("best")), record.get
         parts = [
             Text(f"epoch {epoch:>{len(str(epochs))}}/{epochs}"),
-            _labelled("test", f"{_show(get('test_accuracy'), '.2%'):>8}", "bold green" if best else "bold"),
+            _labelled("test", f"{show(get('test_accuracy'), '.2%'):>8}", "bold green" if best else "bold"),
             Text("best" if best else "    ", "green"),
-            _labelled("train", f"{_show(get('train_accuracy'), '.2%'):>8}"),
-            _labelled("loss", f"{_show(get('train_loss'), '.4f'):>7}"),
-            _labelled("lr", f"{_show(get('learning_rate')):>8}"),
+            _labelled("train", f"{show(get('train_accuracy'), '.2%'):>8}"),
+            _labelled("loss", f"{show(get('train_loss'), '.4f'):>7}"),
+            _labelled("lr", f"{show(get('learning_rate')):>8}"),
             Text(f"{count(get('images_per_second')):>6} images/s", "dim"),
         ]
         self._print(_fit(parts, self._console.width))
@@ -210,16 +163,11 @@ class Display:
         for step in steps:
             for kind, drift in step["drift"].items():
                 drifts.setdefault(kind, []).append(math.nan if drift is None else drift)
-        columns = [
-            _Column("layer", 0),
-            *(_Column(f"{kind}\nmoved", 3, _DRIFTS.get(kind, _DRIFTS[""])) for kind in drifts),
-            _Column("saturated", 1, "conversions beyond the ADC's outer codes"),
-            _Column("codes\nused", 0, "codes that a column gives, on average"),
-        ]
+        columns = step_columns(drifts)
         if steps:
-            self._table(columns, [_step_row(step) for step in steps], {})
+            self._table(columns, [step_row(step) for step in steps], {})
         self._console.print()
-        moved = ", ".join(f"{kind} {_show(sum(values) / len(values))}" for kind, values in drifts.items())
+        moved = ", ".join(f"{kind} {show(sum(values) / len(values))}" for kind, values in drifts.items())
         self._facts({**({"steps moved": moved} if moved else {}), **rows})
 
     def close(self) -> None:
@@ -248,11 +196,11 @@ class Display:
         for label, text in facts.items():
             self._print(Text.assemble((f"{label:<{width}}  ", "dim"), text))
 
-    def _table(self, columns: Sequence[_Column], rows: Sequence[_Row], totals: _Row) -> None:
+    def _table(self, columns: Sequence[Column], rows: Sequence[Row], totals: Row) -> None:
         """Print the columns that fit, what they mean, and which ones a wider terminal shows."""
         known = [column for column in columns if any(row.get(column.header, "-") != "-" for row in rows)]
         kept = list(known)
-        while _width(self._console, table := _table(kept, rows, totals)) > self._console.width:
+        while width_of(self._console, table := make_table(kept, rows, totals)) > self._console.width:
             least = max(kept, key=lambda column: column.drop)
             if least.drop == 0:
                 break
@@ -266,22 +214,6 @@ class Display:
         missing = [column.header.replace("\n", " ") for column in known if column not in kept]
         if missing:
             self._console.print(f"A wider terminal also shows: {', '.join(missing)}.", style="dim")
-
-
-def count(value: float | None) -> str:
-    """A number of things for a person; "-" for None.
-
-    >>> [count(value) for value in (None, 0.512, 12345, 269722, 1.2e6)]
-    ['-', '0.512', '12,345', '270 k', '1.2 M']
-    """
-    if value is None:
-        return "-"
-    if not math.isfinite(value) or (abs(value) < 100 and value != int(value)):
-        return f"{value:.3g}"
-    if abs(value) < 100_000:
-        return f"{value:,.0f}"
-    power = next((power for power in (1, 2, 3) if abs(value) < 999.5 * 1000**power), 4)
-    return f"{value / 1000**power:.3g} {' kMGT'[power]}"
 
 
 class _Bar:
@@ -309,12 +241,12 @@ class _Bar:
         if self._state is None:
             return [Text(f"preparing the first steps {_duration(time.monotonic() - self._begin)}")]
         step, total, epoch, loss, accuracy, speed = self._state
-        epochs = _show(round(epoch * total / step, 1) if step else None)
+        epochs = show(round(epoch * total / step, 1) if step else None)
         return [
             Text(f"epoch {epoch:>{len(epochs) + 2}.1f}/{epochs} {step / max(total, 1):>4.0%}"),
             Text(f"{_duration(self._seconds_left(step, total)):>7} left"),
-            _labelled("loss", f"{_show(loss, '.4f'):>7}"),
-            _labelled("accuracy", f"{_show(accuracy, '.1%'):>7}"),
+            _labelled("loss", f"{show(loss, '.4f'):>7}"),
+            _labelled("accuracy", f"{show(accuracy, '.1%'):>7}"),
             Text(f"{count(speed):>6} images/s", "dim"),
         ]
 
@@ -326,7 +258,7 @@ class _Bar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         head, *rest = self.parts()
-        spinner = _SPINNER[int(time.monotonic() * 10) % len(_SPINNER)]
+        spinner = SPINNER[int(time.monotonic() * 10) % len(SPINNER)]
         row: list[Text | ProgressBar] = [Text.assemble((spinner, "cyan"), " ", head)]
         if self._state is not None:
             step, total, *_ = self._state
@@ -339,100 +271,6 @@ class _Bar:
             grid.add_column(no_wrap=True)
         grid.add_row(*row)
         yield grid
-
-
-class _Console(Console):
-    def show_cursor(self, show: bool = True) -> bool:
-        """Leave it visible, always: a process that is killed could not bring it back."""
-        return False
-
-
-class _Stream:
-    """A stream that takes every character, and that may break without an exception."""
-
-    encoding = "utf-8"
-
-    def __init__(self, stream: TextIO, *, strip: bool) -> None:
-        self._stream, self._strip = stream, strip
-        self._encoding = getattr(stream, "encoding", None) or "utf-8"
-
-    def write(self, text: str) -> None:
-        """Write what the encoding can hold; lines without trailing spaces if `strip`."""
-        if not self._encoding.lower().startswith("utf"):
-            text = text.translate(_ASCII)
-        if self._strip:
-            text = re.sub(r" +(?=\n)", "", text)
-        # A closed pipe or a full disk must not end the training.
-        with contextlib.suppress(OSError):
-            self._stream.write(text.encode(self._encoding, "replace").decode(self._encoding))
-
-    def flush(self) -> None:
-        """Flush if the stream still can."""
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _layer_row(layer: LayerRow) -> _Row:
-    """One layer's own; in full precision it has no place on the chip."""
-    row = {
-        "layer": layer.name,
-        "kernel": _TIMES.join(map(str, layer.kernel)),
-        "output": _TIMES.join(map(str, layer.output)) or "-",
-        "bits": layer.bits,
-    }
-    totals = _totals([layer])
-    if layer.cost is None:
-        return {**row, "parameters": totals["parameters"], "style": "dim"}
-    tiles = f"{layer.cost.row_tiles}{_TIMES}{layer.cost.column_tiles}"
-    return {**totals, **row, "tiles": tiles, "reads": count(layer.cost.read_groups)}
-
-
-def _totals(layers: Sequence[LayerRow]) -> _Row:
-    """What adds up over layers."""
-    costs = [layer.cost for layer in layers if layer.cost]
-    full = [layer for layer in layers if not layer.cost]
-    parameters = [math.prod(layer.kernel) if layer.parameters is None else layer.parameters for layer in full]
-    used, cells = sum(cost.used_cells for cost in costs), sum(cost.cells for cost in costs)
-    return {
-        "layer": "total",
-        "arrays": count(sum(cost.arrays for cost in costs)),
-        "cells\nused": _show(used / max(cells, 1), ".0%"),
-        "conversions\nper image": count(sum(cost.adc_conversions for cost in costs) or None),
-        "multiplies\nper pixel": count(sum(cost.dequantization_multiplications for cost in costs)),
-        "(paper's\ncount)": f"({count(sum(cost.dequantization_multiplications_of_paper for cost in costs))})",
-        "parameters": count(sum(parameters) + sum(cost.parameters for cost in costs)),
-    }
-
-
-def _step_row(step: Mapping[str, Any]) -> _Row:
-    moved = {f"{kind}\nmoved": _show(drift) for kind, drift in step["drift"].items()}
-    saturated, used, codes = (step.get(key) for key in ("saturated", "codes_used", "codes"))
-    row = {"layer": step["layer"], "saturated": _show(saturated, ".1%"), **moved}
-    return row if used is None else {**row, "codes\nused": f"{_show(used)} of {codes}"}
-
-
-def _table(columns: Sequence[_Column], rows: Sequence[_Row], totals: _Row) -> Table:
-    table = Table(box=SIMPLE, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, show_footer=bool(totals))
-    for column in columns:
-        table.add_column(
-            column.header,
-            totals.get(column.header, ""),
-            justify="right" if column is not columns[0] else "left",
-            style=column.style,
-            footer_style=column.style,
-            no_wrap=True,
-        )
-    for row in rows:
-        table.add_row(*(row.get(column.header, "-") for column in columns), style=row.get("style"))
-    return table
-
-
-def _width(console: Console, table: Table) -> int:
-    """What a table needs to be printed unbroken."""
-    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
 def _fit(parts: Sequence[Text], width: int) -> Text:
@@ -449,19 +287,5 @@ def _labelled(label: str, value: str, style: str = "") -> Text:
     return Text.assemble((f"{label} ", "dim"), (value, style))
 
 
-def _show(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form).replace("%", " %")
-
-
 def _duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else "-"
-
-
-def _plain_width() -> int:
-    """Columns of the terminal that may stand behind a pipe (`| tee`), else enough for everything."""
-    if os.environ.get("COLUMNS", "").isdigit():
-        return int(os.environ["COLUMNS"])
-    for descriptor in (2, 1, 0):
-        with contextlib.suppress(OSError):
-            return os.get_terminal_size(descriptor).columns or _PLAIN_WIDTH
-    return _PLAIN_WIDTH

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cimjax.hardware.survey import Layer
 from cimjax.spec import CIMSpec
-from cimjax.training.display import LayerRow
 from cimjax.training.experiment import Experiment
+from cimjax.training.tables import LayerRow
 
 if TYPE_CHECKING:
     from cimjax.training.loop import Result
