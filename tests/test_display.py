@@ -19,7 +19,7 @@ from cimjax.hardware.cost import layer_cost
 from cimjax.spec import ADCSpec, ArraySpec, CIMSpec, WeightSpec
 from cimjax.training import display as display_lib
 from cimjax.training.display import Display
-from cimjax.training.tables import LayerRow, count
+from cimjax.training.tables import TIMES, LayerRow, count
 
 RECORD = {
     "train_loss": 0.51234,
@@ -94,7 +94,7 @@ def plain(act, columns=120):
 def row(lines, name):
     """The words of the one line that begins with `name`."""
     (found,) = (line for line in lines if line.startswith(f"{name} "))
-    return found.removeprefix(name).replace(display_lib._TIMES, "x").split()
+    return found.removeprefix(name).replace(TIMES, "x").split()
 
 
 def test_numbers():
