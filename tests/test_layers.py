@@ -102,8 +102,10 @@ def test_calibration_sets_only_the_kinds_asked_for_and_only_when_asked() -> None
         updated = cimjax.calibrate(layer, moved, x, kinds=(kind,))["params"]
         changed = {name for name, value in updated.items() if not jnp.array_equal(value, moved["params"][name])}
         assert changed == names
-    with pytest.raises(ValueError, match="`kinds` names 'psums'; allowed: activation, weight, psum"):
+    with pytest.raises(ValueError, match="`kinds` names 'psums'; give a tuple of activation, weight, psum"):
         cimjax.calibrate(layer, variables, x, kinds=("psums",))
+    with pytest.raises(ValueError, match="`kinds` names 'psum'; give a tuple of"):
+        cimjax.calibrate(layer, variables, x, kinds="psum")
     # Neither a training step nor `mutable=True` sets steps.
     _, updated = layer.apply(variables, 3 * x, mutable=True)
     chex.assert_trees_all_equal(updated["params"], variables["params"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -211,6 +213,25 @@ def test_powers_of_two_pass_the_gradient_of_the_logarithm() -> None:
     logarithm = jnp.log(step)
     slope = jax.grad(lambda v: jnp.sum(lsq.nearest_power_of_two(lsq.step_from_log(v))))(logarithm)
     chex.assert_trees_all_close(slope, lsq.nearest_power_of_two(step), rtol=1e-6)
+
+
+def test_powers_of_two_are_exact_over_the_whole_range_of_steps() -> None:
+    """XLA's `exp2` is not: it gives 2^13 and 2^-13 to the last bit but one."""
+    powers = 2.0 ** np.arange(-43, 44)
+    for near in (0.75, 1.0, 1.4):
+        np.testing.assert_array_equal(
+            jax.jit(lsq.nearest_power_of_two)(jnp.asarray(powers * near, jnp.float32)), powers
+        )
+    assert jnp.isnan(lsq.nearest_power_of_two(jnp.float32(jnp.nan)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_gradient_factors_do_not_change_the_type_of_a_gradient(dtype: Any) -> None:
+    for shape in ((), (1, 3)):
+        x, factor = jnp.ones(shape, dtype), np.full(shape, 0.25, np.float32)
+        gradient = jax.grad(lambda x, factor=factor: jnp.sum(lsq.scale_gradient(x, factor)))(x)
+        assert gradient.dtype == dtype
+        np.testing.assert_array_equal(gradient.astype(jnp.float32), factor)
 
 
 def test_low_precision_inputs_are_quantized_in_float32() -> None:

@@ -221,6 +221,37 @@ def test_low_precision_inputs_give_the_codes_of_their_float32_values() -> None:
     chex.assert_trees_all_equal(got, conv.cim_conv(low.astype(jnp.float32), kernel, steps, case.spec))
 
 
+@pytest.mark.parametrize("name", ["pair-column-column-offset", "encoding-offset-adc-planes-layer"])
+def test_a_step_of_size_one_serves_a_whole_layer_and_gets_the_sum_of_its_gradients(name: str) -> None:
+    case = CASE_OF[name]
+    x, kernel, _ = draw(case)
+    shapes = steps_lib.shapes(tile(case.kernel_shape, case.spec), case.spec)
+    values = steps_lib.Steps(0.3, 0.4, 2.5, 1.25, 2.0, 0.5)
+
+    def filled(shape_of: Any) -> steps_lib.Steps:
+        pairs = zip(values, shapes, strict=True)
+        return steps_lib.Steps(
+            *(None if shape is None else np.full(shape_of(shape), value, np.float32) for value, shape in pairs)
+        )
+
+    def loss(steps: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(conv.cim_conv(x, kernel, steps, case.spec)))
+
+    one, each = (jax.grad(loss)(filled(shape)) for shape in (lambda shape: (1,) * len(shape), tuple))
+    for got, want in zip(jax.tree.leaves(one), jax.tree.leaves(each), strict=True):
+        scale = float(jnp.sum(jnp.abs(want)))
+        chex.assert_trees_all_close(jnp.sum(got), jnp.sum(want), rtol=0, atol=1e-5 * scale)
+    for shape in ((), (1,)):
+        with pytest.raises(ValueError, match=r"`steps.weight` has shape \("):
+            conv.cim_conv(x, kernel, filled(tuple)._replace(weight=np.ones(shape)), case.spec)
+
+
+def test_a_layer_without_outputs_has_finite_gradients() -> None:
+    case = CASE_OF["pair-column-column-offset"]
+    factors = steps_lib.gradient_factors(tile(case.kernel_shape, case.spec), case.spec, 140, 0)
+    chex.assert_tree_all_finite(factors)
+
+
 def test_undriven_rows_add_nothing_even_where_zero_is_no_code() -> None:
     case = Case(
         "", spec(activation=SLICES["signed-1"], weight=ENCODINGS["offset-adc"], adc=False), padding=((2, 2), (2, 2))

@@ -138,6 +138,20 @@ def test_a_silent_group_gets_one_and_zero() -> None:
     np.testing.assert_array_equal(zero_kernel, 1)
 
 
+@pytest.mark.parametrize("bits", [1, 1.5, 3])
+@pytest.mark.parametrize("code_range", ["auto", "signed"])
+@pytest.mark.parametrize("value", [1.0, 100.0, 2.0**20])
+def test_a_group_of_one_value_gets_a_ladder_that_can_be_stored(bits: float, code_range: str, value: float) -> None:
+    """As every column is when a dense layer is initialised on one example."""
+    adc_options = {"bits": bits, "offset": True, "range": code_range}
+    layer_spec = spec(adc=adc_options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
+    psums, tiling, steps = one_column(np.full(1, value), layer_spec)
+    step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+    stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=jnp.log(step), offset=zero / step)
+    real = steps_lib.real_steps(stored, steps_lib.gradient_factors(tiling, layer_spec, 4, 1), layer_spec)
+    assert error(psums, real.psum, real.offset, tiling, layer_spec) <= 1e-9 * value**2
+
+
 def test_power_of_two_and_fixed_steps_are_kept_to_while_searching() -> None:
     values = distributions()["far from zero"]
     for options, allowed in (
@@ -177,19 +191,19 @@ def test_weight_steps_are_the_mean_magnitude_of_the_weights_that_a_group_has() -
 
 def test_gradient_factors_count_what_shares_a_step() -> None:
     layer_spec = spec(
-        weight={"granularity": "array"} | ENCODINGS["offset-adc"] | {"granularity": "array"},
-        adc={"granularity": "array", "bits": 4, "offset": True},
-        activation={"bits": 4, "slice_bits": 2},
+        weight=ENCODINGS["offset-adc"] | {"granularity": "array", "gradient_factor": 1.0},
+        adc={"granularity": "array", "bits": 4, "offset": True, "gradient_factor": 3.0},
+        activation={"bits": 4, "slice_bits": 2, "gradient_factor": 2.0},
         array={"columns": 10},
     )
     tiling = tile((3, 3, 7, 5), layer_spec)
     # Three channels, then three, then one; three outputs an array (one column is the dummy), then two; 3 planes.
     assert tiling.rows_of_array.tolist() == [27, 27, 9] and tiling.outputs_per_array == 3
     factors = steps_lib.gradient_factors(tiling, layer_spec, input_size=140, output_size=20)
-    np.testing.assert_allclose(factors.activation, 1 / np.sqrt(140 * 15))
+    np.testing.assert_allclose(factors.activation, 2 / np.sqrt(140 * 15), rtol=1e-6)
     weights = np.array([[81, 54], [81, 54], [27, 18]])
     np.testing.assert_allclose(factors.weight, 1 / np.sqrt(weights * 4), rtol=1e-6)
     columns = np.array([[[9, 6]]]) * 2 * 20
-    np.testing.assert_allclose(factors.psum, 1 / np.sqrt(columns * 15), rtol=1e-6)
-    np.testing.assert_allclose(factors.reference, 1 / np.sqrt(2 * 20 * 15), rtol=1e-6)
+    np.testing.assert_allclose(factors.psum, 3 / np.sqrt(columns * 15), rtol=1e-6)
+    np.testing.assert_allclose(factors.reference, 3 / np.sqrt(2 * 20 * 15), rtol=1e-6)
     np.testing.assert_allclose(factors.offset, factors.psum)

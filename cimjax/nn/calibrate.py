@@ -35,9 +35,9 @@ def calibrate(
     Raises:
       ValueError: for an unknown kind.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"`kinds` names {kind!r}; allowed: {', '.join(KINDS)}.")
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if isinstance(kinds, str) or kind not in KINDS:
+            raise ValueError(f"`kinds` names {kind!r}; give a tuple of {', '.join(KINDS)}.")
     mutable = [*variables, *(_collection(kind) for kind in kinds)]
     _, updated = model.apply(variables, *args, mutable=mutable, **kwargs)
     return {**variables, "params": updated["params"]}

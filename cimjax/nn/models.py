@@ -7,26 +7,37 @@ from typing import Any
 
 import flax.linen as nn
 
+from cimjax.nn.resnet import ResNet
 from cimjax.nn.rules import ConvMaker, Rules
 from cimjax.nn.small import SmallNet
 
-MODELS: dict[str, type[nn.Module]] = {"small": SmallNet}
+_LARGE = {"small_images": False, "widths": (64, 128, 256, 512), "shortcut": "projection"}
+# A network and the options that its name stands for; options of a configuration come on top.
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "small": (SmallNet, {}),
+    # CIFAR form: 0.27 M parameters with shortcuts of option A.
+    "resnet20": (ResNet, {"blocks": (3, 3, 3), "widths": (16, 32, 64)}),
+    # ImageNet form: 11.7 M and 25.6 M parameters with 1,000 classes.
+    "resnet18": (ResNet, {"blocks": (2, 2, 2, 2), **_LARGE}),
+    "resnet50": (ResNet, {"blocks": (3, 4, 6, 3), "bottleneck": True, **_LARGE}),
+}
 
 
 def build_model(name: str, *, classes: int, conv: ConvMaker, rules: Rules, **options: Any) -> nn.Module:
     """A network by name; `options` are its own fields, such as `width`.
 
     Raises:
-      ValueError: for an unknown name or option, with the nearest valid one.
+      ValueError: for an unknown name or option, with the nearest valid one, or a refused value.
     """
     if name not in MODELS:
         raise ValueError(f"`model.name` is {name!r}{_nearest(name, MODELS)}; allowed: {', '.join(MODELS)}.")
-    fields = set(MODELS[name].__dataclass_fields__) - {"parent", "name", "classes", "conv", "rules", "axis_name"}
+    kind, preset = MODELS[name]
+    fields = set(kind.__dataclass_fields__) - {"parent", "name", "classes", "conv", "rules", "axis_name"}
     for option in options:
         if option not in fields:
             known = ", ".join(sorted(fields))
             raise ValueError(f"`model.{option}` is no option of {name!r}{_nearest(option, fields)}; it has: {known}.")
-    return MODELS[name](classes=classes, conv=conv, rules=rules, **options)
+    return kind(classes=classes, conv=conv, rules=rules, **preset | options)
 
 
 def _nearest(name: str, allowed: Any) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+from jax import Array
 
-from cimjax.nn.layers import CIMConv, CIMDense
-from cimjax.spec import CIMSpec
+from cimjax.core.lsq import Codes
+from cimjax.nn.layers import CIMConv, CIMDense, Quantize
+from cimjax.spec import ActivationSpec, CIMSpec
 
 # Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
 ConvMaker = Callable[..., nn.Module]
@@ -31,6 +33,26 @@ def conv_for(parent: nn.Module, name: str, default: ConvMaker, rules: Rules) -> 
     """The convolution for the layer `name` inside `parent`: the first rule that matches its path, else `default`."""
     matched, spec = _match(parent, name, rules)
     return functools.partial(conv_maker(spec) if matched else default, name=name)
+
+
+def shared_input(parent: nn.Module, names: Sequence[str], default: ConvMaker, rules: Rules, x: Array) -> Array | Codes:
+    """The input of several layers inside `parent`: quantized once if all of them are array layers that read the same
+    codes, else `x` itself, which each layer quantizes as it needs; a single reader does that anyway.
+    """
+    specs = [conv_for(parent, name, default, rules) for name in names]
+    activation, *others = [_activation_of(maker) for maker in specs]
+    if not others or activation is None or any(other != activation for other in others):
+        return x
+    return Quantize(activation, name="quantize")(x)
+
+
+def _activation_of(maker: Any) -> ActivationSpec | None:
+    """The activation that a convolution maker quantizes its input to; None for other convolutions."""
+    while isinstance(maker, functools.partial):
+        if "spec" in maker.keywords:
+            return maker.keywords["spec"].activation
+        maker = maker.func
+    return None
 
 
 def dense_for(parent: nn.Module, name: str, rules: Rules) -> Callable[..., nn.Module]:
