@@ -14,52 +14,21 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.options import parse_options, spec_from_options
+from cimjax.training.defaults import default_config
+from cimjax.training.options import parse_options
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """The fields of a training run; what follows from them (numbers of steps, rates) is computed when it starts."""
+    """The fields of a training run; `cimjax.training.defaults` says what each means."""
     options = parse_options(
         argument, act_bits=3, weight_bits=3, cell_bits=1, adc_bits=3, offset=True, rows=64, columns=64
     )
-    config = ConfigDict()
-
-    # Of the initial weights, the order of the images and their augmentation.
-    config.seed = options.seed
-
-    # "" is the default folder of tensorflow-datasets.
+    config = default_config(options)
     config.dataset = "digits"
-    config.data_dir = ""
-
     config.model = ConfigDict({"name": "small", "width": 8 if options.smoke else 16})
-    # The specification of every layer, None for full precision; then (pattern of paths, specification or None) for
-    # layers that differ.
-    config.spec = spec_from_options(options)
-    config.rules = ()
-
-    config.batch_size = 64
     config.epochs = 2.0 if options.smoke else 30.0
     config.warmup_epochs = 0.5 if options.smoke else 1.0
-    config.optimizer = ConfigDict(
-        {
-            "name": "sgd",
-            "learning_rate": 0.15,
-            "momentum": 0.9,
-            "nesterov": True,
-            "weight_decay": 2e-3,
-            # Multiplies the learning rate of quantization steps and offsets.
-            "step_factor": 1.0,
-        }
-    )
-    config.label_smoothing = 0.0
-    # Random shifts of at most so many pixels; mirror images of digits are no digits.
-    config.augment = ConfigDict({"shift": 0, "flip": False})
-
+    config.optimizer.learning_rate = 0.15
+    config.optimizer.weight_decay = 2e-3
     config.eval_batch_size = 360
-    # Training images from which all steps are set before training.
-    config.calibration_images = 256
-    # 0: chosen by the program.
-    config.steps_per_dispatch = 0
-    config.checkpoint_epochs = 1.0
-
     return config.lock()

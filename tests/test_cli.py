@@ -57,7 +57,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 MISUSES: list[tuple[str, str]] = [
-    ("", "give a command: train, evaluate, data prepare, data list; see cimjax --help."),
+    ("", "give a command: train, evaluate, data prepare, sweep, data list; see cimjax --help."),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),
     ("data", "unknown command 'data' (did you mean 'data list'?)"),
@@ -216,7 +216,7 @@ def test_options_and_overrides_reach_training_typed(calls: list[Any], tmp_path: 
     assert (config.rules, config.batch_size, config.seed) == ((("stem", None),), 8, 3)
     spec = cimjax.CIMSpec.from_dict(config.spec.to_dict())
     assert spec.to_dict() == config.spec.to_dict()
-    assert spec.adc == cimjax.ADCSpec(bits=2, granularity="layer")
+    assert spec.adc == cimjax.ADCSpec(bits=2, granularity="layer", offset=True)
     assert (spec.weight.bits, spec.weight.subtract, spec.array.active_rows) == (1.5, "analog", 16)
     assert spec.variation == cimjax.VariationSpec(sigma=0.1)
 

@@ -1,0 +1,62 @@
+"""The fields of every configuration, with what each means; a file in `configs/` changes what is its own."""
+
+from __future__ import annotations
+
+import types
+
+from ml_collections import ConfigDict
+
+from cimjax.training.options import spec_from_options
+
+
+def default_config(options: types.SimpleNamespace) -> ConfigDict:
+    """A configuration of all fields, not locked.
+
+    What follows from them (numbers of steps, rates) is computed when training starts, so that it follows overrides.
+
+    Args:
+      options: from `parse_options`; its seed and its specification are taken.
+    """
+    config = ConfigDict()
+    # Of the initial weights, the order of the images and their augmentation.
+    config.seed = options.seed
+
+    # One of `cimjax data list`, and its folder; "" is the default folder of tensorflow-datasets.
+    config.dataset = ""
+    config.data_dir = ""
+    # A network by name, and its own options.
+    config.model = ConfigDict({"name": ""})
+    # The specification of every layer, None for full precision; then (pattern of paths, specification or None) for
+    # layers that differ.
+    config.spec = spec_from_options(options)
+    config.rules = ()
+
+    config.batch_size = 64
+    config.epochs = 1.0
+    # Linear warm-up of the learning rate; a cosine follows.
+    config.warmup_epochs = 1.0
+    config.optimizer = ConfigDict(
+        {
+            # "sgd" or "adamw".
+            "name": "sgd",
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "nesterov": True,
+            # Of kernels only.
+            "weight_decay": 5e-4,
+            # Multiplies the learning rate of quantization steps and offsets.
+            "step_factor": 1.0,
+        }
+    )
+    config.label_smoothing = 0.0
+    # Random shifts of at most so many pixels, and mirror images.
+    config.augment = ConfigDict({"shift": 0, "flip": False})
+
+    config.eval_batch_size = 500
+    # Training images from which all steps are set before training.
+    config.calibration_images = 256
+    # Optimizer steps in one program; 0: chosen by the program.
+    config.steps_per_dispatch = 0
+    # Epochs between checkpoints; the best state is kept as well.
+    config.checkpoint_epochs = 1.0
+    return config
