@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.defaults import default_config
+from cimjax.training.defaults import default_config, train_as_cifar
 from cimjax.training.options import parse_options
 
 
@@ -25,9 +25,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = default_config(options)
     config.dataset = "cifar100"
     config.model = ConfigDict({"name": "resnet20", "width": 0.5 if options.smoke else 1.0})
-    config.batch_size = 128
-    config.epochs = 2.0 if options.smoke else 200.0
-    config.warmup_epochs = 0.5 if options.smoke else 5.0
-    config.optimizer.weight_decay = 5e-4
-    config.augment = ConfigDict({"shift": 4, "flip": True})
+    train_as_cifar(config, smoke=options.smoke)
     return config.lock()
