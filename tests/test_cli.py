@@ -357,8 +357,8 @@ def test_a_process_ends_in_one_line(argv: tuple[str, ...], message: str) -> None
     assert done.stderr.startswith("cimjax: ") and done.stderr.count("\n") == 1 and message in done.stderr
 
 
-def test_mistakes_and_help_are_answered_without_jax_and_within_a_second() -> None:
-    """One process for many; processor time, because other tests run beside this one."""
+def test_mistakes_and_help_are_answered_without_importing_jax() -> None:
+    """So that they come at once; one process for many."""
     commands = [
         ["--help"],
         ["train", "--help"],
@@ -368,13 +368,12 @@ def test_mistakes_and_help_are_answered_without_jax_and_within_a_second() -> Non
         ["evaluate", "nowhere"],
     ]
     code = f"""
-import sys, time
+import sys
 from cimjax.cli import main
 for command in {commands}:
     assert main(command) == (0 if '--help' in command else 2), command
 heavy = {{'jax', 'numpy', 'flax', 'orbax', 'rich', 'tensorflow_datasets'}} & set(sys.modules)
 assert not heavy, heavy
-assert time.process_time() < 1, time.process_time()
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
 
 
 def train_as_cifar(config: ConfigDict, *, smoke: bool) -> None:
-    """Train as is usual for CIFAR: 200 epochs on images shifted by up to 4 pixels and mirrored; 2 epochs for `smoke`."""
+    """Train as is usual for CIFAR: 200 epochs on images shifted by up to 4 pixels and mirrored; `smoke`: 2 epochs."""
     config.batch_size = 128
     config.epochs = 2.0 if smoke else 200.0
     config.warmup_epochs = 0.5 if smoke else 5.0
