@@ -83,14 +83,14 @@ def train(
         display or Display() as screen,
         _stop_requests() as stop,
     ):
-        return _Run(experiment, run, screen, stop).run()
+        return _Run(experiment, run, screen, stop, own=model is not None or dataset is not None).run()
 
 
 class _Run:
     """One run in progress."""
 
-    def __init__(self, experiment: Experiment, run: RunFolder, display: Display, stop: _Stop) -> None:
-        self.experiment, self.folder, self.display, self.stop = experiment, run, display, stop
+    def __init__(self, experiment: Experiment, run: RunFolder, display: Display, stop: _Stop, *, own: bool) -> None:
+        self.experiment, self.folder, self.display, self.stop, self.own = experiment, run, display, stop, own
         self.checkpoints = Checkpoints(run.path)
         config, devices = experiment.config, experiment.devices
         self.data = devices.put(on_device(experiment.dataset.train))
@@ -221,7 +221,7 @@ class _Run:
         result = Result(last["accuracy"], self.best, last["loss"], step, mean_movement(moved), self.folder.path)
         summary = {"accuracy": result.accuracy, "best_accuracy": result.best_accuracy, "moved": result.moved}
         self.folder.log({"step": step, "split": "result", **summary})
-        self.display.finish(final_rows(result), step_rows(self.experiment, moved, found))
+        self.display.finish(final_rows(result, own=self.own), step_rows(self.experiment, moved, found))
         # In a run of a few steps nothing moves far.
         moved_far = result.moved if self.experiment.config.epochs >= 2 else None
         for message in warnings(found, self.experiment.codes, moved_far):

@@ -79,10 +79,11 @@ def step_rows(
     return rows
 
 
-def final_rows(result: Result) -> dict[str, str]:
-    """What a run came to, in words."""
+def final_rows(result: Result, *, own: bool) -> dict[str, str]:
+    """What a run came to, in words; `own` when its network or images are the caller's, which no command knows."""
+    again = f'cimjax.load("{result.workdir}", model=..., dataset=...)' if own else f"cimjax evaluate {result.workdir}"
     return {
         "run folder": str(result.workdir),
-        "again": f"cimjax evaluate {result.workdir}",
+        "again": again,
         "test accuracy": f"{result.accuracy:.2%} (best {result.best_accuracy:.2%})",
     }
