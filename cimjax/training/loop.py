@@ -107,7 +107,7 @@ class _Run:
     def run(self) -> Result:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
-        self.display.start(**describe_run(experiment, self.folder.path), layers=layer_rows(experiment.layers))
+        self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
         state, step = self._start()
         epochs, last = -(-total // per_epoch), {}
         while step < total:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cimjax.hardware.survey import Layer
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from cimjax.training.loop import Result
 
 
-def describe_run(experiment: Experiment, folder: Path) -> dict[str, Any]:
+def describe_run(experiment: Experiment) -> dict[str, Any]:
     """Title and facts of a run, as `Display.start` takes them."""
     data, config, devices = experiment.dataset, experiment.config, experiment.devices
     parameters = sum(layer.parameters for layer in experiment.layers)
@@ -29,7 +28,6 @@ def describe_run(experiment: Experiment, folder: Path) -> dict[str, Any]:
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
             + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
-            "run folder": str(folder),
         },
     }
 
