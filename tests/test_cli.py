@@ -381,7 +381,8 @@ assert not heavy, heavy
 
 def test_control_c_ends_with_130_and_no_traceback(tmp_path: pathlib.Path) -> None:
     code = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be born deaf to it
 from cimjax.cli import main
 loop = types.ModuleType("cimjax.training.loop")
 loop.train = lambda config, workdir: time.sleep(30)

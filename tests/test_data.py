@@ -408,6 +408,7 @@ def test_a_cache_that_is_old_or_broken_is_replaced(cifar_dir: pathlib.Path) -> N
 
 
 def test_a_folder_that_cannot_be_written_has_no_cache(cifar_dir: pathlib.Path) -> None:
+    (cifar_dir / CIFAR100 / cache.FILE).unlink(missing_ok=True)
     (cifar_dir / CIFAR100 / cache.FILE).mkdir()
     assert len(cimjax.data.load("cifar100", cifar_dir).train) == 200
     assert not list((cifar_dir / CIFAR100).glob("*.tmp"))

@@ -149,7 +149,7 @@ def test_a_run_killed_or_stopped_at_any_time_ends_with_the_numbers_of_one_that_w
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_layer(tmp_path: Path) -> None:
-    wild = config(optimizer={"learning_rate": 1e30, "step_factor": 0.0}, warmup_epochs=0.0)
+    wild = config("smoke,weight=none", optimizer={"learning_rate": 1e30, "step_factor": 0.0}, warmup_epochs=0.0)
     with pytest.raises(ValueError, match=r"Step \d+: the loss or a gradient is not finite \(.*(conv|stem|BatchNorm)"):
         cimjax.train(wild, workdir=tmp_path / "run", display=quiet())
 
@@ -209,7 +209,7 @@ def test_own_networks_and_own_images(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_every_image_once() -> None:
-    experiment = build(config(eval_batch_size=100))
+    experiment = build(config("smoke,weight=none", eval_batch_size=100))
     state = experiment.first_state()
     evaluator = Evaluator(experiment, experiment.dataset.test)
     found = evaluator(state)

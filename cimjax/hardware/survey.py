@@ -68,5 +68,6 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         return result
 
     with nn.intercept_methods(record):
-        jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **kwargs), *args)
+        shapes_only = {"mutable": ["params", "batch_stats"], **kwargs}
+        jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **shapes_only), *args)
     return found

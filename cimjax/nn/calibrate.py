@@ -44,12 +44,14 @@ def calibrate(
 
 
 def kinds_to_set(module: nn.Module) -> tuple[str, ...]:
-    """Which kinds of steps a layer shall set from its input now: all while initialising, else what `calibrate` asks."""
-    if module.is_initializing():
-        return KINDS
+    """Which kinds of steps a layer shall set from its input now: what `calibrate` asks for, or `init`.
+
+    `init` opens every collection, and so asks for all kinds; `init(..., mutable=["params", "batch_stats"])` for none,
+    which is quick where only shapes are wanted.
+    """
     if module.scope is None or module.scope.mutable is True:
-        # `apply(..., mutable=True)` opens every collection, but does not ask for calibration.
-        return ()
+        # `apply(..., mutable=True)` opens every collection too, but does not ask for calibration.
+        return KINDS if module.is_initializing() else ()
     return tuple(kind for kind in KINDS if module.is_mutable_collection(_collection(kind)))
 
 

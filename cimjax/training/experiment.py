@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,17 +76,21 @@ class Experiment:
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-        return jax.jit(self._init)(jnp.int32(self.config.seed), self.calibration_images())
+        return jax.jit(self._calibrated)(jnp.int32(self.config.seed), self.calibration_images())
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
         images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), jnp.float32)
-        return jax.eval_shape(self._init, jax.ShapeDtypeStruct((), jnp.int32), images)
+        shapes_only = functools.partial(self._init, mutable=["params", "batch_stats"])
+        return jax.eval_shape(shapes_only, jax.ShapeDtypeStruct((), jnp.int32), images)
 
-    def _init(self, seed: Array, images: Array) -> TrainState:
+    def _calibrated(self, seed: Array, images: Array) -> TrainState:
+        return self._init(seed, images, mutable=flax.core.DenyList("intermediates"))
+
+    def _init(self, seed: Array, images: Array, mutable: Any) -> TrainState:
         key = jax.random.key(seed)
         keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
-        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
+        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True, mutable=mutable)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             seed=seed,
