@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from cimjax.hardware.cost import LayerCost, layer_cost
+from cimjax.nn.calibrate import NO_CALIBRATION
 from cimjax.nn.layers import CIMConv, CIMDense
 from cimjax.spec import CIMSpec
 
@@ -68,6 +69,6 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         return result
 
     with nn.intercept_methods(record):
-        shapes_only = {"mutable": ["params", "batch_stats"], **kwargs}
+        shapes_only = {"mutable": NO_CALIBRATION, **kwargs}
         jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **shapes_only), *args)
     return found

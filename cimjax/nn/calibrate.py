@@ -10,8 +10,17 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax.core import DenyList
 
 from cimjax.core.start import KINDS
+
+
+def _collection(kind: str) -> str:
+    return f"calibrate_{kind}"
+
+
+# `init(..., mutable=NO_CALIBRATION)` leaves steps at 1: quick, where only shapes are wanted.
+NO_CALIBRATION = DenyList(("intermediates", *(_collection(kind) for kind in KINDS)))
 
 
 def calibrate(
@@ -46,14 +55,9 @@ def calibrate(
 def kinds_to_set(module: nn.Module) -> tuple[str, ...]:
     """Which kinds of steps a layer shall set from its input now: what `calibrate` asks for, or `init`.
 
-    `init` opens every collection, and so asks for all kinds; `init(..., mutable=["params", "batch_stats"])` for none,
-    which is quick where only shapes are wanted.
+    `init` opens every collection, and so asks for all kinds, unless it is given `mutable=NO_CALIBRATION`.
     """
     if module.scope is None or module.scope.mutable is True:
         # `apply(..., mutable=True)` opens every collection too, but does not ask for calibration.
         return KINDS if module.is_initializing() else ()
     return tuple(kind for kind in KINDS if module.is_mutable_collection(_collection(kind)))
-
-
-def _collection(kind: str) -> str:
-    return f"calibrate_{kind}"

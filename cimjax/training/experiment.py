@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset, Split, load
 from cimjax.hardware.survey import Layer, layers_of
+from cimjax.nn.calibrate import NO_CALIBRATION
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec
@@ -81,7 +82,7 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
         images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), jnp.float32)
-        shapes_only = functools.partial(self._init, mutable=["params", "batch_stats"])
+        shapes_only = functools.partial(self._init, mutable=NO_CALIBRATION)
         return jax.eval_shape(shapes_only, jax.ShapeDtypeStruct((), jnp.int32), images)
 
     def _calibrated(self, seed: Array, images: Array) -> TrainState:

@@ -32,7 +32,7 @@ def kind_of_step(path: str) -> str:
 def gradient_ratios(params: Any, gradient: Any) -> dict[str, Array]:
     """For each kind of step the median over layers of `|dL/dlog_step| / (|dL/dw| |w|)`, norms over the layer.
 
-    It tells how fast steps learn compared with weights; useful training has it between about 0.1 and 1 at the start.
+    It tells how fast steps learn compared with weights.
 
     Returns:
       {"activation_gradient_ratio": ..., ...} for the kinds that the network has, () float32.
