@@ -352,6 +352,11 @@ class CIMSpec(Spec):
         return max(0, self.array.columns - self.weight.dummy_columns) // self.weight.columns_per_output
 
     @property
+    def undivided(self) -> bool:
+        """Whether slices and planes only cut up exact integers that an ideal ADC puts together again unchanged."""
+        return self.adc is None and self.variation is None and not self.weight.step_per_plane
+
+    @property
     def signed_psums(self) -> tuple[tuple[bool, ...], ...]:
         """For every slice t and plane k, whether a partial sum can be negative."""
         return tuple(tuple(s.signed or p.signed for p in self.weight.planes) for s in self.activation.slices)

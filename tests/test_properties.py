@@ -14,7 +14,7 @@ import pytest
 from cases import CASES, ENCODINGS, GRANULARITIES, SLICES, TILINGS, Case, draw, spec
 from jax import lax
 
-from cimjax.core import conv, encoding, lsq
+from cimjax.core import adc, conv, encoding, lsq
 from cimjax.core import steps as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.lsq import Codes
@@ -147,10 +147,10 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
     def run(x: Any) -> tuple[jax.Array, jax.Array]:
         inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
         psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
-        digitised = conv.digitise(psums, steps, tiled, case.spec)
+        digitised = adc.convert(psums.columns, steps, tiled, case.spec)
         step = steps_lib.expand_outputs(jnp.asarray(steps.psum), tiled)
         zero = 0.0 if steps.offset is None else steps_lib.expand_outputs(jnp.asarray(steps.offset), tiled)
-        codes = jnp.rint((digitised.columns - zero) / step)
+        codes = jnp.rint((digitised - zero) / step)
         return conv.cim_conv(x, kernel, steps, case.spec), codes.reshape(codes.shape[0], len(x), -1)
 
     together, codes = run(x)

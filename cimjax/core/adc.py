@@ -33,18 +33,6 @@ def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
     return lsq.fake_quantize(psums, step, ranges_of_psums(spec), offset, half_up=True)
 
 
-def convert_reference(sums: Array, steps: Steps, spec: CIMSpec) -> Array:
-    """What the ADCs of the dummy columns make of their partial sums: as `convert`, one step per read group.
-
-    Args:
-      sums: (T, M, R) float32, the sum of each read group's inputs.
-    """
-    if spec.adc is None:
-        return sums
-    ranges = ranges_of_reference(spec)
-    return lsq.fake_quantize(sums, steps.reference, ranges, steps.reference_offset, half_up=True)
-
-
 def ranges_of_psums(spec: CIMSpec) -> CodeRanges:
     """Code ranges, broadcastable to psums (T, M, R, K, O): they differ by slice and plane."""
     return _as_arrays(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))

@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.core import adc, encoding, lowering, lsq, variation
+from cimjax.core import encoding, lowering, lsq, variation
 from cimjax.core import window as window_lib
 from cimjax.core.lsq import Codes
+from cimjax.core.readout import Part, read_out
 from cimjax.core.steps import Steps, expand_weight, require_shapes
-from cimjax.core.tiling import Tiling, tile, tile_inputs, tile_kernel
+from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Padding, PerAxis, Window
 from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference
 
@@ -89,8 +89,9 @@ def cim_conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    psums = partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
-    y = add_up(digitise(psums, steps, tiling, spec), inputs.step, steps, tiling, spec)
+    product = _whole_product if spec.undivided else _product
+    parts = product(inputs, kernel, steps, tiling, window, spec, variation_key)
+    y = inputs.step * read_out(parts, steps, tiling, spec)
     spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
     return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
 
@@ -193,6 +194,26 @@ def partial_sums(
     Returns:
       `PartialSums`, exact integers in the integer path.
     """
+    parts = _product(inputs, kernel, steps, tiling, window, spec, variation_key)
+    slices, planes = len(spec.activation.slices), len(spec.weight.planes)
+    columns = jnp.concatenate([part.columns for part in parts], axis=-1)
+    columns = columns.reshape(slices, -1, tiling.groups, planes, tiling.features)
+    if spec.weight.encoding != Encoding.OFFSET:
+        return PartialSums(columns, None)
+    reference = jnp.concatenate([part.reference for part in parts], axis=-1)
+    return PartialSums(columns, reference.reshape(slices, -1, tiling.groups))
+
+
+def _product(
+    inputs: Codes,
+    kernel: Array,
+    steps: Steps,
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+    variation_key: Array | None,
+) -> list[Part]:
+    """All columns: the array product of every slice with every plane."""
     digits = store(kernel, steps.weight, tiling, spec, variation_key)
     columns = jnp.moveaxis(digits, 0, -2)
     columns = columns.reshape(*columns.shape[:-2], -1)
@@ -203,16 +224,30 @@ def partial_sums(
             ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
         columns = jnp.concatenate([columns, ones[..., None]], axis=-1)
     slices = encoding.slice_codes(inputs.codes, spec.activation)
-    driven = tile_inputs(slices, tiling).reshape(-1, *slices.shape[2:-1], tiling.channels.size)
-    sums = lowering.choose(spec.lowering)(driven, columns, window)
-    if spec.variation is None:
-        sums = whole(sums)
-    sums = sums.reshape(slices.shape[0], -1, *sums.shape[-2:])
-    planes = len(spec.weight.planes)
-    stored = sums[..., :-1] if has_reference else sums
-    return PartialSums(
-        stored.reshape(*stored.shape[:-1], planes, tiling.features), sums[..., -1] if has_reference else None
-    )
+    parts = lowering.choose(spec.lowering)(slices.reshape(-1, *slices.shape[2:]), columns, tiling, window)
+    parts = tuple(sums if spec.variation is not None else whole(sums) for sums in parts)
+    return [_split_reference(sums, columns.shape[-1]) if has_reference else Part(sums, None) for sums in parts]
+
+
+def _split_reference(sums: Array, columns: int) -> Part:
+    """Apart: the columns of each group, and its last one, which sums the inputs."""
+    by_group = sums.reshape(*sums.shape[:-1], -1, columns)
+    return Part(by_group[..., :-1].reshape(*sums.shape[:-1], -1), by_group[..., -1])
+
+
+def _whole_product(
+    inputs: Codes,
+    kernel: Array,
+    steps: Steps,
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+    variation_key: Array | None,
+) -> list[Part]:
+    """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same integers."""
+    del variation_key
+    codes = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
+    return [Part(whole(sums), None) for sums in lowering.choose(spec.lowering)(inputs.codes, codes, tiling, window)]
 
 
 @jax.custom_jvp
@@ -224,48 +259,6 @@ def whole(sums: Array) -> Array:
 @whole.defjvp
 def _whole_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return whole(primals[0]), tangents[0]
-
-
-def digitise(psums: PartialSums, steps: Steps, tiling: Tiling, spec: CIMSpec) -> PartialSums:
-    """Every partial sum after its ADC (the paper's eq. 2); a digital offset reference is exact."""
-    reference = psums.reference
-    if reference is not None and spec.weight.reference == Reference.ADC:
-        reference = adc.convert_reference(reference, steps, spec)
-    return PartialSums(adc.convert(psums.columns, steps, tiling, spec), reference)
-
-
-def add_up(psums: PartialSums, activation_step: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
-    """Shift, dequantize and add: `y = s_a * sum_{t,r,k} g_t f_k s_w P^` (the paper's eq. 3).
-
-    Planes and slices are recombined before any step is multiplied, so that behind an ideal ADC the recombined values
-    are the integers of the tile's convolution.
-
-    Returns:
-      (M, O) float32.
-    """
-    weight_step = expand_weight(steps.weight, tiling)
-    slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)
-    planes = np.asarray([p.significance for p in spec.weight.planes], np.float32)[:, None]
-    columns = _weighted_sum(psums.columns, slices)
-    if spec.weight.step_per_plane:
-        total = jnp.sum(columns * (planes * weight_step), axis=(-3, -2))
-    else:
-        recombined = jnp.sum(columns * planes, axis=-2)
-        if psums.reference is not None:
-            recombined = recombined + spec.weight.constant * _weighted_sum(psums.reference, slices)[..., None]
-        return activation_step * jnp.sum(recombined * weight_step[:, 0], axis=-2)
-    if psums.reference is not None:
-        # The top plane carries the constant, so its step is the constant's.
-        reference = spec.weight.constant * _weighted_sum(psums.reference, slices)[..., None]
-        total = total + jnp.sum(reference * weight_step[:, -1], axis=-2)
-    return activation_step * total
-
-
-def _weighted_sum(values: Array, weights: np.ndarray) -> Array:
-    """Sum over the leading axis with constant weights; a single weight of 1 costs nothing."""
-    if len(weights) == 1 and weights[0] == 1:
-        return values[0]
-    return jnp.sum(values * weights.reshape(-1, *(1,) * (values.ndim - 1)), axis=0)
 
 
 def _required(key: Array | None) -> Array:

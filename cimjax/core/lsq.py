@@ -88,18 +88,29 @@ def quantize(
 def _quantize(
     x: Array, step: Array, offset: Array | None, q_min: Array, q_max: Array, sign: Array | None, half_up: bool
 ) -> Array:
-    u = _in_steps(x, step, offset)
+    return round_to_codes(in_steps(x, step, offset), x, offset, (q_min, q_max, sign), half_up=half_up)
+
+
+def in_steps(x: Array, step: Array, offset: Array | None) -> Array:
+    """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes."""
+    return _from_offset(x, offset) * (1.0 / step)
+
+
+def round_to_codes(
+    u: Array, x: Array, offset: Array | None, bounds: tuple[ArrayLike, ArrayLike, ArrayLike | None], *, half_up: bool
+) -> Array:
+    """The codes of `x` at `u = in_steps(x, step, offset)`.
+
+    Args:
+      bounds: lowest and highest code, and where (if anywhere) the code is the sign of `x - offset`.
+    """
+    q_min, q_max, sign = bounds
     # Clipping first changes no code, and keeps compilers from fusing the product in `u` with the sum below into one
     # operation that rounds once instead of twice: codes at ties are then the same on every backend.
     inside = jnp.clip(u, q_min, q_max)
     codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)
     # The sign is that of `x - offset`: in steps a tiny negative distance could vanish.
     return codes if sign is None else jnp.where(sign, jnp.where(_from_offset(x, offset) >= 0, 1.0, -1.0), codes)
-
-
-def _in_steps(x: Array, step: Array, offset: Array | None) -> Array:
-    """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes."""
-    return _from_offset(x, offset) * (1.0 / step)
 
 
 def _from_offset(x: Array, offset: Array | None) -> Array:
@@ -116,7 +127,7 @@ def _quantize_forward(
 def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     del half_up
     x, step, offset, q_min, q_max, sign = residuals
-    u = _in_steps(x, step, offset)
+    u = in_steps(x, step, offset)
     inside = (q_min <= u) & (u <= q_max)
     to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
     # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.

@@ -70,6 +70,11 @@ class Tiling:
         """(A,) int, how many rows of each row tile are used."""
         return np.bincount(self.array_of_group, weights=self.rows_of_group, minlength=self.arrays).astype(int)
 
+    def largest_psum(self, spec: CIMSpec) -> int:
+        """The largest magnitude that a partial sum can have in the integer path: rows x input x digit."""
+        inputs = max(s.magnitude for s in spec.activation.slices)
+        return int(self.rows_of_group.max()) * inputs * max(p.magnitude for p in spec.weight.planes)
+
 
 @functools.lru_cache(maxsize=1024)
 def tile(kernel_shape: tuple[int, ...], spec: CIMSpec) -> Tiling:
@@ -138,8 +143,7 @@ def _cut(rows: range, size: int, area: int, array: ArraySpec) -> list[range]:
 def _require_exact(tiling: Tiling, spec: CIMSpec) -> None:
     """Refuse what float32 cannot hold: partial sums and, with an ideal ADC, the recombined sum of a tile."""
     slices, planes = spec.activation.slices, spec.weight.planes
-    rows = int(tiling.rows_of_group.max())
-    psum = rows * max(s.magnitude for s in slices) * max(p.magnitude for p in planes)
+    rows, psum = int(tiling.rows_of_group.max()), tiling.largest_psum(spec)
     activation = sum(abs(s.significance) * s.magnitude for s in slices)
     weight = sum(abs(p.significance) * p.magnitude for p in planes) + abs(spec.weight.constant)
     largest = max(psum, rows * activation * weight) if spec.adc is None else psum

@@ -1,0 +1,183 @@
+"""From partial sums to the output: ADC, shift, scale and sum in one function, with a backward pass of its own.
+
+Partial sums are by far the largest arrays of a layer. Here each is read once forwards, kept as a 16-bit integer where
+that is exact, and read once backwards; nothing else of their size is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from cimjax.core import lsq
+from cimjax.core.steps import Steps, expand_outputs, expand_weight
+from cimjax.core.tiling import Tiling
+from cimjax.planes import CodeRange
+from cimjax.spec import CIMSpec, Reference
+
+# The largest magnitude of a partial sum that 16 bits keep.
+_SMALL_INTEGERS = 2**15 - 1
+# Sums of at most so many columns are written out.
+_UNROLLED = 8
+
+
+class Part(NamedTuple):
+    """Partial sums of `r` successive read groups, slices stacked in the batch: `B = T N`.
+
+    columns: (B, OH, OW, r K O) float32.
+    reference: (B, OH, OW, r) float32, the sum of each group's inputs; None without an `offset` encoding.
+    """
+
+    columns: Array
+    reference: Array | None
+
+
+def read_out(parts: Sequence[Part], steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+    """Convert, shift, dequantize and add: `sum_{t,r,k} g_t f_k s_w P^` (the paper's eqs. 2 and 3).
+
+    `P^ = s_p p + z`, `p = clip(floor((P - z) / s_p + 0.5), q_min, q_max)`, is what an ADC makes of a partial sum: one
+    of exactly `2^bits` values (3 for 1.5 bits; a signed 1-bit ADC gives the sign of `P - z`), which depends on
+    nothing but that partial sum and its step. Behind an ideal ADC (`spec.adc` None) `P^ = P`, and the columns may be
+    undivided (`spec.undivided`). A digital offset reference is exact.
+
+    Gradients are LSQ's (`lsq.quantize`): inside the ladder `d P^/dP = 1`, `d P^/ds = p - u` and `d P^/dz = 0`, outside
+    `0`, `p` and `1`.
+
+    Args:
+      parts: all read groups in order.
+      steps: `weight`, and with an ADC `psum` > 0 and `offset` in psum units; of the reference's ADC too.
+
+    Returns:
+      (N, OH, OW, O) float32, not yet multiplied by the activation's step.
+    """
+    slices = (1,) if spec.undivided else tuple(s.significance for s in spec.activation.slices)
+    planes = (1,) if spec.undivided else tuple(p.significance for p in spec.weight.planes)
+    weight_step = expand_weight(steps.weight, tiling)
+
+    def by_group(values: Array) -> Array:
+        """Values broadcastable to (R, K, O) as (R, K O)."""
+        return jnp.broadcast_to(values, (tiling.groups, len(planes), tiling.features)).reshape(tiling.groups, -1)
+
+    def of(groups: slice, values: Array) -> Array:
+        return values[groups].reshape(-1)
+
+    weight = by_group(weight_step * np.asarray(planes, np.float32)[:, None])
+    step = None if spec.adc is None else by_group(expand_outputs(steps.psum, tiling))
+    offset = None if steps.offset is None else by_group(expand_outputs(steps.offset, tiling))
+    # The top plane carries the constant of an `offset` encoding, so its step is the constant's.
+    constant = jnp.broadcast_to(weight_step[:, -1] * spec.weight.constant, (tiling.groups, tiling.features))
+    total, first = jnp.float32(0), 0
+    for part in parts:
+        groups = slice(first, first + part.columns.shape[-1] // weight.shape[-1])
+        first = groups.stop
+        for index, significance in enumerate(slices):
+            columns, of_columns = _of_slice(part.columns, index, len(slices)), float(significance) * of(groups, weight)
+            if step is None:
+                total = total + _over_columns(columns * of_columns, tiling.features)
+            else:
+                kind = _Kind(spec.adc_ranges[index], tiling.features, _kept_as(tiling, spec))
+                zero = None if offset is None else of(groups, offset)
+                total = total + _converted(kind, columns, of(groups, step), zero, of_columns)
+            if part.reference is not None:
+                sums = _of_slice(part.reference, index, len(slices))
+                sums = _convert_reference(sums, spec.reference_ranges[index] if spec.adc else None, groups, steps, spec)
+                of_reference = float(significance) * constant[groups]
+                total = total + jnp.matmul(sums, of_reference, precision=lax.Precision.HIGHEST)
+    return total
+
+
+def _of_slice(sums: Array, index: int, slices: int) -> Array:
+    return sums if slices == 1 else sums.reshape(slices, -1, *sums.shape[1:])[index]
+
+
+def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, steps: Steps, spec: CIMSpec) -> Array:
+    """The dummy columns' sums (B, OH, OW, r) behind ADCs with a step for each read group; exact if digital."""
+    if codes is None or spec.weight.reference != Reference.ADC:
+        return sums
+    many = (max(groups.stop, np.size(steps.reference)),)
+    step = jnp.broadcast_to(steps.reference, many)[groups]
+    offset = None if steps.reference_offset is None else jnp.broadcast_to(steps.reference_offset, many)[groups]
+    return lsq.fake_quantize(sums, step, codes, offset, half_up=True)
+
+
+def _kept_as(tiling: Tiling, spec: CIMSpec) -> str:
+    """What partial sums are kept as for the backward pass: 16-bit integers where these hold them exactly."""
+    exact = spec.variation is None and tiling.largest_psum(spec) <= _SMALL_INTEGERS
+    return "int16" if exact else "float32"
+
+
+class _Kind(NamedTuple):
+    """What is fixed about the conversion of one slice: the codes of each plane, `O`, and the type of residuals."""
+
+    ranges: tuple[CodeRange, ...]
+    features: int
+    kept_as: str
+
+    def bounds(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Lowest and highest code of `columns = r K O` columns and whether the code is a sign, () or (r K O,)."""
+        groups = columns // (self.features * len(self.ranges))
+        q_min, q_max, sign = (
+            np.tile(np.repeat(np.asarray(bound), self.features), groups) if len(set(bound)) > 1 else np.asarray(bound[0])
+            for bound in zip(*((float(c.q_min), float(c.q_max), c.binary) for c in self.ranges), strict=True)
+        )
+        return q_min.astype(np.float32), q_max.astype(np.float32), sign if sign.any() else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _converted(kind: _Kind, psums: Array, step: Array, offset: Array | None, weight: Array) -> Array:
+    """`sum over groups and planes of weight * P^`: psums (..., r K O), parameters (r K O,) to (..., O)."""
+    u = lsq.in_steps(psums, step, offset)
+    codes = lsq.round_to_codes(u, psums, offset, kind.bounds(psums.shape[-1]), half_up=True)
+    return _over_columns(lsq.dequantize(codes, step, offset) * weight, kind.features)
+
+
+def _converted_forward(
+    kind: _Kind, psums: Array, step: Array, offset: Array | None, weight: Array
+) -> tuple[Array, tuple[Any, ...]]:
+    return _converted(kind, psums, step, offset, weight), (psums.astype(kind.kept_as), step, offset, weight)
+
+
+def _converted_backward(kind: _Kind, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+    kept, step, offset, weight = residuals
+    q_min, q_max, sign = bounds = kind.bounds(kept.shape[-1])
+    psums = kept.astype(jnp.float32)
+    u = lsq.in_steps(psums, step, offset)
+    codes = lsq.round_to_codes(u, psums, offset, bounds, half_up=True)
+    inside = (q_min <= u) & (u <= q_max)
+    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    rest = jnp.where(inside if sign is None else inside & ~sign, u, 0.0)
+    of_columns = jnp.concatenate([gradient] * (kept.shape[-1] // kind.features), axis=-1)
+    to_psums = jnp.where(inside, of_columns * weight, 0.0)
+    to_step = weight * _over_positions(of_columns * (codes - rest))
+    to_offset = None if offset is None else weight * _over_positions(jnp.where(inside, 0.0, of_columns))
+    to_weight = step * _over_positions(of_columns * codes)
+    if offset is not None:
+        to_weight = to_weight + offset * _over_positions(of_columns)
+    return to_psums, to_step, to_offset, to_weight
+
+
+_converted.defvjp(_converted_forward, _converted_backward)
+
+
+def _over_positions(values: Array) -> Array:
+    """Sum over all axes but the last."""
+    half = values.shape[0] // 2
+    if jax.default_backend() == "cpu" and values.shape[0] == 2 * half > 0:
+        # XLA's CPU backend writes its operand to memory before it sums: half as much after one addition.
+        values = values[:half] + values[half:]
+    return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
+
+
+def _over_columns(values: Array, features: int) -> Array:
+    """Sum over groups and planes: (..., r K O) to (..., O)."""
+    count = values.shape[-1] // features
+    if count > _UNROLLED:
+        return jnp.sum(values.reshape(*values.shape[:-1], count, features), axis=-2)
+    # Sums over a short middle axis are slow on CPU.
+    return sum(values[..., index * features : (index + 1) * features] for index in range(count))
