@@ -8,7 +8,7 @@ The same as `cimjax train`; `python train.py --help` explains it. Starting again
 
 import sys
 
-from cimjax.cli import main
+from cimjax.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(start(["train", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from cimjax.cli import main
+from cimjax.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

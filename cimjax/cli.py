@@ -51,6 +51,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def start(argv: list[str] | None = None) -> int:
+    """`main` as a process of its own, which may replace itself to have its memory in large pages."""
+    from cimjax.training.memory import start_again_with_large_pages
+
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("train", "evaluate", "bench"):
+        start_again_with_large_pages()
+    return main(words)
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from cimjax.training.config_file import load_config
 
@@ -96,6 +106,38 @@ def _sweep(arguments: argparse.Namespace) -> None:
     rows = sweep.sweep(arguments.config, axes, arguments.workdir, jobs=arguments.jobs, fields=fields)
     print(sweep.show(sweep.table(rows, axes), [name for name in axes if name != "seed"]))
     print(f"all runs: {sweep.save(rows, arguments.workdir)}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config_file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from cimjax.analysis import bench
+
+    image, classes = _images_of(config.dataset)
+    if arguments.layers:
+        spec = cimjax.CIMSpec.from_dict(config.spec.to_dict()) if config.spec else cimjax.CIMSpec()
+        timings = bench.bench_layers(spec, batch=config.batch_size, runs=arguments.runs)
+    else:
+        timings = bench.bench_steps(config, image=image, classes=classes, runs=arguments.runs)
+    about = bench.machine()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"{arguments.config}, batch {config.batch_size}, medians of {arguments.runs} runs\n")
+    print(bench.show(timings))
+    if arguments.save:
+        bench.save(timings, arguments.save)
+    if arguments.plot:
+        bench.plot(timings, arguments.plot)
+
+
+def _images_of(dataset: str) -> tuple[tuple[int, int, int], int]:
+    """The shape of a data set's images and its classes, without its data."""
+    from cimjax.data.catalog import find
+
+    if dataset == "imagenet2012":
+        return (224, 224, 3), 1000
+    source = find(dataset)
+    return source.image_shape, source.classes
 
 
 def _data_prepare(arguments: argparse.Namespace) -> None:
@@ -148,12 +190,24 @@ _COMMANDS = {
                 "action": "append",
                 "required": True,
                 "metavar": "OPTION=A,B",
-                "help": "an option and its values",
+                "help": "an option, or a field as config.NAME, and its values",
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
             "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
         },
         _sweep,
+    ),
+    "bench": Command(
+        "time training and evaluation steps of a network beside full precision, or its layers",
+        "cimjax bench --config configs/resnet20_c10.py --config.batch_size=64 --save bench.json --plot bench.png",
+        {
+            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "the network and its batch size"},
+            "--layers": {"action": "store_true", "help": "single layers by every lowering instead of whole steps"},
+            "--runs": {"type": int, "default": 10, "metavar": "N", "help": "runs of each program; 10 if not given"},
+            "--save": {"metavar": "FILE", "help": "write all figures as JSON"},
+            "--plot": {"metavar": "FILE", "help": "draw them into a PNG or SVG file"},
+        },
+        _bench,
     ),
     "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
 }

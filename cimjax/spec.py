@@ -62,6 +62,21 @@ class StepKind(enum.StrEnum):
     POWER_OF_TWO = "power_of_two"
 
 
+class StepStart(enum.StrEnum):
+    """What sets the step of an activation or a weight from data; see `WeightSpec.start`."""
+
+    LEAST_SQUARES = "least_squares"
+    MAGNITUDE = "magnitude"
+
+
+class LadderStart(enum.StrEnum):
+    """What sets an ADC's step and offset from data; see `ADCSpec.start`."""
+
+    LEAST_SQUARES = "least_squares"
+    MAGNITUDE = "magnitude"
+    RANGE = "range"
+
+
 class ADCRange(enum.StrEnum):
     """Whether the ADC's codes follow the sign of its column (`auto`) or are always signed."""
 
@@ -102,12 +117,15 @@ class ActivationSpec(Spec):
     signed: bool = False
     # Bits that the DAC drives in one cycle; None drives the whole code at once. Not for 1 and 1.5 bits.
     slice_bits: int | None = None
+    # As `WeightSpec.start`.
+    start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
     gradient_factor: float = 30.0
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)
         self._flag("signed")
+        self._enum("start", StepStart)
         self._positive("gradient_factor")
         if self.bits == 1.5 and not self.signed:
             raise ValueError("`bits` is 1.5 for an unsigned activation; set `signed=True` or use 1 or 2 bits.")
@@ -150,6 +168,9 @@ class WeightSpec(Spec):
     signed_cells: SignedCells = SignedCells.PAIRED
     # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only.
     step_per_plane: bool = False
+    # Where calibration starts the step: `least_squares`: where rounding changes the tensor least; `magnitude`: LSQ's
+    # rule, `2 mean|x| / sqrt(q)`.
+    start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
     gradient_factor: float = 30.0
 
@@ -162,6 +183,7 @@ class WeightSpec(Spec):
         self._enum("reference", Reference)
         self._enum("signed_cells", SignedCells)
         self._flag("step_per_plane")
+        self._enum("start", StepStart)
         self._positive("gradient_factor")
         if self.bits == 1.5 and self.encoding != Encoding.DIFFERENTIAL:
             raise ValueError(f"`bits` is 1.5 with encoding {self.encoding!s}; three codes need 'differential'.")
@@ -229,6 +251,9 @@ class ADCSpec(Spec):
     # `learned`; `calibrated`: frozen after calibration; `fixed`: `full_scale / (codes - 1)`; `power_of_two`: learned,
     # rounded to the nearest power of two.
     step: StepKind = StepKind.LEARNED
+    # Where calibration puts the ladder: `least_squares`: where the output changes least; `magnitude`: LSQ's rule for
+    # real numbers, `2 mean|P| / sqrt(q)` from 0; `range`: over all partial sums that occur.
+    start: LadderStart = LadderStart.LEAST_SQUARES
     # `auto`: signed codes where a column can be negative and there is no offset; `signed`: always.
     range: ADCRange = ADCRange.AUTO
     # `fixed` only: the span of psums that the ladder covers, in units of one psum.
@@ -241,6 +266,7 @@ class ADCSpec(Spec):
         self._enum("granularity", Granularity)
         self._flag("offset")
         self._enum("step", StepKind)
+        self._enum("start", LadderStart)
         self._enum("range", ADCRange)
         self._positive("gradient_factor")
         if self.step == StepKind.FIXED:

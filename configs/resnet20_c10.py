@@ -23,6 +23,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     options = parse_options(argument, **cells, adc_bits=3, offset=True)
     config = default_config(options)
     config.dataset = "cifar10"
-    config.model = ConfigDict({"name": "resnet20", "width": 0.5 if options.smoke else 1.0})
+    config.model = ConfigDict({"name": "resnet20", "width": 1.0})
     train_as_cifar(config, smoke=options.smoke)
     return config.lock()

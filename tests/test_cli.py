@@ -57,7 +57,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 MISUSES: list[tuple[str, str]] = [
-    ("", "give a command: train, evaluate, data prepare, sweep, data list; see cimjax --help."),
+    ("", "give a command: train, evaluate, data prepare, sweep, bench, data list; see cimjax --help."),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),
     ("data", "unknown command 'data' (did you mean 'data list'?)"),

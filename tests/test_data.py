@@ -572,3 +572,22 @@ except cimjax.data.DataError as error:
     assert "digits could not be prepared" in result.stdout
     assert "File too large" in result.stdout
     assert list((tmp_path / "cimjax_digits").iterdir()) == []
+
+
+def test_a_part_has_the_first_classes_and_the_first_images_of_each() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 4, 4, 3), np.uint8)
+    labels = rng.permutation(np.repeat(np.arange(6), 10))
+    whole = Dataset.from_arrays("mine", images, labels, images[:30], labels[:30])
+    part = whole.part(classes=3, images=12)
+    assert (part.classes, len(part.train), part.mean, part.std) == (3, 12, whole.mean, whole.std)
+    for label in range(3):
+        np.testing.assert_array_equal(part.train.images[part.train.labels == label], images[labels == label][:4])
+    np.testing.assert_array_equal(part.test.labels, labels[:30][labels[:30] < 3])
+    assert whole.part() is whole
+    assert len(whole.part(images=6).train) == 6 and len(whole.part(classes=2).train) == 20
+    assert "give 2 to 6, or 0 for all" in message_of(lambda: whole.part(classes=7), ValueError)
+    assert "give a multiple of 3, the number of classes, up to 30" in message_of(
+        lambda: whole.part(classes=3, images=13), ValueError
+    )
+    assert "up to 60" in message_of(lambda: whole.part(images=66), ValueError)

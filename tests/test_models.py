@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -129,22 +128,3 @@ def test_what_a_network_does_not_have_is_refused() -> None:
         network("resnet20", residual="narrow")
     with pytest.raises(ValueError, match=r"`width` is 0.01"):
         network("resnet20", width=0.01)
-
-
-@pytest.mark.parametrize("config", ["digits", "resnet20_c10", "resnet20_c100"])
-@pytest.mark.parametrize("options", ["", "weight=layer,psum=none", "weight=none", "smoke,encoding=differential"])
-def test_every_config_describes_a_network_that_can_be_built(config: str, options: str) -> None:
-    from cimjax.nn.models import MODELS
-    from cimjax.training.config_file import load_config
-
-    folder = pathlib.Path(__file__).parents[1] / "configs"
-    loaded = load_config(f"{folder / config}.py:{options}".rstrip(":"), [])
-    assert loaded.model.name in MODELS
-    spec = None if loaded.spec is None else cimjax.CIMSpec.from_dict(loaded.spec.to_dict())
-    assert (spec is None) == (options == "weight=none")
-    model = network(spec=None, **loaded.model.to_dict())
-    size, channels = (8, 1) if config == "digits" else (32, 3)
-    if spec is not None:
-        # Every layer of the network fits the arrays.
-        for layer in layers_of(model, jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)):
-            cimjax.layer_cost(layer.kernel, layer.output, spec)

@@ -204,6 +204,8 @@ FIELDS: dict[str, Any] = {
     "seed": int,
     "dataset": str,
     "data_dir": str,
+    "subset.classes": int,
+    "subset.images": int,
     "model.name": str,
     "rules": tuple,
     "batch_size": int,
@@ -220,6 +222,7 @@ FIELDS: dict[str, Any] = {
     "augment.flip": bool,
     "eval_batch_size": int,
     "calibration_images": int,
+    "recalibrate_epochs": tuple,
     "steps_per_dispatch": int,
     "checkpoint_epochs": float,
 }

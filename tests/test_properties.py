@@ -268,6 +268,7 @@ def test_gradients_are_finite_at_any_stored_step(log_step: float) -> None:
     tiled = tile(case.kernel_shape, case.spec)
     shapes = steps_lib.shapes(tiled, case.spec)
     factors = steps_lib.gradient_factors(tiled, case.spec, 140, 20)
+    units = steps_lib.offset_units(tiled, case.spec)
     for changed in ("activation", "weight", "psum"):
         stored = steps_lib.Steps(
             *(
@@ -277,7 +278,7 @@ def test_gradients_are_finite_at_any_stored_step(log_step: float) -> None:
         )
 
         def loss(stored: Any, x: Any, kernel: Any) -> jax.Array:
-            real = steps_lib.real_steps(stored, factors, case.spec)
+            real = steps_lib.real_steps(stored, factors, units, case.spec)
             y = conv.cim_conv(x, kernel, real, case.spec)
             return jnp.mean(y / (1 + lax.stop_gradient(jnp.abs(y))))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -147,8 +149,10 @@ def test_a_group_of_one_value_gets_a_ladder_that_can_be_stored(bits: float, code
     layer_spec = spec(adc=adc_options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
     psums, tiling, steps = one_column(np.full(1, value), layer_spec)
     step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
-    stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=jnp.log(step), offset=zero / step)
-    real = steps_lib.real_steps(stored, steps_lib.gradient_factors(tiling, layer_spec, 4, 1), layer_spec)
+    units = steps_lib.offset_units(tiling, layer_spec)
+    log_step, zeta = steps_lib.stored_adc_steps(step, zero, units.offset, layer_spec)
+    stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=log_step, offset=zeta)
+    real = steps_lib.real_steps(stored, steps_lib.gradient_factors(tiling, layer_spec, 4, 1), units, layer_spec)
     assert error(psums, real.psum, real.offset, tiling, layer_spec) <= 1e-9 * value**2
 
 
@@ -207,3 +211,112 @@ def test_gradient_factors_count_what_shares_a_step() -> None:
     np.testing.assert_allclose(factors.psum, 3 / np.sqrt(columns * 15), rtol=1e-6)
     np.testing.assert_allclose(factors.reference, 3 / np.sqrt(2 * 20 * 15), rtol=1e-6)
     np.testing.assert_allclose(factors.offset, factors.psum)
+
+
+def test_a_ladder_widens_around_its_middle_and_moves_in_fixed_units() -> None:
+    """What is stored gives the real step and offset back, and a step that moves leaves the middle where it is."""
+    for weight, granularity in (("twos", "column"), ("offset-adc", "array"), ("twos-wide-top", "layer")):
+        layer_spec = spec(weight=ENCODINGS[weight], adc={"granularity": granularity, "offset": True})
+        case = Case("", layer_spec)
+        tiling, (_, _, steps) = tile(case.kernel_shape, layer_spec), draw(case)
+        units = steps_lib.offset_units(tiling, layer_spec)
+        factors = steps_lib.gradient_factors(tiling, layer_spec, 140, 20)
+        psum, zeta = steps_lib.stored_adc_steps(
+            jnp.asarray(steps.psum), jnp.asarray(steps.offset), units.offset, layer_spec
+        )
+        stored = Steps(activation=jnp.zeros(()), weight=jnp.log(steps.weight), psum=psum, offset=zeta)
+        if steps.reference is not None:
+            pair = (jnp.asarray(steps.reference), jnp.asarray(steps.reference_offset))
+            reference, offset = steps_lib.stored_adc_steps(*pair, units.reference_offset, layer_spec)
+            stored = stored._replace(reference=reference, reference_offset=offset)
+        real = steps_lib.real_steps(stored, factors, units, layer_spec)
+        for name in ("psum", "offset", "reference", "reference_offset"):
+            if getattr(steps, name) is not None:
+                chex.assert_trees_all_close(getattr(real, name), getattr(steps, name), rtol=1e-5, atol=1e-5)
+        wider = steps_lib.real_steps(stored._replace(psum=psum + 0.7), factors, units, layer_spec)
+        middle = [r.offset + 3.5 * r.psum for r in (real, wider)]
+        chex.assert_trees_all_close(*middle, rtol=1e-5, atol=1e-4)
+        chex.assert_trees_all_close(wider.psum, real.psum * np.exp(0.7), rtol=1e-5)
+
+
+def test_every_kind_of_gradient_of_a_ladder_is_the_derivative_of_its_values() -> None:
+    """Where no code changes: the gradients of stored step and offset are those of `s p + z`, both saturated ends too."""
+    layer_spec = spec(adc={"bits": 2, "offset": True, "gradient_factor": 1.0})
+    tiling = tile((3, 3, 7, 5), layer_spec)
+    factors, units = steps_lib.gradient_factors(tiling, layer_spec, 1, 1), steps_lib.offset_units(tiling, layer_spec)
+    shape = steps_lib.shapes(tiling, layer_spec).psum
+    # On code 3, above it, and below code 0; psums on codes do not move when the ladder moves a little.
+    for distance, code in ((10.0, 3), (-10.0, 0)):
+
+        def converted(log_step: jax.Array, zeta: jax.Array, distance: float = distance) -> jax.Array:
+            stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((3, 5)), psum=log_step, offset=zeta)
+            real = steps_lib.real_steps(stored, factors, units, layer_spec)
+            psums = jax.lax.stop_gradient(real.offset + distance * real.psum)[None, None]
+            return jnp.sum(adc.convert(psums, real, tiling, layer_spec))
+
+        log_step, zeta = jnp.full(shape, 0.4), jnp.full(shape, -0.3)
+        to_step, to_zeta = jax.grad(converted, argnums=(0, 1))(log_step, zeta)
+        factor = np.broadcast_to(factors.psum, shape)
+        np.testing.assert_allclose(to_step, np.exp(0.4) * (code - 1.5) * factor, rtol=1e-5)
+        np.testing.assert_allclose(to_zeta, np.broadcast_to(units.offset, shape) * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "array", "column"])
+def test_least_squares_steps_are_near_the_best_and_better_than_lsqs(
+    granularity: str,
+) -> None:
+    case = Case("", spec(weight=ENCODINGS["twos-wide-top"] | {"granularity": granularity, "start": "least_squares"}))
+    x, kernel, _ = draw(case)
+    tiling = tile(case.kernel_shape, case.spec)
+    codes = case.spec.weight.code_range
+    rows = jnp.asarray(kernel)
+
+    def error(step: jax.Array) -> jax.Array:
+        tiled = conv.tile_kernel(rows, tiling)
+        per_group = steps_lib.expand_weight(step, tiling)[:, 0][:, None]
+        return steps_of_group(jnp.square(conv.lsq.fake_quantize(tiled, per_group, codes) - tiled))
+
+    def steps_of_group(values: jax.Array) -> jax.Array:
+        """Errors by group: rows of an array and outputs that share the step."""
+        by_row = jnp.sum(values, axis=(0, 1, 3))
+        if granularity == "column":
+            return by_row
+        by_tile = jax.ops.segment_sum(by_row.T, tiling.column_tile_of_output, tiling.column_tiles).T
+        return by_tile if granularity == "array" else jnp.sum(by_tile, keepdims=True)
+
+    step = start.weight_step(rows, tiling, case.spec)
+    best = jnp.min(jnp.stack([error(step * scale) for scale in np.geomspace(0.3, 3, 200)]), axis=0)
+    assert (error(step) <= 1.1 * best + 1e-6).all()
+    plain = spec(weight=ENCODINGS["twos-wide-top"] | {"granularity": granularity})
+    assert (error(step) <= error(start.weight_step(rows, tiling, plain)) + 1e-6).all()
+    activation = case.spec.activation
+    wrong = [
+        float(jnp.sum(jnp.square(conv.lsq.fake_quantize(x, s, activation.code_range) - x)))
+        for s in (
+            start.activation_step(jnp.asarray(x), activation),
+            start.activation_step(jnp.asarray(x), dataclasses.replace(activation, start="least_squares")),
+        )
+    ]
+    assert wrong[1] <= wrong[0]
+    zero = start.weight_step(jnp.zeros_like(rows), tiling, case.spec)
+    np.testing.assert_array_equal(zero, 1)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_simpler_starts_of_ladders_are_what_they_say(offset: bool) -> None:
+    values = distributions()["exponential"]
+    for start_rule in ("magnitude", "range"):
+        layer_spec = spec(
+            adc={"bits": 3, "offset": offset, "start": start_rule},
+            weight={"bits": 3, "cell_bits": 8, "encoding": "offset"},
+        )
+        psums, tiling, steps = one_column(values, layer_spec)
+        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        assert (zero is None) == (not offset)
+        if start_rule == "magnitude":
+            np.testing.assert_allclose(step.item(), 2 * np.abs(values).mean() / np.sqrt(7), rtol=1e-5)
+            assert zero is None or zero.item() == 0
+        else:
+            low = values.min() if offset else 0
+            np.testing.assert_allclose(step.item(), (values.max() - low) / 7, rtol=1e-5)
+            assert zero is None or zero.item() == pytest.approx(low)

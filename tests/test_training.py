@@ -309,3 +309,43 @@ def test_rules_change_single_layers() -> None:
     assert specs["stem"].weight.bits == specs["classifier"].weight.bits == 8
     assert specs["conv1"] == specs["conv3"] == experiment.spec
     assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
+
+
+def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
+    """From the weights of that time, with no momentum left; a run that stops there goes on to the same numbers."""
+    chosen = config(epochs=3.0, recalibrate_epochs=(1,))
+    experiment = build(chosen)
+    state = experiment.first_state()
+    spoiled = state.replace(
+        params=jax.tree.map(lambda value: value + 0.5, state.params),
+        opt_state=jax.tree.map(lambda value: value + 1, state.opt_state),
+    )
+    renewed = experiment.recalibrated(spoiled)
+    for path, value in jax.tree_util.tree_leaves_with_path(renewed.params):
+        before, name = spoiled.params, path[-1].key
+        for part in path:
+            before = before[part.key]
+        if name.startswith("psum"):
+            assert not jnp.array_equal(value, before), path
+            chex.assert_trees_all_equal(value, renewed.first_steps["/".join(part.key for part in path)])
+        else:
+            chex.assert_trees_all_equal(value, before)
+    for path, value in jax.tree_util.tree_leaves_with_path(renewed.opt_state):
+        name = getattr(path[-1], "key", "")
+        if name.startswith("psum"):
+            assert not value.any(), path
+        elif name == "kernel":
+            assert (value == 1).all(), path
+    # The same again from its own result: there is nothing left to set.
+    again = experiment.recalibrated(renewed)
+    chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--config.recalibrate_epochs=(1,2)"]
+    assert start(whole, *options).wait() == 0
+    process = start(cut, *options)
+    wait_for_epoch(cut, 1, process)
+    process.kill()
+    process.communicate()
+    assert start(cut, *options).wait() == 0
+    assert without_times(read_records(cut)) == without_times(read_records(whole))

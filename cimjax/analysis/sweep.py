@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 
 def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:
-    """Axes of a sweep as typed, `NAME=VALUE,VALUE,...`.
+    """Axes of a sweep as typed, `NAME=VALUE,VALUE,...`; commas inside brackets belong to a value.
 
     Raises:
       ValueError: for a word without a name or values, or a name given twice.
@@ -27,7 +28,7 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:
     axes: dict[str, list[str]] = {}
     for word in words:
         name, equals, values = word.partition("=")
-        chosen = [value for value in values.split(",") if value]
+        chosen = [value for value in re.split(r",(?![^(]*\))", values) if value]
         if not (name and equals and chosen) or name in axes:
             raise ValueError(
                 f"--over {word}: give each option once, with its values, as in --over weight=layer,column."
@@ -39,11 +40,11 @@ def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:
 def sweep(
     config: str, axes: Mapping[str, Sequence[str]], workdir: str | Path, *, jobs: int = 1, fields: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Train every combination of options.
+    """Train every combination of options and fields.
 
     Args:
       config: a config file with its options, `configs/digits.py:adc_bits=2`.
-      axes: options of the config file and the values of each.
+      axes: options of the config file, or fields of the config as `config.optimizer.name`, and the values of each.
       workdir: a folder for all runs; one inside for each.
       jobs: runs at a time.
       fields: further arguments of every run, such as `--config.epochs=5`.
@@ -62,8 +63,10 @@ def sweep(
 
 def _run(config: str, options: dict[str, str], workdir: Path, fields: Sequence[str]) -> dict[str, Any]:
     path, _, given = config.partition(":")
-    chosen = [f"{name}={value}" for name, value in options.items()]
-    folder = workdir / ("-".join(chosen) or "run")
+    chosen = [f"{name}={value}" for name, value in options.items() if not name.startswith("config.")]
+    fields = [*fields, *(f"--{name}={value}" for name, value in options.items() if name.startswith("config."))]
+    names = [f"{name.rpartition('.')[2]}={value}" for name, value in options.items()]
+    folder = workdir / (re.sub(r"[^\w.=,+-]", "_", "-".join(names)) or "run")
     argument = f"{path}:{','.join([*filter(None, [given]), *chosen])}".rstrip(":")
     if not _finished(folder):
         command = [sys.executable, "-m", "cimjax", "train", "--config", argument, "--workdir", str(folder), *fields]

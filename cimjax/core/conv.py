@@ -198,10 +198,10 @@ def partial_sums(
     slices, planes = len(spec.activation.slices), len(spec.weight.planes)
     columns = jnp.concatenate([part.columns for part in parts], axis=-1)
     columns = columns.reshape(slices, -1, tiling.groups, planes, tiling.features)
-    if spec.weight.encoding != Encoding.OFFSET:
+    references = [part.reference for part in parts if part.reference is not None]
+    if not references:
         return PartialSums(columns, None)
-    reference = jnp.concatenate([part.reference for part in parts], axis=-1)
-    return PartialSums(columns, reference.reshape(slices, -1, tiling.groups))
+    return PartialSums(columns, jnp.concatenate(references, axis=-1).reshape(slices, -1, tiling.groups))
 
 
 def _product(

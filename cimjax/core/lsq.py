@@ -24,7 +24,7 @@ CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]
 
 # Bounds of a stored log-step: a step stays within exp(-30) .. exp(30), about 1e-13 .. 1e13.
 LOG_STEP_LIMIT = 30.0
-# Bound of a stored offset, in steps.
+# Bound of a stored offset, in its units.
 OFFSET_LIMIT = 2.0**24
 
 
@@ -201,7 +201,7 @@ def log_from_step(step: ArrayLike) -> Array:
 
 @jax.custom_jvp
 def offset_in_limits(zeta: Array) -> Array:
-    """An offset in steps, clipped to +-2^24 with a straight-through gradient: beyond, float32 has no unit step left."""
+    """A stored offset, clipped to +-2^24 with a straight-through gradient: beyond, float32 has no unit step left."""
     return jnp.clip(zeta, -OFFSET_LIMIT, OFFSET_LIMIT)
 
 

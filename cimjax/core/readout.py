@@ -123,7 +123,9 @@ class _Kind(NamedTuple):
         """Lowest and highest code of `columns = r K O` columns and whether the code is a sign, () or (r K O,)."""
         groups = columns // (self.features * len(self.ranges))
         q_min, q_max, sign = (
-            np.tile(np.repeat(np.asarray(bound), self.features), groups) if len(set(bound)) > 1 else np.asarray(bound[0])
+            np.tile(np.repeat(np.asarray(bound), self.features), groups)
+            if len(set(bound)) > 1
+            else np.asarray(bound[0])
             for bound in zip(*((float(c.q_min), float(c.q_max), c.binary) for c in self.ranges), strict=True)
         )
         return q_min.astype(np.float32), q_max.astype(np.float32), sign if sign.any() else None
@@ -180,4 +182,4 @@ def _over_columns(values: Array, features: int) -> Array:
     if count > _UNROLLED:
         return jnp.sum(values.reshape(*values.shape[:-1], count, features), axis=-2)
     # Sums over a short middle axis are slow on CPU.
-    return sum(values[..., index * features : (index + 1) * features] for index in range(count))
+    return functools.reduce(jnp.add, (values[..., i * features : (i + 1) * features] for i in range(count)))

@@ -1,4 +1,4 @@
-"""Starting values of steps: from the mean magnitude for activations and weights, by least squares for partial sums.
+"""Starting values of steps: from the mean magnitude for activations and weights, by a search for partial sums.
 
 Everything here can be traced, so that an initialisation which calibrates can be jitted. The order in which layers are
 calibrated is in `cimjax.nn.calibrate`.
@@ -7,7 +7,7 @@ calibrated is in `cimjax.nn.calibrate`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import Array
 
 from cimjax.core import conv, lsq
 from cimjax.core.adc import ranges_of_psums, ranges_of_reference
-from cimjax.core.least_squares import Grouping, fit
+from cimjax.core.ladder import Grouping, fit
 from cimjax.core.lsq import Codes
 from cimjax.core.steps import (
     Steps,
@@ -24,17 +24,21 @@ from cimjax.core.steps import (
     expand_weight,
     gradient_factors,
     max_over_groups,
+    offset_units,
     real_steps,
     shapes,
+    stored_adc_steps,
     sum_over_groups,
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window
 from cimjax.planes import CodeRange
-from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepKind
+from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepStart
 
 # Output positions that the search for a psum step looks at, at most; they are spread over images and pixels.
 SAMPLES = 1024
+# Candidates for the step of an activation or a weight, as multiples of LSQ's start.
+STEP_SCALES = tuple(np.geomspace(0.2, 2.5, 96))
 
 
 # The kinds of steps that can be calibrated apart; `psum` includes offsets and the reference's ADC.
@@ -56,7 +60,7 @@ def calibrated(
     Args:
       x: (N, H, W, C) real, or `Codes`, whose step is not touched.
       kernel: (kh, kw, C, O) real.
-      stored: present values (logarithms of steps, offsets in steps), kept where `kinds` does not name them.
+      stored: present values (`steps.real_steps`), kept where `kinds` does not name them.
       window: how the kernel moves.
       kinds: which of "activation", "weight" and "psum" to set.
 
@@ -70,30 +74,22 @@ def calibrated(
         stored = stored._replace(weight=lsq.log_from_step(weight_step(kernel, tiling, spec)))
     if "psum" not in kinds or spec.adc is None:
         return stored
-    steps = real_steps(stored, gradient_factors(tiling, spec, 1, 1), spec)
+    units = offset_units(tiling, spec)
+    steps = real_steps(stored, gradient_factors(tiling, spec, 1, 1), units, spec)
     inputs = conv.quantize_activation(x, steps.activation, spec.activation)
     psums = conv.partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
     step, offset = psum_steps(psums.columns, steps, tiling, spec)
-    psum, zeta = _stored(step, offset, spec)
+    psum, zeta = stored_adc_steps(step, offset, units.offset, spec)
     stored = stored._replace(psum=psum, offset=zeta)
     if spec.weight.reference == Reference.ADC:
         assert psums.reference is not None
-        psum, zeta = _stored(*reference_steps(psums.reference, spec), spec)
+        psum, zeta = stored_adc_steps(*reference_steps(psums.reference, spec), units.reference_offset, spec)
         stored = stored._replace(reference=psum, reference_offset=zeta)
     return stored
 
 
-def _stored(step: Array, offset: Array | None, spec: CIMSpec) -> tuple[Array | None, Array | None]:
-    """What is stored for a step and an offset: nothing for a `fixed` step, and the offset in steps."""
-    assert spec.adc is not None
-    log_step = None if spec.adc.step == StepKind.FIXED else lsq.log_from_step(step)
-    return log_step, None if offset is None else offset / step
-
-
 def activation_step(x: Array, spec: ActivationSpec) -> Array:
-    """LSQ's start, `2 mean|x| / sqrt(q_max)`; `mean|x|` for signed 1 bit; 1 where `x` is all zero.
-
-    Source: Esser et al. 2020, section 2.1.
+    """The start of an activation's step by `spec.start`; 1 where `x` is all zero.
 
     Args:
       x: any shape, real.
@@ -101,40 +97,71 @@ def activation_step(x: Array, spec: ActivationSpec) -> Array:
     Returns:
       () float32, > 0.
     """
-    return _from_mean_magnitude(jnp.mean(jnp.abs(x.astype(jnp.float32))), spec.code_range)
+    values = x.astype(jnp.float32)
+    step = _from_mean_magnitude(jnp.mean(jnp.abs(values)), spec.code_range)
+    if spec.start == StepStart.MAGNITUDE or spec.code_range.binary:
+        return step
+    values = values.reshape(-1)
+    # Every so many elements are enough, and much quicker.
+    values = values[:: max(1, values.size // 2**16)]
+    return _least_squares(values, step, spec.code_range, lambda step: step, jnp.sum)
 
 
 def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
-    """LSQ's start for every weight group, over the weights that it really has; planes start alike.
+    """The start of every weight group's step by `spec.weight.start`, over the weights that it really has.
+
+    Planes start alike.
 
     Args:
       kernel: (kh, kw, C, O) real.
 
     Returns:
-      float32 > 0, of the weight step's shape.
+      float32 > 0, of the weight step's shape; 1 for a group of zeros.
     """
     shape = shapes(tiling, spec).weight
-    shared = (shape[0], shape[-1])
-    magnitude = jnp.abs(tile_kernel(kernel.astype(jnp.float32), tiling))
+    weights = tile_kernel(kernel.astype(jnp.float32), tiling)
     axes = (*range(len(tiling.kernel_size)), -2)
-    per_group = jnp.sum(magnitude, axis=axes)[:, None]
-    count = jnp.broadcast_to(jnp.asarray(tiling.rows_of_group, jnp.float32)[:, None, None], per_group.shape)
 
     def expand(step: Array) -> Array:
-        return jnp.broadcast_to(expand_weight(step, tiling), per_group.shape)
+        """(A, Ct) or the like to (R, O)."""
+        return jnp.broadcast_to(expand_weight(step, tiling)[:, 0], (tiling.groups, tiling.features))
 
-    transpose = jax.linear_transpose(expand, jax.ShapeDtypeStruct(shared, jnp.float32))
-    step = _from_mean_magnitude(transpose(per_group)[0] / transpose(count)[0], spec.weight.code_range)
+    transpose = jax.linear_transpose(expand, jax.ShapeDtypeStruct((shape[0], shape[-1]), jnp.float32))
+
+    def total(values: Array) -> Array:
+        return transpose(jnp.sum(values, axis=axes))[0]
+
+    count = total(jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape))
+    step = _from_mean_magnitude(total(jnp.abs(weights)) / count, spec.weight.code_range)
+    if spec.weight.start == StepStart.LEAST_SQUARES and not spec.weight.code_range.binary:
+        step = _least_squares(weights, step, spec.weight.code_range, lambda step: expand(step)[:, None], total)
     return jnp.broadcast_to(step[:, None], shape) if spec.weight.step_per_plane else step
 
 
 def _from_mean_magnitude(mean: Array, codes: CodeRange) -> Array:
+    """LSQ's start, `2 mean|x| / sqrt(q)`; `mean|x|` for signed 1 bit (Esser et al. 2020, section 2.1)."""
     step = mean if codes.binary else 2.0 * mean / math.sqrt(codes.magnitude)
     return jnp.where(step > 0, step, 1.0)
 
 
+def _least_squares(
+    values: Array, step: Array, codes: CodeRange, expand: Callable[[Array], Array], total: Callable[[Array], Array]
+) -> Array:
+    """The best of a grid of multiples of `step`, for every group: least `sum (s code - x)^2`."""
+
+    def error(step: Array) -> Array:
+        return total(jnp.square(lsq.fake_quantize(values, expand(step), codes) - values))
+
+    def visit(best: tuple[Array, Array], scale: Array) -> tuple[tuple[Array, Array], None]:
+        better = (found := error(step * scale)) < best[0]
+        return (jnp.where(better, found, best[0]), jnp.where(better, step * scale, best[1])), None
+
+    return jax.lax.scan(visit, (error(step), step), jnp.asarray(STEP_SCALES, jnp.float32))[0][1]
+
+
 def psum_steps(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> tuple[Array, Array | None]:
-    """Psum steps (and offsets) of least squared error of `g_t f_k s_w P^`, for every group that shares a step.
+    """Psum steps (and offsets) by `spec.adc.start`, for every group that shares a step; by default of least squared
+    error of `g_t f_k s_w P^`.
 
     Not below 1 for more than one bit, since partial sums are integers; 1 (and offset 0) for a group of zeros. A `fixed`
     step is kept and only its offset is found.

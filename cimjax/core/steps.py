@@ -27,7 +27,7 @@ class Steps(NamedTuple):
     activation: ().
     weight: `layer` (1, 1), `array` (A, Ct), `column` (A, O), with a step per plane (A, K, O).
     psum: `layer` (1, 1, 1), `array` (R, 1, Ct), `column` (R, K, O).
-    offset: the psum of ADC code 0, the shape of `psum`.
+    offset: the psum of ADC code 0, the shape of `psum`; stored as the middle of the ladder (`real_steps`).
     reference, reference_offset: (R,), of the ADC behind the dummy column of `reference="adc"`.
     """
 
@@ -190,16 +190,44 @@ def _columns_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
     return np.full((1, 1, 1), tiling.groups * planes * tiling.features)
 
 
-def real_steps(stored: Steps, factors: Steps, spec: CIMSpec) -> Steps:
+def offset_units(tiling: Tiling, spec: CIMSpec) -> Steps:
+    """What one unit of a stored offset is, in psum units: `sqrt(rows) max|a| max|d| / (2 size)`.
+
+    That is about a step of a ladder of `size` codes over random partial sums. It must not follow the learned step: an
+    offset of many steps would then carry the ladder away from its partial sums whenever the step moves.
+
+    Returns:
+      `Steps` whose `offset` and `reference_offset` are float32 NumPy arrays broadcastable to the stored ones; None
+      where there are none.
+    """
+    if spec.adc is None or not spec.adc.offset:
+        return Steps()
+    inputs = max(s.magnitude for s in spec.activation.slices)
+    digits = np.array([plane.magnitude for plane in spec.weight.planes])
+    rows = np.sqrt(tiling.rows_of_group)
+    unit = rows[:, None, None] * digits[:, None] * inputs / (2 * spec.adc_ranges[0][0].size)
+    if spec.adc.granularity == Granularity.ARRAY:
+        unit = unit.max(axis=1, keepdims=True)
+    elif spec.adc.granularity == Granularity.LAYER:
+        unit = unit.max(keepdims=True)
+    reference = None
+    if spec.weight.reference == Reference.ADC:
+        reference = (rows * inputs / (2 * spec.reference_ranges[0].size)).astype(np.float32)
+    return Steps(offset=unit.astype(np.float32), reference_offset=reference)
+
+
+def real_steps(stored: Steps, factors: Steps, units: Steps, spec: CIMSpec) -> Steps:
     """Real steps and offsets of stored parameters, with their gradient factors and kinds applied.
 
-    Stored are logarithms of steps, `s = exp(clip(log_step, -30, 30))`, and offsets in steps, `zeta = z / s`, so that
-    neither depends on units. `fixed` steps are computed from `full_scale` and need no stored value; neither they nor
-    `calibrated` ones receive a gradient.
+    Stored are logarithms of steps, `s = exp(clip(log_step, -30, 30))`, and for an offset the middle of its ladder in
+    fixed units, `z = zeta unit - s (q_min + q_max) / 2`, so that a step that moves widens the ladder around its middle.
+    `fixed` steps are computed from `full_scale` and need no stored value; neither they nor `calibrated` ones receive a
+    gradient.
 
     Args:
-      stored: logarithms of steps, and offsets in steps.
+      stored: logarithms of steps, and middles of ladders in units.
       factors: from `gradient_factors`.
+      units: from `offset_units`.
 
     Returns:
       Real steps, > 0, and offsets in psum units; float32, whatever the parameters are kept in.
@@ -213,15 +241,19 @@ def real_steps(stored: Steps, factors: Steps, spec: CIMSpec) -> Steps:
     steps = Steps(activation=activation, weight=learned(stored.weight, factors.weight))
     if spec.adc is None:
         return steps
-    psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, spec)
+    psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, units.offset, spec)
     steps = steps._replace(psum=psum, offset=offset)
     if spec.weight.reference == Reference.ADC:
-        psum, offset = _adc_steps(stored.reference, stored.reference_offset, factors.reference, spec)
+        psum, offset = _adc_steps(
+            stored.reference, stored.reference_offset, factors.reference, units.reference_offset, spec
+        )
         steps = steps._replace(reference=psum, reference_offset=offset)
     return steps
 
 
-def _adc_steps(log_step: Array | None, zeta: Array | None, factor: Any, spec: CIMSpec) -> tuple[Array, Array | None]:
+def _adc_steps(
+    log_step: Array | None, zeta: Array | None, factor: Any, unit: Any, spec: CIMSpec
+) -> tuple[Array, Array | None]:
     """The real step and offset of one ADC kind."""
     adc = spec.adc
     assert adc is not None
@@ -232,12 +264,24 @@ def _adc_steps(log_step: Array | None, zeta: Array | None, factor: Any, spec: CI
         step = lsq.step_from_log(lsq.scale_gradient(log_step, factor))
     if adc.step == StepKind.POWER_OF_TWO:
         step = lsq.nearest_power_of_two(step)
-    if not adc.trainable:
-        step = jax.lax.stop_gradient(step)
-    if zeta is None:
-        return step, None
-    offset = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * jax.lax.stop_gradient(step)
-    return step, offset if adc.trainable else jax.lax.stop_gradient(offset)
+    offset = None
+    if zeta is not None:
+        middle = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * unit
+        offset = middle - step * middle_code(spec)
+    return (step, offset) if adc.trainable else jax.lax.stop_gradient((step, offset))
+
+
+def stored_adc_steps(step: Array, offset: Array | None, unit: Any, spec: CIMSpec) -> tuple[Array | None, Array | None]:
+    """What is stored for a real step and offset of an ADC: the inverse of `real_steps`; nothing for a `fixed` step."""
+    assert spec.adc is not None
+    log_step = None if spec.adc.step == StepKind.FIXED else lsq.log_from_step(step)
+    return log_step, None if offset is None else (offset + step * middle_code(spec)) / unit
+
+
+def middle_code(spec: CIMSpec) -> float:
+    """The middle of the codes of an ADC with an offset, whose ranges are all the same; not always a code itself."""
+    codes = spec.adc_ranges[0][0]
+    return (codes.q_min + codes.q_max) / 2
 
 
 def fixed_step(spec: CIMSpec) -> float:

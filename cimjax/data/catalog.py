@@ -68,6 +68,11 @@ def find(name: str) -> Source:
     for source in _SOURCES:
         if source.name == name:
             return source
+    if name == "imagenet2012":
+        raise ValueError(
+            "dataset 'imagenet2012' is not read by this version: give its images as arrays, "
+            "`cimjax.train(config, dataset=cimjax.data.Dataset.from_arrays(...))`"
+        )
     nearest = difflib.get_close_matches(str(name).lower(), names(), n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ValueError(

@@ -155,6 +155,43 @@ class Dataset:
             std = measured_std if std is None else std
         return cls(name, train, test, classes, tuple(mean), tuple(std))
 
+    def part(self, classes: int = 0, images: int = 0) -> Dataset:
+        """A smaller data set: the first classes, and of each the first training images.
+
+        Args:
+          classes: how many classes, 2 or more; 0: all. Test images of other classes are left out as well.
+          images: how many training images, spread evenly over the classes; 0: all of these classes.
+
+        Returns:
+          A data set of the same name, order and colour statistics; itself where nothing is left out.
+
+        Raises:
+          ValueError: more classes or images than there are, or images that cannot be spread evenly.
+        """
+        classes = classes or self.classes
+        if not 2 <= classes <= self.classes:
+            raise ValueError(f"`subset.classes` is {classes}; give 2 to {self.classes}, or 0 for all.")
+        per_class = np.bincount(self.train.labels, minlength=classes)[:classes]
+        each = images // classes
+        if images and (images % classes or not 1 <= each <= per_class.min()):
+            raise ValueError(
+                f"`subset.images` is {images}; give a multiple of {classes}, the number of classes, up to "
+                f"{per_class.min() * classes}, or 0 for all."
+            )
+        if classes == self.classes and not images:
+            return self
+        rank = np.empty(len(self.train), np.int64)
+        for label in range(self.classes):
+            of_label = self.train.labels == label
+            rank[of_label] = np.arange(of_label.sum())
+        chosen = (self.train.labels < classes) & ((rank < each) | (images == 0))
+        train = Split(self.train.images[chosen], self.train.labels[chosen])
+        kept = self.test.labels < classes
+        if not kept.any():
+            raise ValueError(f"`subset.classes` is {classes}; no test image is of these classes, give more.")
+        test = Split(self.test.images[kept], self.test.labels[kept])
+        return dataclasses.replace(self, train=train, test=test, classes=classes)
+
 
 def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of `images / 255`, exact to rounding: from counts of the 256 values.

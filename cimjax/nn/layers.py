@@ -77,7 +77,7 @@ class _ArrayLayer(nn.Module):
                 if value is not None:
                     self.put_variable("params", name, value)
         factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
-        steps = steps_lib.real_steps(stored, factors, spec)
+        steps = steps_lib.real_steps(stored, factors, steps_lib.offset_units(tiled, spec), spec)
         if spec.adc is not None and self.is_mutable_collection(HEALTH) and not self.is_initializing():
             inputs = conv.quantize_activation(x, steps.activation, spec.activation)
             psums = conv.partial_sums(inputs, kernel, steps, tiled, window, spec, key)
@@ -109,9 +109,9 @@ class CIMConv(_ArrayLayer):
     """A convolution through memory arrays, in place of `flax.linen.Conv`.
 
     `kernel` (kh, kw, C, features) and `bias` (features,) are `Conv`'s, so that pretrained weights drop in. Steps are
-    stored as logarithms, offsets in steps: `activation_log_step` () unless the input is `Codes`, `weight_log_step`,
-    and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`, `reference_offset` as the specification has
-    them (shapes: `core.steps.Steps`). `init` sets them from its input.
+    stored as logarithms, offsets in fixed units (`core.steps.real_steps`): `activation_log_step` () unless the input is
+    `Codes`, `weight_log_step`, and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`,
+    `reference_offset` as the specification has them (shapes: `core.steps.Steps`). `init` sets them from its input.
 
     features, kernel_size, strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, kernel_init,
       bias_init: as for `flax.linen.Conv`. `padding` is 'SAME', 'VALID', an integer or pairs.

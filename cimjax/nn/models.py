@@ -15,6 +15,7 @@ _LARGE = {"small_images": False, "widths": (64, 128, 256, 512), "shortcut": "pro
 # A network and the options that its name stands for; options of a configuration come on top.
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "small": (SmallNet, {}),
+    "resnet8": (ResNet, {"blocks": (1, 1, 1), "widths": (16, 32, 64)}),
     # CIFAR form: 0.27 M parameters with shortcuts of option A.
     "resnet20": (ResNet, {"blocks": (3, 3, 3), "widths": (16, 32, 64)}),
     # ImageNet form: 11.7 M and 25.6 M parameters with 1,000 classes.

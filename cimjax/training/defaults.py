@@ -24,6 +24,8 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
     # One of `cimjax data list`, and its folder; "" is the default folder of tensorflow-datasets.
     config.dataset = ""
     config.data_dir = ""
+    # Only the first so many classes, and so many training images of these; 0: all.
+    config.subset = ConfigDict({"classes": 0, "images": 0})
     # A network by name, and its own options.
     config.model = ConfigDict({"name": ""})
     # The specification of every layer, None for full precision; then (pattern of paths, specification or None) for
@@ -55,6 +57,8 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
     config.eval_batch_size = 500
     # Training images from which all steps are set before training.
     config.calibration_images = 256
+    # After these epochs ADC steps and offsets are set anew, as before training, and their momentum starts from 0.
+    config.recalibrate_epochs = ()
     # Optimizer steps in one program; 0: chosen by the program.
     config.steps_per_dispatch = 0
     # Epochs between checkpoints; the best state is kept as well.
@@ -63,8 +67,13 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
 
 
 def train_as_cifar(config: ConfigDict, *, smoke: bool) -> None:
-    """Train as is usual for CIFAR: 200 epochs on images shifted by up to 4 pixels and mirrored; `smoke`: 2 epochs."""
-    config.batch_size = 128
-    config.epochs = 2.0 if smoke else 200.0
-    config.warmup_epochs = 0.5 if smoke else 5.0
+    """Train as is usual for CIFAR: 200 epochs on images shifted by up to 4 pixels and mirrored.
+
+    `smoke`: 12 epochs of a small network on half of the images of a few classes.
+    """
+    config.batch_size = 64 if smoke else 128
+    config.epochs = 12.0 if smoke else 200.0
+    config.warmup_epochs = 1.0 if smoke else 5.0
     config.augment = ConfigDict({"shift": 4, "flip": True})
+    if smoke:
+        config.model = ConfigDict({"name": "resnet8", "stem_stride": 2})

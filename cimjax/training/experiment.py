@@ -18,11 +18,11 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset, Split, load
 from cimjax.hardware.survey import Layer, layers_of
-from cimjax.nn.calibrate import NO_CALIBRATION
+from cimjax.nn.calibrate import NO_CALIBRATION, calibrate
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec
-from cimjax.training.optimizer import make_optimizer, steps_per_epoch, total_steps
+from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
 from cimjax.training.step import Images, Stepper, TrainState, stored_steps
 
@@ -79,11 +79,35 @@ class Experiment:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
         return jax.jit(self._calibrated)(jnp.int32(self.config.seed), self.calibration_images())
 
+    def recalibrated(self, state: TrainState) -> TrainState:
+        """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset."""
+
+        def renew(state: TrainState, images: Array) -> TrainState:
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            rngs = {"variation": jax.random.fold_in(jax.random.key(state.seed), 1)}
+            model = self.model.clone(**self._without_axis())
+            params = calibrate(model, variables, images, kinds=("psum",), train=True, rngs=rngs)["params"]
+
+            def renewed(old: Any, new: Any) -> Any:
+                return jax.tree_util.tree_map_with_path(lambda path, o, n: n if is_of_adc(path) else o, old, new)
+
+            return state.replace(
+                params=params,
+                opt_state=renewed(state.opt_state, self.optimizer.init(params)),
+                # Copies, as in the first state.
+                first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
+            )
+
+        return jax.jit(renew)(state, self.calibration_images())
+
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
-        images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), jnp.float32)
+        return jax.eval_shape(self.uncalibrated_state)
+
+    def uncalibrated_state(self) -> TrainState:
+        """A state with all steps at 1: quick, where values do not matter."""
         shapes_only = functools.partial(self._init, mutable=NO_CALIBRATION)
-        return jax.eval_shape(shapes_only, jax.ShapeDtypeStruct((), jnp.int32), images)
+        return jax.jit(shapes_only)(jnp.int32(self.config.seed), jnp.zeros((2, *self.dataset.image_shape)))
 
     def _calibrated(self, seed: Array, images: Array) -> TrainState:
         return self._init(seed, images, mutable=flax.core.DenyList("intermediates"))
@@ -120,7 +144,7 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     Raises:
       ValueError: for anything in the configuration that cannot be built.
     """
-    dataset = dataset or load(config.dataset, config.data_dir or None)
+    dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
     devices = Devices()
     devices.check_batch(config.batch_size, "config.batch_size")

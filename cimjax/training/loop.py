@@ -113,6 +113,9 @@ class _Run:
         while step < total:
             epoch = step // per_epoch
             end = min(total, (epoch + 1) * per_epoch)
+            if step == epoch * per_epoch and epoch in experiment.config.recalibrate_epochs:
+                # Not saved before the next checkpoint: a run that stops here sets them again.
+                state = experiment.devices.put(experiment.recalibrated(state))
             state, step = self._epoch(state, step, end)
             last = self._after_epoch(state, step, epoch + 1, epochs, final=step == total)
         if not last:

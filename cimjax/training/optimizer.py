@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 # The last part of a parameter's path tells its kind.
 STEP_SUFFIXES = ("log_step", "psum_offset", "reference_offset")
+# Those of the ADCs among them.
+ADC_SUFFIXES = ("psum_log_step", "psum_offset", "reference_log_step", "reference_offset")
 
 
 def kind_of(path: tuple[Any, ...]) -> str:
@@ -19,6 +21,11 @@ def kind_of(path: tuple[Any, ...]) -> str:
     if name.endswith(STEP_SUFFIXES):
         return "step"
     return "kernel" if name == "kernel" else "other"
+
+
+def is_of_adc(path: tuple[Any, ...]) -> bool:
+    """Whether a tree path, of parameters or of what an optimizer keeps of them, ends at an ADC's step or offset."""
+    return str(getattr(path[-1], "key", "")).endswith(ADC_SUFFIXES)
 
 
 def is_kind(params: Any, kind: str) -> Any:

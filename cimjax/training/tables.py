@@ -65,7 +65,7 @@ LAYER_COLUMNS = (
 )
 
 # What the numbers of a kind of step mean; "" for all others.
-_DRIFTS = {"offset": "mean |z - z0|, in steps of the ADC", "": "mean |log(s/s0)|, 0.01 is 1 %"}
+_DRIFTS = {"offset": "mean move of the ladder's middle, in about its first step", "": "mean |log(s/s0)|, 0.01 is 1 %"}
 
 
 def layer_row(layer: LayerRow) -> Row:
@@ -102,7 +102,7 @@ def totals_of(layers: Sequence[LayerRow]) -> Row:
 
 def step_columns(kinds: Iterable[str]) -> list[Column]:
     """The columns of the table after training, for the kinds of steps that there are."""
-    drifts = {"offset": "mean |z - z0|, in steps of the ADC"}
+    drifts = {"offset": "mean move of the ladder's middle, in about its first step"}
     return [
         Column("layer", 0),
         *(Column(f"{kind}\nmoved", 3, drifts.get(kind, "mean |log(s/s0)|, 0.01 is 1 %")) for kind in kinds),

@@ -1,7 +1,7 @@
-"""The search for ADC ladders of least squared error: a grid, then alternating least squares; all of it traceable.
+"""Starting values of ADC ladders: the search for the least squared error, and two simpler rules; all traceable.
 
-A *ladder* is a step and the offset of its code 0. Which partial sums share a ladder is told by a `Grouping`; which
-partial sums are looked at is decided in `cimjax.core.start`.
+The search is a grid, then alternating least squares. A *ladder* is a step and the offset of its code 0. Which partial
+sums share a ladder is told by a `Grouping`; which of them are looked at is decided in `cimjax.core.start`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import Array
 from cimjax.core import lsq
 from cimjax.core.lsq import CodeRanges
 from cimjax.core.steps import fixed_step
-from cimjax.spec import ADCSpec, CIMSpec, StepKind
+from cimjax.spec import ADCSpec, CIMSpec, LadderStart, StepKind
 
 # Candidate steps, as fractions of the step whose ladder just covers every partial sum.
 SCALES = (1.0, *np.geomspace(1.5, 1 / 48, 32))
@@ -52,7 +52,8 @@ class _Ladder(NamedTuple):
 def fit(
     values: Array, weight: Array, codes: CodeRanges, grouping: Grouping, spec: CIMSpec
 ) -> tuple[Array, Array | None]:
-    """Step and offset of least `sum weight (P^ - P)^2` for every group, `P^` the value after the ADC.
+    """Step and offset for every group by `spec.adc.start`; with `P^` the value after the ADC, by default of least
+    `sum weight (P^ - P)^2`.
 
     Args:
       values: (T, S, *columns) float32 partial sums.
@@ -69,8 +70,13 @@ def fit(
     problem = _Problem(values.astype(jnp.float32), weight.astype(jnp.float32), codes, grouping, spec)
     shape = jax.eval_shape(grouping.largest, jax.ShapeDtypeStruct(values.shape[2:], jnp.float32)).shape
     start = _Ladder(*(jnp.full(shape, value, jnp.float32) for value in (jnp.inf, 1.0, 0.0)))
-    search = problem.search_with_offset if adc.offset else problem.search
-    best = jax.lax.fori_loop(0, REFINEMENTS, lambda _, ladder: problem.refine(ladder), search(start))
+    if adc.start == LadderStart.MAGNITUDE:
+        best = problem.of_magnitude(start)
+    elif adc.start == LadderStart.RANGE:
+        best = problem.covering(start)
+    else:
+        search = problem.search_with_offset if adc.offset else problem.search
+        best = jax.lax.fori_loop(0, REFINEMENTS, lambda _, ladder: problem.refine(ladder), search(start))
     silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) == 0
     step = jnp.where(silent, problem.allowed(start.step), best.step)
     return step, jnp.where(silent, 0.0, best.offset) if adc.offset else None
@@ -113,12 +119,32 @@ class _Problem:
         better = error < best.error
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), _Ladder(error, step, offset), best)
 
+    def of_magnitude(self, start: _Ladder) -> _Ladder:
+        """LSQ's rule for real numbers, `2 mean|P| / sqrt(q)`, code 0 at 0 (Esser et al. 2020, section 2.1)."""
+        count = self.total(jnp.ones_like(self.values))
+        mean = self.total(jnp.abs(self.values)) / count
+        largest = np.sqrt(max(-self.q_min.min(), self.q_max.max()))
+        return start._replace(step=self.allowed(2 * mean / largest))
+
+    def covering(self, start: _Ladder) -> _Ladder:
+        """The ladder whose lowest and highest code just reach the extremes."""
+        if not self.adc.offset:
+            return start._replace(step=self.allowed(self._reach()))
+        low = -self.grouping.largest(jnp.max(-self.low, axis=0))
+        high = self.grouping.largest(jnp.max(self.high, axis=0))
+        q_min, q_max = float(self.q_min.min()), float(self.q_max.max())
+        step = self.allowed((high - low) / (q_max - q_min))
+        return start._replace(step=step, offset=low - step * q_min)
+
+    def _reach(self) -> Array:
+        """The step at which the highest and the lowest code just reach the extremes, code 0 at 0."""
+        q_min, q_max = self.q_min[:, 0], self.q_max[:, 0]
+        reach = jnp.maximum(self.high / q_max, jnp.where(q_min < 0, self.low / np.minimum(q_min, -1), 0.0))
+        return self.grouping.largest(jnp.max(reach, axis=0))
+
     def search(self, start: _Ladder) -> _Ladder:
         """The best step of the grid, code 0 at 0."""
-        q_min, q_max = self.q_min[:, 0], self.q_max[:, 0]
-        # The step at which the highest and the lowest code just reach the extremes.
-        reach = jnp.maximum(self.high / q_max, jnp.where(q_min < 0, self.low / np.minimum(q_min, -1), 0.0))
-        covering = self.grouping.largest(jnp.max(reach, axis=0))
+        covering = self._reach()
 
         def visit(best: _Ladder, scale: Array) -> tuple[_Ladder, None]:
             return self.keep_better(best, self.allowed(covering * scale), start.offset), None

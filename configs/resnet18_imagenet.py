@@ -1,0 +1,33 @@
+"""ResNet-18 on ImageNet through arrays, with the settings of the paper's Table II.
+
+    python train.py --config configs/resnet18_imagenet.py
+    python train.py --config configs/resnet18_imagenet.py:weight=layer,psum=column --config.batch_size=512
+
+3-bit activations and weights in 1-bit cells, arrays of 128 x 128, 2-bit partial sums, 90 epochs. The paper reports
+68.51 % for column/column and 69.13 % in full precision; no run of this file has been made yet.
+
+This version does not read ImageNet by itself: it trains on arrays of your own, `cimjax.train(config, dataset=...)`,
+with images of any size. Options change layers as in every other file; `smoke` is a network of an eighth of the width.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from cimjax.training.defaults import default_config
+from cimjax.training.options import parse_options
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """The fields of a training run; `cimjax.training.defaults` says what each means."""
+    cells = {"act_bits": 3, "weight_bits": 3, "cell_bits": 1, "rows": 128, "columns": 128}
+    options = parse_options(argument, **cells, adc_bits=2, offset=True)
+    config = default_config(options)
+    config.dataset = "imagenet2012"
+    config.model = ConfigDict({"name": "resnet18", "width": 0.125 if options.smoke else 1.0})
+    config.batch_size = 256
+    config.epochs = 1.0 if options.smoke else 90.0
+    config.warmup_epochs = 0.1 if options.smoke else 5.0
+    config.optimizer.weight_decay = 1e-4
+    config.augment = ConfigDict({"shift": 0, "flip": True})
+    return config.lock()

@@ -1,0 +1,137 @@
+"""Every configuration file with every granularity pair: it can be built, has the right shapes, and trains."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cimjax
+from cimjax.data import Dataset
+from cimjax.hardware.survey import layers_of
+from cimjax.training.config_file import load_config
+from cimjax.training.display import Display
+from cimjax.training.experiment import build
+from cimjax.training.step import Images, order_of_epoch
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# The image and the classes that each file is for, and how many parameters its network has without steps.
+FILES = {
+    "digits": ((8, 8, 1), 10, 16_794),
+    "resnet20_c10": ((32, 32, 3), 10, 269_722),
+    "resnet20_c100": ((32, 32, 3), 100, 275_572),
+    "resnet18_imagenet": ((224, 224, 3), 1000, 11_689_512),
+}
+GRANULARITIES = ("layer", "array", "column")
+PAIRS = [f"weight={weight},psum={psum}" for weight, psum in itertools.product(GRANULARITIES, GRANULARITIES)]
+OTHERS = ["", "weight=none", *(f"weight={weight},psum=none" for weight in GRANULARITIES), "encoding=differential"]
+
+
+def random_images(name: str, count: int, size: int | None = None) -> Dataset:
+    shape, classes, _ = FILES[name]
+    shape = shape if size is None else (size, size, shape[-1])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, *shape), np.uint8)
+    labels = rng.integers(0, classes, count)
+    return Dataset.from_arrays(name, images, labels, images[:4], labels[:4], classes=classes)
+
+
+def loaded(name: str, options: str, **fields: Any) -> Any:
+    config = load_config(f"{CONFIGS / name}.py:{options}".rstrip(":"), [])
+    with config.unlocked():
+        for field, value in fields.items():
+            config[field] = value
+    return config
+
+
+def test_every_file_is_in_the_table() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.py")} == set(FILES)
+
+
+@pytest.mark.parametrize("options", [*PAIRS, *OTHERS])
+@pytest.mark.parametrize("name", FILES)
+def test_every_pairing_can_be_built(name: str, options: str) -> None:
+    """Shapes of parameters, of every layer and of a training step, without computing anything."""
+    shape, classes, parameters = FILES[name]
+    config = loaded(name, options, batch_size=2, eval_batch_size=2)
+    experiment = build(config, dataset=random_images(name, 4))
+    state = experiment.abstract_state()
+    kinds = {"steps": 0, "others": 0}
+    for path, value in jax.tree_util.tree_leaves_with_path(state.params):
+        is_step = path[-1].key.endswith(("log_step", "psum_offset"))
+        kinds["steps" if is_step else "others"] += int(np.prod(value.shape))
+    assert kinds["others"] == parameters
+    assert (kinds["steps"] == 0) == ("weight=none" in options)
+    spec = None if config.spec is None else cimjax.CIMSpec.from_dict(config.spec.to_dict())
+    layers = layers_of(experiment.model, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+    through_arrays = [layer for layer in layers if layer.spec is not None]
+    assert {layer.spec for layer in through_arrays} == (set() if spec is None else {spec})
+    for layer in through_arrays:
+        cost = cimjax.layer_cost(layer.kernel, layer.output, layer.spec)
+        assert cost.arrays >= 1
+    images = Images(
+        jax.ShapeDtypeStruct((4, *shape), jnp.uint8),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    after, metrics = jax.eval_shape(experiment.stepper.train, state, images, jax.ShapeDtypeStruct((4,), jnp.int32))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+    logits = jax.eval_shape(
+        experiment.model.apply,
+        {"params": state.params, "batch_stats": state.batch_stats},
+        jax.ShapeDtypeStruct((3, *shape), jnp.float32),
+    )
+    assert (logits.shape, logits.dtype) == ((3, classes), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "name,options,size",
+    [
+        ("resnet20_c10", "weight=array,psum=layer", 16),
+        ("resnet20_c100", "smoke", 32),
+        ("resnet18_imagenet", "smoke,weight=layer", 32),
+    ],
+)
+def test_one_pairing_of_each_data_set_takes_real_steps(name: str, options: str, size: int) -> None:
+    """Loss on the same few images falls, and every kind of parameter moves."""
+    model = {"resnet20_c10": {"name": "resnet20", "blocks": (1, 1), "widths": (8, 16)}}.get(name)
+    fields = {} if model is None else {"model": load_config(f"{CONFIGS / name}.py", []).model.__class__(model)}
+    none = load_config(f"{CONFIGS / name}.py", []).subset.__class__({"classes": 0, "images": 0})
+    config = loaded(
+        name, options, batch_size=8, eval_batch_size=4, subset=none, warmup_epochs=0.0, epochs=8.0, **fields
+    )
+    experiment = build(config, dataset=random_images(name, 8, size))
+    first = state = experiment.first_state()
+    step = jax.jit(experiment.stepper.train)
+    data = experiment.dataset.train
+    images, order = Images(jnp.asarray(data.images), jnp.asarray(data.labels)), order_of_epoch(experiment.key, 0, 8)
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, images, order)
+        losses.append(float(metrics["loss"]))
+    assert int(state.failed_at) == -1
+    assert min(losses[3:]) < losses[0]
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first.params, state.params)
+    still = [path for path, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
+    assert not still
+
+
+@pytest.mark.skipif("CIMJAX_CIFAR100" not in os.environ, reason="set CIMJAX_CIFAR100 to a folder with CIFAR-100")
+def test_the_look_at_real_images_learns(tmp_path: Path) -> None:
+    config = loaded("resnet20_c100", "smoke", data_dir=os.environ["CIMJAX_CIFAR100"], epochs=2.0)
+    with open(os.devnull, "w") as nowhere:
+        result = cimjax.train(config, workdir=tmp_path, display=Display(stream=nowhere))
+    assert result.accuracy > 0.2
+
+
+def test_imagenet_is_asked_for_as_arrays() -> None:
+    with pytest.raises(ValueError, match=r"'imagenet2012' is not read by this version: give its images as arrays"):
+        build(loaded("resnet18_imagenet", ""))

@@ -1,0 +1,45 @@
+"""Sweeps: what is run, that nothing is run twice, and what the table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cimjax.analysis.sweep import parse_axes, show, sweep, table
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
+
+
+def test_axes_are_options_or_fields_and_commas_in_brackets_stay() -> None:
+    axes = parse_axes(["psum=layer,column", "config.recalibrate_epochs=(),(1,2)", "config.epochs=1.0"])
+    assert axes == {
+        "psum": ["layer", "column"],
+        "config.recalibrate_epochs": ["()", "(1,2)"],
+        "config.epochs": ["1.0"],
+    }
+    for wrong in (["psum"], ["psum="], ["=1"], ["psum=layer", "psum=column"]):
+        with pytest.raises(ValueError, match="give each option once, with its values"):
+            parse_axes(wrong)
+
+
+def test_a_sweep_trains_what_is_missing_and_gathers_over_seeds(tmp_path: Path) -> None:
+    axes = parse_axes(["seed=0,1", "config.optimizer.step_factor=1.0,0.0"])
+    fields = ["--config.epochs=0.2", "--config.model.width=4"]
+    rows = sweep(f"{CONFIG}:smoke", axes, tmp_path, fields=fields)
+    assert [row["config.optimizer.step_factor"] for row in rows] == ["1.0", "0.0", "1.0", "0.0"]
+    still = [row["moved"] for row in rows if row["config.optimizer.step_factor"] == "0.0"]
+    assert all(value == 0 for moved in still for value in moved.values())
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(times) == 4
+    assert sweep(f"{CONFIG}:smoke", axes, tmp_path, fields=fields) == rows
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")} == times
+    lines = table(rows, axes)
+    assert [line["runs"] for line in lines] == [2, 2]
+    assert lines[0]["mean"] == pytest.approx((rows[0]["accuracy"] + rows[2]["accuracy"]) / 2)
+    assert "| 0.0 " in show(lines, ["config.optimizer.step_factor"])
+
+
+def test_a_run_that_fails_is_told_with_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"The run .*rows=8.* failed: cimjax: .* does not fit"):
+        sweep(f"{CONFIG}:smoke", {"rows": ["8"]}, tmp_path)
