@@ -260,6 +260,9 @@ class ADCSpec(Spec):
     full_scale: float | None = None
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step and of the offset; see `ActivationSpec`.
     gradient_factor: float = 10.0
+    # How far beyond the outer codes a partial sum still passes its gradient, in steps. At 1/2 all that are rounded by
+    # no more than half a step do; 0 is LSQ's rule, which loses many of the few codes of an ADC.
+    gradient_margin: float = 0.5
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)
@@ -269,6 +272,9 @@ class ADCSpec(Spec):
         self._enum("start", LadderStart)
         self._enum("range", ADCRange)
         self._positive("gradient_factor")
+        if not is_number(self.gradient_margin) or not 0 <= self.gradient_margin < math.inf:
+            raise ValueError(f"`gradient_margin` is {self.gradient_margin!r}; give a finite number of at least 0.")
+        self._set("gradient_margin", float(self.gradient_margin))
         if self.step == StepKind.FIXED:
             if self.full_scale is None:
                 raise ValueError(

@@ -188,10 +188,14 @@ def round_up(x: np.ndarray, step: np.ndarray, zero: np.ndarray, codes: Codes) ->
 
 
 def quantizer_gradient(
-    to_code: np.ndarray, u: np.ndarray, step: np.ndarray, codes: Codes
+    to_code: np.ndarray, u: np.ndarray, step: np.ndarray, codes: Codes, margin: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """From dL/dcode: dL/dx (dL/dzero is its negative) and dL/dstep, both elementwise; the ends count as inside."""
-    inside = (codes.low <= u) & (u <= codes.high)
+    """From dL/dcode: dL/dx (dL/dzero is its negative) and dL/dstep, both elementwise; the ends count as inside.
+
+    An ADC passes gradients for `margin` steps beyond its outer codes; signs do not.
+    """
+    reach = 0.0 if codes.sign else margin
+    inside = (codes.low - reach <= u) & (u <= codes.high + reach)
     to_x = np.where(inside, to_code, 0.0) / np.float64(step)
     to_step = -to_x * np.where(inside, u, 0.0).astype(np.float64)
     return to_x, np.zeros_like(to_step) if codes.sign else to_step
@@ -563,13 +567,18 @@ def add_backward(f: Forward, to_total: np.ndarray, grads: Grads) -> tuple[np.nda
 
 
 def convert_backward(
-    to_read: np.ndarray, codes: np.ndarray, u: np.ndarray, steps: np.ndarray, conversions: list[Conversion]
+    to_read: np.ndarray,
+    codes: np.ndarray,
+    u: np.ndarray,
+    steps: np.ndarray,
+    conversions: list[Conversion],
+    margin: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Through 3.6: from dL/dP^ to dL/dP, dL/ds_p and dL/dz (for a z as shared as the step)."""
     to_sums, to_steps, to_zeros = np.zeros(to_read.shape), np.zeros(steps.shape), np.zeros(steps.shape)
     for at, place, code_range in conversions:
         to_code = to_read[at] * np.float64(steps[place])
-        to_sums[at], to_step = quantizer_gradient(to_code, u[at], steps[place], code_range)
+        to_sums[at], to_step = quantizer_gradient(to_code, u[at], steps[place], code_range, margin)
         to_steps[place] += np.sum(to_read[at] * codes[at] + to_step)
         to_zeros[place] += np.sum(to_read[at] - to_sums[at])
     return to_sums, to_steps, to_zeros
@@ -636,13 +645,15 @@ def backward(forward_result: Forward, cotangent: np.ndarray) -> Grads:
     )
     to_psums, to_sums = add_backward(f, cotangent * s_a, grads)
     if geo.spec.adc is not None:
+        margin = geo.spec.adc.gradient_margin
         to_psums, grads.psum, to_zeros = convert_backward(
-            to_psums, f.adc_codes, f.adc_u, steps.psum, column_conversions(geo, geo.spec.adc)
+            to_psums, f.adc_codes, f.adc_u, steps.psum, column_conversions(geo, geo.spec.adc), margin
         )
         grads.offset = None if steps.offset is None else to_zeros
         if steps.reference is not None:
+            conversions = reference_conversions(geo, geo.spec.adc)
             to_sums, grads.reference, to_zeros = convert_backward(
-                to_sums, f.reference_codes, f.reference_u, steps.reference, reference_conversions(geo, geo.spec.adc)
+                to_sums, f.reference_codes, f.reference_u, steps.reference, conversions, margin
             )
             grads.reference_offset = None if steps.reference_offset is None else to_zeros
     to_slices, to_digits = product_backward(f, to_psums, to_sums)

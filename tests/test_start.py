@@ -239,8 +239,8 @@ def test_a_ladder_widens_around_its_middle_and_moves_in_fixed_units() -> None:
         chex.assert_trees_all_close(wider.psum, real.psum * np.exp(0.7), rtol=1e-5)
 
 
-def test_every_kind_of_gradient_of_a_ladder_is_the_derivative_of_its_values() -> None:
-    """Where no code changes: the gradients of stored step and offset are those of `s p + z`, both saturated ends too."""
+def test_gradients_of_a_ladder_beyond_its_ends_are_the_derivatives_of_its_values() -> None:
+    """Far beyond both ends of a ladder the gradients of stored step and offset are those of `s p + z`."""
     layer_spec = spec(adc={"bits": 2, "offset": True, "gradient_factor": 1.0})
     tiling = tile((3, 3, 7, 5), layer_spec)
     factors, units = steps_lib.gradient_factors(tiling, layer_spec, 1, 1), steps_lib.offset_units(tiling, layer_spec)

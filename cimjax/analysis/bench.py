@@ -295,8 +295,8 @@ def plot(timings: Sequence[Timing], path: str | Path) -> None:
     high = np.array([timing.slowest for timing in timings]) - median
     kinds = [name.rpartition(", ")[2] for name in names]
     colours = {kind: f"C{index}" for index, kind in enumerate(dict.fromkeys(kinds))}
-    axes.barh(names, median, xerr=(low, high), color=[colours[kind] for kind in kinds], ecolor="0.4", capsize=2)
-    axes.bar_label(axes.containers[-1], labels=[f" {value:,.0f}" for value in median], padding=3, fontsize=8)
+    bars = axes.barh(names, median, xerr=(low, high), color=[colours[kind] for kind in kinds], ecolor="0.4", capsize=2)
+    axes.bar_label(bars, labels=[f" {value:,.0f}" for value in median], padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("milliseconds, median and range")

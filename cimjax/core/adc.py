@@ -30,7 +30,7 @@ def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
         return psums
     step = expand_outputs(steps.psum, tiling)
     offset = None if steps.offset is None else expand_outputs(steps.offset, tiling)
-    return lsq.fake_quantize(psums, step, ranges_of_psums(spec), offset, half_up=True)
+    return lsq.fake_quantize(psums, step, ranges_of_psums(spec), offset, half_up=True, margin=spec.adc.gradient_margin)
 
 
 def ranges_of_psums(spec: CIMSpec) -> CodeRanges:

@@ -54,13 +54,14 @@ def quantize(
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,
+    margin: float = 0.0,
 ) -> Array:
     """Codes of `x`: `clip(round(u), q_min, q_max)` with `u = (x - offset) * (1 / step)` in float32.
 
     A `{-1, +1}` quantizer gives the sign of `x - offset`, +1 at 0. Gradients, with the same `u`: inside
-    `q_min <= u <= q_max`, ends included, `d code/dx = 1/step`, `d/dstep = -u/step`, `d/doffset = -1/step`; outside all
-    are 0. For `{-1, +1}`: `1/step` and `-1/step` where `|u| <= 1`, and no gradient to the step. With `dequantize` this
-    is LSQ (Esser et al. 2020, eq. 3).
+    `q_min - margin <= u <= q_max + margin`, `d code/dx = 1/step`, `d/dstep = -u/step`, `d/doffset = -1/step`; outside
+    all are 0. For `{-1, +1}`: `1/step` and `-1/step` where `|u| <= 1`, and no gradient to the step. With `dequantize`
+    this is LSQ (Esser et al. 2020, eq. 3).
 
     Args:
       x: any shape, real; computed in float32.
@@ -69,6 +70,8 @@ def quantize(
         `x`, so that parts of one tensor may be signed and others unsigned.
       offset: broadcastable to `x`, the value of code 0; None is 0.
       half_up: round ties up (an ADC's uniform ladder) instead of to even.
+      margin: how far beyond its codes a quantizer passes gradients, in steps; 0 is LSQ's, 1/2 reaches as far as values
+        are rounded to the outer codes by no more than half a step.
 
     Returns:
       Codes, float32, the shape of `x`.
@@ -81,14 +84,20 @@ def quantize(
     sign = (q_min == -1) & (size == 2)
     x, step = jnp.asarray(x, jnp.float32), jnp.asarray(step, jnp.float32)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
-    return _quantize(x, step, offset, q_min, q_max, sign if sign.any() else None, half_up)
+    return _quantize(x, step, offset, q_min, q_max, sign if sign.any() else None, (half_up, margin))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _quantize(
-    x: Array, step: Array, offset: Array | None, q_min: Array, q_max: Array, sign: Array | None, half_up: bool
+    x: Array,
+    step: Array,
+    offset: Array | None,
+    q_min: Array,
+    q_max: Array,
+    sign: Array | None,
+    kind: tuple[bool, float],
 ) -> Array:
-    return round_to_codes(in_steps(x, step, offset), x, offset, (q_min, q_max, sign), half_up=half_up)
+    return round_to_codes(in_steps(x, step, offset), x, offset, (q_min, q_max, sign), half_up=kind[0])
 
 
 def in_steps(x: Array, step: Array, offset: Array | None) -> Array:
@@ -117,18 +126,30 @@ def _from_offset(x: Array, offset: Array | None) -> Array:
     return x if offset is None else x - offset
 
 
+def passes_gradient(u: Array, bounds: tuple[ArrayLike, ArrayLike, ArrayLike | None], margin: float) -> Array:
+    """Where a quantizer passes gradients: up to `margin` beyond its codes, for a sign only up to its codes."""
+    q_min, q_max, sign = bounds
+    reach = np.float32(margin) if sign is None else np.where(np.asarray(sign), np.float32(0), np.float32(margin))
+    return jnp.logical_and(q_min - reach <= u, u <= q_max + reach)
+
+
 def _quantize_forward(
-    x: Array, step: Array, offset: Array | None, q_min: Array, q_max: Array, sign: Array | None, half_up: bool
+    x: Array,
+    step: Array,
+    offset: Array | None,
+    q_min: Array,
+    q_max: Array,
+    sign: Array | None,
+    kind: tuple[bool, float],
 ) -> tuple[Array, tuple[Any, ...]]:
-    codes = _quantize(x, step, offset, q_min, q_max, sign, half_up)
+    codes = _quantize(x, step, offset, q_min, q_max, sign, kind)
     return codes, (x, step, offset, q_min, q_max, sign)
 
 
-def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
-    del half_up
+def _quantize_backward(kind: tuple[bool, float], residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     x, step, offset, q_min, q_max, sign = residuals
     u = in_steps(x, step, offset)
-    inside = (q_min <= u) & (u <= q_max)
+    inside = passes_gradient(u, (q_min, q_max, sign), kind[1])
     to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
     # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
     u_inside = jnp.where(inside, u, 0.0)
@@ -164,13 +185,14 @@ def fake_quantize(
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,
+    margin: float = 0.0,
 ) -> Array:
     """`dequantize(quantize(x))`: `x` rounded to the nearest representable value.
 
     Gradients follow: inside `d/dx = 1`, `d/dstep = code - u`, `d/doffset = 0`; outside `0`, `code`, `1` (Esser et al.
     2020, eq. 3, with an offset). Arguments as for `quantize`.
     """
-    return dequantize(quantize(x, step, codes, offset, half_up=half_up), step, offset)
+    return dequantize(quantize(x, step, codes, offset, half_up=half_up, margin=margin), step, offset)
 
 
 @jax.custom_jvp

@@ -46,8 +46,8 @@ def read_out(parts: Sequence[Part], steps: Steps, tiling: Tiling, spec: CIMSpec)
     nothing but that partial sum and its step. Behind an ideal ADC (`spec.adc` None) `P^ = P`, and the columns may be
     undivided (`spec.undivided`). A digital offset reference is exact.
 
-    Gradients are LSQ's (`lsq.quantize`): inside the ladder `d P^/dP = 1`, `d P^/ds = p - u` and `d P^/dz = 0`, outside
-    `0`, `p` and `1`.
+    Gradients are LSQ's (`lsq.quantize`): inside the ladder, `spec.adc.gradient_margin` steps beyond its outer codes
+    included, `d P^/dP = 1`, `d P^/ds = p - u` and `d P^/dz = 0`; outside `0`, `p` and `1`.
 
     Args:
       parts: all read groups in order.
@@ -78,10 +78,10 @@ def read_out(parts: Sequence[Part], steps: Steps, tiling: Tiling, spec: CIMSpec)
         first = groups.stop
         for index, significance in enumerate(slices):
             columns, of_columns = _of_slice(part.columns, index, len(slices)), float(significance) * of(groups, weight)
-            if step is None:
+            if spec.adc is None or step is None:
                 total = total + _over_columns(columns * of_columns, tiling.features)
             else:
-                kind = _Kind(spec.adc_ranges[index], tiling.features, _kept_as(tiling, spec))
+                kind = _Kind(spec.adc_ranges[index], tiling.features, _kept_as(tiling, spec), spec.adc.gradient_margin)
                 zero = None if offset is None else of(groups, offset)
                 total = total + _converted(kind, columns, of(groups, step), zero, of_columns)
             if part.reference is not None:
@@ -103,7 +103,8 @@ def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, step
     many = (max(groups.stop, np.size(steps.reference)),)
     step = jnp.broadcast_to(steps.reference, many)[groups]
     offset = None if steps.reference_offset is None else jnp.broadcast_to(steps.reference_offset, many)[groups]
-    return lsq.fake_quantize(sums, step, codes, offset, half_up=True)
+    margin = spec.adc.gradient_margin if spec.adc else 0.0
+    return lsq.fake_quantize(sums, step, codes, offset, half_up=True, margin=margin)
 
 
 def _kept_as(tiling: Tiling, spec: CIMSpec) -> str:
@@ -113,11 +114,13 @@ def _kept_as(tiling: Tiling, spec: CIMSpec) -> str:
 
 
 class _Kind(NamedTuple):
-    """What is fixed about the conversion of one slice: the codes of each plane, `O`, and the type of residuals."""
+    """What is fixed about the conversion of one slice: the codes of each plane, `O`, the type of residuals, and
+    `ADCSpec.gradient_margin`."""
 
     ranges: tuple[CodeRange, ...]
     features: int
     kept_as: str
+    margin: float
 
     def bounds(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Lowest and highest code of `columns = r K O` columns and whether the code is a sign, () or (r K O,)."""
@@ -147,12 +150,13 @@ def _converted_forward(
 
 def _converted_backward(kind: _Kind, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     kept, step, offset, weight = residuals
-    q_min, q_max, sign = bounds = kind.bounds(kept.shape[-1])
+    bounds = kind.bounds(kept.shape[-1])
     psums = kept.astype(jnp.float32)
     u = lsq.in_steps(psums, step, offset)
     codes = lsq.round_to_codes(u, psums, offset, bounds, half_up=True)
-    inside = (q_min <= u) & (u <= q_max)
+    inside = lsq.passes_gradient(u, bounds, kind.margin)
     # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    sign = bounds[2]
     rest = jnp.where(inside if sign is None else inside & ~sign, u, 0.0)
     of_columns = jnp.concatenate([gradient] * (kept.shape[-1] // kind.features), axis=-1)
     to_psums = jnp.where(inside, of_columns * weight, 0.0)

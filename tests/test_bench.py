@@ -1,0 +1,66 @@
+"""The benchmark: it times what it says, on networks small enough for a test; never how fast they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cimjax.analysis import bench
+from cimjax.cli import main
+from cimjax.core.lowering import LOWERINGS
+from cimjax.spec import CIMSpec
+from cimjax.training.config_file import load_config
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
+
+
+def test_steps_are_timed_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "variants", lambda spec: {"full precision": None, "psum column": spec})
+    saved = tmp_path / "bench.json"
+    small = ["--config.batch_size=4", "--config.model.width=4", "--config.spec.array.rows=128"]
+    command = ["bench", "--config", f"{CONFIG}:smoke", *small, "--runs", "2", "--save", str(saved)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    figures: dict[str, Any] = json.loads(saved.read_text())
+    names = [row["name"] for row in figures["timings"]]
+    assert names == [f"{name}, {kind}" for name in ("full precision", "psum column") for kind in ("train", "evaluate")]
+    for row in figures["timings"]:
+        assert row["images"] == 4 and row["compile_seconds"] > 0 and row["temporary_mb"] >= 0
+        assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
+        assert row["images_per_second"] == pytest.approx(4e3 / row["milliseconds"])
+    assert figures["jax"] in printed and "| psum column, evaluate" in printed
+    assert main(["bench", "--config", f"{CONFIG}:weight=none", "--runs", "1"]) == 2
+
+
+def test_layers_are_timed_by_every_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LAYERS", ((4, 16, 3, 2),))
+    timings = bench.bench_layers(CIMSpec(), batch=2, runs=1)
+    assert [timing.name for timing in timings] == [
+        f"4x4 16-3/2, {name}, {kind}" for name in ("plain", *map(str, LOWERINGS)) for kind in ("forward", "gradients")
+    ]
+    lines = bench.show(timings).splitlines()
+    # Ratios are to the plain convolution of the same kind.
+    assert [line.split("|")[4].strip() for line in lines[2:4]] == ["1.00", "1.00"]
+
+
+def test_variants_change_the_adc_only() -> None:
+    config = load_config(CONFIG, [])
+    assert list(bench.variants(CIMSpec())) == ["full precision", "ideal ADC", "psum layer", "psum array", "psum column"]
+    spec = CIMSpec.from_dict(config.spec.to_dict())
+    variants = bench.variants(spec)
+    assert variants["full precision"] is None
+    assert variants["ideal ADC"].adc is None and variants["ideal ADC"].weight == spec.weight
+    assert variants["psum column"] == spec
+    assert {str(variants[f"psum {name}"].adc.granularity) for name in ("layer", "array")} == {"layer", "array"}
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    timings = [bench.Timing(f"one, {kind}", 2.0, 1.0, 3.0, 0.5, 10.0, 4) for kind in ("train", "evaluate")]
+    bench.plot(timings, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
