@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.defaults import default_config
+from cimjax.training.defaults import RECIPE, default_config
 from cimjax.training.options import parse_options
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """The fields of a training run; `cimjax.training.defaults` says what each means."""
     cells = {"act_bits": 3, "weight_bits": 3, "cell_bits": 1, "rows": 128, "columns": 128}
-    options = parse_options(argument, **cells, adc_bits=2, offset=True)
+    options = parse_options(argument, **cells, adc_bits=2, **RECIPE)
     config = default_config(options)
     config.dataset = "imagenet2012"
     config.model = ConfigDict({"name": "resnet18", "width": 0.125 if options.smoke else 1.0})

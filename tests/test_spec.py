@@ -61,6 +61,9 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (VariationSpec, {"sigma": 0.1, "on": "cell"}, r"`on` is 'cell' \(did you mean 'cells'\?\)"),
     (CIMSpec, {"weight": 4}, r"`weight` is 4; give a WeightSpec\."),
     (CIMSpec, {"adc": 3}, r"`adc` is 3; give a ADCSpec or None\."),
+    (ADCSpec, {"gradient_margin": -0.5}, r"`gradient_margin` is -0.5; give a finite number of at least 0"),
+    (ADCSpec, {"start": "mean"}, r"`start` is 'mean'"),
+    (WeightSpec, {"start": "range"}, r"`start` is 'range'"),
     (CIMSpec, {"lowering": "cuda"}, r"`lowering` is 'cuda'"),
     (CIMSpec, {"array": ArraySpec(columns=2)}, r"`columns` is 2 but one output needs 3 columns \(2 planes"),
     (

@@ -113,7 +113,7 @@ class _Run:
         while step < total:
             epoch = step // per_epoch
             end = min(total, (epoch + 1) * per_epoch)
-            if step == epoch * per_epoch and epoch in experiment.config.recalibrate_epochs:
+            if experiment.codes and step == epoch * per_epoch and epoch in experiment.config.recalibrate_epochs:
                 # Not saved before the next checkpoint: a run that stops here sets them again.
                 state = experiment.devices.put(experiment.recalibrated(state))
             state, step = self._epoch(state, step, end)

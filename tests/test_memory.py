@@ -1,0 +1,53 @@
+"""Large pages: a command starts itself again at most once, with the same words, and only where that can help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cimjax.training import memory
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_process_starts_itself_again_once_with_the_same_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(memory, "_on_request", lambda: True)
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "train.py", "--config", "a b.py"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
+    memory.start_again_with_large_pages()
+    assert started == [[sys.executable, sys.executable, "-X", "dev", "train.py", "--config", "a b.py"]]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"
+    memory.start_again_with_large_pages()
+    assert len(started) == 1
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    memory.start_again_with_large_pages()
+    assert len(started) == 1
+
+
+def test_nothing_happens_where_pages_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started again"))
+    for text in ("always madvise [never]", "[always] madvise never"):
+        pages = tmp_path / "enabled"
+        pages.write_text(text)
+        monkeypatch.setattr(memory, "_PAGES", pages)
+        memory.start_again_with_large_pages()
+    monkeypatch.setattr(memory, "_PAGES", tmp_path / "absent")
+    memory.start_again_with_large_pages()
+    assert "GLIBC_TUNABLES" not in os.environ
+
+
+def test_a_command_with_large_pages_answers_as_without() -> None:
+    without = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for environment in (without, without | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}):
+        command = [sys.executable, "train.py", "--config", "configs/digit.py"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "did you mean configs/digits.py?" in done.stderr
