@@ -260,9 +260,9 @@ class ADCSpec(Spec):
     full_scale: float | None = None
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step and of the offset; see `ActivationSpec`.
     gradient_factor: float = 10.0
-    # How far beyond the outer codes a partial sum still passes its gradient, in steps. At 1/2 all that are rounded by
-    # no more than half a step do; 0 is LSQ's rule, which loses many of the few codes of an ADC.
-    gradient_margin: float = 0.5
+    # How far beyond the outer codes a partial sum still passes its gradient, in steps; 0 is LSQ's rule. At 1/2 all that
+    # are rounded by no more than half a step do.
+    gradient_margin: float = 0.0
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)

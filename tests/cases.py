@@ -102,7 +102,7 @@ ADCS: dict[str, dict[str, Any]] = {
     "1-offset": {"bits": 1, "offset": True},
     "1.5-offset": {"bits": 1.5, "offset": True},
     "3-signed-offset": {"range": "signed", "offset": True},
-    "3-margin-0": {"gradient_margin": 0},
+    "3-margin": {"gradient_margin": 0.5},
     "2-margin-2-offset": {"bits": 2, "gradient_margin": 2, "offset": True},
     "1-signed-offset": {"bits": 1, "range": "signed", "offset": True},
 }

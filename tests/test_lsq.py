@@ -183,7 +183,7 @@ def test_ranges_may_differ_within_a_tensor() -> None:
 
 def test_gradients_are_finite_at_absurd_values() -> None:
     for x in (0.0, 1e30, -1e30):
-        for log_step in (-1e30, -30.0, 0.0, 30.0, 1e30):
+        for log_step in (-1e30, -25.0, 0.0, 25.0, 1e30):
 
             def value(x: jax.Array, log_step: jax.Array) -> jax.Array:
                 return lsq.fake_quantize(x, lsq.step_from_log(log_step), code_range(3, signed=False), half_up=True)

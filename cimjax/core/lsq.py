@@ -22,8 +22,9 @@ from cimjax.spec import ActivationSpec
 # One code range, or arrays of its entries (lowest, highest, number of codes) where parts of a tensor differ.
 CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]
 
-# Bounds of a stored log-step: a step stays within exp(-30) .. exp(30), about 1e-13 .. 1e13.
-LOG_STEP_LIMIT = 30.0
+# Bounds of a stored log-step: a step stays within exp(-25) .. exp(25), about 1e-11 .. 1e11, so that the product of an
+# activation's, a weight's and an ADC's step and of what they multiply is finite in float32.
+LOG_STEP_LIMIT = 25.0
 # Bound of a stored offset, in its units.
 OFFSET_LIMIT = 2.0**24
 
@@ -197,7 +198,7 @@ def fake_quantize(
 
 @jax.custom_jvp
 def step_from_log(log_step: Array) -> Array:
-    """The step that a stored logarithm stands for: `exp(clip(log_step, -30, 30))`, > 0 and finite.
+    """The step that a stored logarithm stands for: `exp(clip(log_step, -25, 25))`, > 0 and finite.
 
     The gradient, `step`, passes straight through the clip, so that a step at the limit can come back.
 

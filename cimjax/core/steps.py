@@ -219,7 +219,7 @@ def offset_units(tiling: Tiling, spec: CIMSpec) -> Steps:
 def real_steps(stored: Steps, factors: Steps, units: Steps, spec: CIMSpec) -> Steps:
     """Real steps and offsets of stored parameters, with their gradient factors and kinds applied.
 
-    Stored are logarithms of steps, `s = exp(clip(log_step, -30, 30))`, and for an offset the middle of its ladder in
+    Stored are logarithms of steps, `s = exp(clip(log_step, -25, 25))`, and for an offset the middle of its ladder in
     fixed units, `z = zeta unit - s (q_min + q_max) / 2`, so that a step that moves widens the ladder around its middle.
     `fixed` steps are computed from `full_scale` and need no stored value; neither they nor `calibrated` ones receive a
     gradient.

@@ -79,7 +79,5 @@ def train_as_cifar(config: ConfigDict, *, smoke: bool) -> None:
     config.epochs = 12.0 if smoke else 200.0
     config.warmup_epochs = 1.0 if smoke else 5.0
     config.augment = ConfigDict({"shift": 4, "flip": True})
-    # While activations and weights still change fast, the ladders are set to follow them.
-    config.recalibrate_epochs = (1, 2, 4, 6)
     if smoke:
         config.model = ConfigDict({"name": "resnet8", "stem_stride": 2})
