@@ -24,5 +24,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config = default_config(options)
     config.dataset = "cifar10"
     config.model = ConfigDict({"name": "resnet20", "width": 1.0})
-    train_as_cifar(config, smoke=options.smoke)
+    train_as_cifar(config, smoke=options.smoke, classes=10)
     return config.lock()

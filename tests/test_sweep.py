@@ -32,6 +32,9 @@ def test_a_sweep_trains_what_is_missing_and_gathers_over_seeds(tmp_path: Path) -
     assert all(value == 0 for moved in still for value in moved.values())
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert len(times) == 4
+    assert {path.parent.name for path in times} == {
+        f"seed={seed}-optimizer.step_factor={factor}" for seed in (0, 1) for factor in ("1.0", "0.0")
+    }
     assert sweep(f"{CONFIG}:smoke", axes, tmp_path, fields=fields) == rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")} == times
     lines = table(rows, axes)

@@ -65,7 +65,8 @@ def _run(config: str, options: dict[str, str], workdir: Path, fields: Sequence[s
     path, _, given = config.partition(":")
     chosen = [f"{name}={value}" for name, value in options.items() if not name.startswith("config.")]
     fields = [*fields, *(f"--{name}={value}" for name, value in options.items() if name.startswith("config."))]
-    names = [f"{name.rpartition('.')[2]}={value}" for name, value in options.items()]
+    # Whole names: two fields may end alike, and a folder stands for one set of options only.
+    names = [f"{name.removeprefix('config.')}={value}" for name, value in options.items()]
     folder = workdir / (re.sub(r"[^\w.=,+-]", "_", "-".join(names)) or "run")
     argument = f"{path}:{','.join([*filter(None, [given]), *chosen])}".rstrip(":")
     if not _finished(folder):

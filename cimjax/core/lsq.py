@@ -134,17 +134,8 @@ def passes_gradient(u: Array, bounds: tuple[ArrayLike, ArrayLike, ArrayLike | No
     return jnp.logical_and(q_min - reach <= u, u <= q_max + reach)
 
 
-def _quantize_forward(
-    x: Array,
-    step: Array,
-    offset: Array | None,
-    q_min: Array,
-    q_max: Array,
-    sign: Array | None,
-    kind: tuple[bool, float],
-) -> tuple[Array, tuple[Any, ...]]:
-    codes = _quantize(x, step, offset, q_min, q_max, sign, kind)
-    return codes, (x, step, offset, q_min, q_max, sign)
+def _quantize_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _quantize(*arguments), arguments[:-1]
 
 
 def _quantize_backward(kind: tuple[bool, float], residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """From partial sums to the output: ADC, shift, scale and sum in one function, with a backward pass of its own.
 
-Partial sums are by far the largest arrays of a layer. Here each is read once forwards, kept as a 16-bit integer where
-that is exact, and read once backwards; nothing else of their size is kept.
+Partial sums are by far the largest arrays of a layer. Here nothing but them is kept for the backward pass, as 16-bit
+integers where these are exact; XLA's CPU backend undoes that, and keeps the float32 numbers that they come from.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ CIM_OPTIONS = (
     Option("active_rows", (int, None), None, "rows that are read at once", "array.active_rows"),
     Option("tiling", _names(TilingRule), "packed", "how a kernel is cut into arrays", "array.tiling"),
     Option("seed", (int,), 0, "of everything random"),
-    Option("smoke", (bool,), False, "a few seconds instead of the whole training"),
+    Option("smoke", (bool,), False, "a short look instead of the whole training"),
 )
 
 
