@@ -113,8 +113,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     from cimjax.analysis import bench
+    from cimjax.data.catalog import images_of
 
-    image, classes = _images_of(config.dataset)
+    image, classes = images_of(config.dataset)
     if arguments.layers:
         spec = cimjax.CIMSpec.from_dict(config.spec.to_dict()) if config.spec else cimjax.CIMSpec()
         timings = bench.bench_layers(spec, batch=config.batch_size, runs=arguments.runs)
@@ -128,16 +129,6 @@ def _bench(arguments: argparse.Namespace) -> None:
         bench.save(timings, arguments.save)
     if arguments.plot:
         bench.plot(timings, arguments.plot)
-
-
-def _images_of(dataset: str) -> tuple[tuple[int, int, int], int]:
-    """The shape of a data set's images and its classes, without its data."""
-    from cimjax.data.catalog import find
-
-    if dataset == "imagenet2012":
-        return (224, 224, 3), 1000
-    source = find(dataset)
-    return source.image_shape, source.classes
 
 
 def _data_prepare(arguments: argparse.Namespace) -> None:

@@ -6,11 +6,13 @@ all of them. Figures are medians. Nothing here depends on the values of images: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,7 @@ def bench_steps(config: ConfigDict, *, image: tuple[int, int, int], classes: int
 
 def _steps_of(name: str, config: ConfigDict, dataset: Dataset) -> list[_Program]:
     experiment: Experiment = build(config, dataset=dataset)
-    stepper = dataclasses.replace(experiment.stepper, axis_name=None)
+    stepper = experiment.stepper_on_one_device()
     data, size = on_device(dataset.train), config.batch_size
     order, real = order_of_epoch(experiment.key, 0, size), jnp.ones(size, bool)
     train, evaluate = (experiment.uncalibrated_state() for _ in range(2))
@@ -199,15 +201,15 @@ def _layer(spec: CIMSpec, batch: int, size: int, channels: int, features: int, s
     return programs
 
 
-class _without_cache:
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
     """Compile anew: the time of compilation is one of the figures."""
-
-    def __enter__(self) -> None:
-        self.before = jax.config.values["jax_enable_compilation_cache"]
-        jax.config.update("jax_enable_compilation_cache", False)
-
-    def __exit__(self, *error: object) -> None:
-        jax.config.update("jax_enable_compilation_cache", self.before)
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def show(timings: Sequence[Timing]) -> str:
@@ -266,8 +268,6 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -63,14 +63,26 @@ def names() -> tuple[str, ...]:
     return tuple(source.name for source in _SOURCES)
 
 
+# Data sets that configurations are for, but that come as arrays of the user's: (H, W, C) and classes.
+_AS_ARRAYS = {"imagenet2012": ((224, 224, 3), 1000)}
+
+
+def images_of(name: str) -> tuple[tuple[int, int, int], int]:
+    """The shape (H, W, C) of a data set's images and its number of classes, known without its data."""
+    if name in _AS_ARRAYS:
+        return _AS_ARRAYS[name]
+    source = find(name)
+    return source.image_shape, source.classes
+
+
 def find(name: str) -> Source:
     """The row of a name; `ValueError` with the nearest name for any other."""
     for source in _SOURCES:
         if source.name == name:
             return source
-    if name == "imagenet2012":
+    if name in _AS_ARRAYS:
         raise ValueError(
-            "dataset 'imagenet2012' is not read by this version: give its images as arrays, "
+            f"dataset {name!r} is not read by this version: give its images as arrays, "
             "`cimjax.train(config, dataset=cimjax.data.Dataset.from_arrays(...))`"
         )
     nearest = difflib.get_close_matches(str(name).lower(), names(), n=1)

@@ -68,6 +68,10 @@ class Experiment:
             if layer.spec is not None and layer.spec.adc is not None
         }
 
+    def stepper_on_one_device(self) -> Stepper:
+        """The functions of the run without the axis over which several devices spread a batch."""
+        return dataclasses.replace(self.stepper, model=self.model.clone(**self._without_axis()), axis_name=None)
+
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
         key = jax.random.fold_in(self.key, 4)
