@@ -162,7 +162,7 @@ from cimjax.training.config_file import load_config
 from cimjax.training.display import Display
 config = load_config(sys.argv[2] + ":smoke", [])
 with config.unlocked():
-    config.model.width, config.epochs = 4, 1.0
+    config.model.width, config.epochs = 4, 0.45
     config.augment.shift = 1
 assert len(jax.devices()) == int(sys.argv[1])
 result = cimjax.train(config, workdir=sys.argv[3], display=Display(stream=open(os.devnull, "w")))
@@ -171,16 +171,21 @@ print(json.dumps([result.accuracy, result.loss]))
 
 
 def test_several_devices_give_the_result_of_one(tmp_path: Path) -> None:
-    results = {}
+    """To rounding, over ten steps; later a code that lies at a tie may round differently, and runs part from there."""
+    results, records = {}, {}
     for count in (1, 4):
         folder = tmp_path / str(count)
         done = subprocess.run(
             [sys.executable, "-c", PARALLEL, str(count), CONFIG, str(folder)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        results[count] = [record for record in read_records(folder) if record["split"] == "train"][-1]
-    for name in ("loss", "accuracy"):
-        assert results[4][name] == pytest.approx(results[1][name], rel=2e-3), name
+        results[count] = json.loads(done.stdout)
+        records[count] = [record for record in read_records(folder) if record["split"] == "train"][-1]
+    assert records[4]["step"] == records[1]["step"] == 10
+    assert records[4]["accuracy"] == records[1]["accuracy"]
+    # Of the epoch, and of the test images with what was learned.
+    assert records[4]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
+    assert results[4] == pytest.approx(results[1], rel=1e-5)
 
 
 class OwnNet(nn.Module):
