@@ -346,11 +346,13 @@ def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
     chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ["--config.recalibrate_epochs=(1,2)"]
-    assert start(whole, *options).wait() == 0
+    options = ["--config.recalibrate_epochs=(1,2)", "--config.epochs=3.0"]
+    _, error = start(whole, *options).communicate()
+    assert not error, error
     process = start(cut, *options)
     wait_for_epoch(cut, 1, process)
     process.kill()
     process.communicate()
-    assert start(cut, *options).wait() == 0
+    _, error = start(cut, *options).communicate()
+    assert not error, error
     assert without_times(read_records(cut)) == without_times(read_records(whole))

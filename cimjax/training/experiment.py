@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ class Experiment:
 
     def recalibrated(self, state: TrainState) -> TrainState:
         """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset."""
+        return self._recalibrate(state, self.calibration_images())
+
+    @functools.cached_property
+    def _recalibrate(self) -> Callable[[TrainState, Array], TrainState]:
+        """Compiled once, however often steps are set anew."""
 
         def renew(state: TrainState, images: Array) -> TrainState:
             variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -102,7 +108,7 @@ class Experiment:
                 first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
             )
 
-        return jax.jit(renew)(state, self.calibration_images())
+        return jax.jit(renew)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
