@@ -89,8 +89,10 @@ def cim_conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    product = _whole_product if spec.undivided else _product
-    parts = product(inputs, kernel, steps, tiling, window, spec, variation_key)
+    if spec.undivided:
+        parts = _whole_product(inputs, kernel, steps, tiling, window, spec)
+    else:
+        parts = _product(inputs, kernel, steps, tiling, window, spec, variation_key)
     y = inputs.step * read_out(parts, steps, tiling, spec)
     spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
     return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
@@ -236,16 +238,9 @@ def _split_reference(sums: Array, columns: int) -> Part:
 
 
 def _whole_product(
-    inputs: Codes,
-    kernel: Array,
-    steps: Steps,
-    tiling: Tiling,
-    window: Window,
-    spec: CIMSpec,
-    variation_key: Array | None,
+    inputs: Codes, kernel: Array, steps: Steps, tiling: Tiling, window: Window, spec: CIMSpec
 ) -> list[Part]:
     """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same integers."""
-    del variation_key
     codes = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
     return [Part(whole(sums), None) for sums in lowering.choose(spec.lowering)(inputs.codes, codes, tiling, window)]
 
