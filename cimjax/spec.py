@@ -105,6 +105,30 @@ class Lowering(enum.StrEnum):
     AUTO = "auto"
     GROUPED_CONV = "grouped_conv"
     CONV_PER_TILE = "conv_per_tile"
+    PATCHES = "patches"
+
+
+class Operands(enum.StrEnum):
+    """In which numbers inputs and digits are multiplied on the way forwards; sums are wide, and all are exact."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+    @property
+    def largest_integer(self) -> int:
+        """Up to which magnitude every integer is such a number."""
+        return {Operands.BFLOAT16: 2**8, Operands.FLOAT16: 2**11, Operands.INT8: 2**7 - 1}.get(self, 2**24)
+
+
+class Residuals(enum.StrEnum):
+    """What a layer keeps for the backward pass: its partial sums, or its inputs alone, from which they are computed
+    again."""
+
+    PSUMS = "psums"
+    INPUTS = "inputs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,8 +379,12 @@ class CIMSpec(Spec):
     array: ArraySpec = ArraySpec()
     # None keeps the integer path, in which partial sums are exact integers.
     variation: VariationSpec | None = None
-    # The program for the array product; `auto` chooses by backend and shape.
+    # The program for the array product; `auto` chooses by backend.
     lowering: Lowering = Lowering.AUTO
+    # The numbers that it multiplies; `auto`: float32 on CPU, elsewhere bfloat16 where that is exact.
+    operands: Operands = Operands.AUTO
+    # `psums`: fast; `inputs`: a fraction of the memory, for one more array product in the backward pass.
+    residuals: Residuals = Residuals.PSUMS
 
     def __post_init__(self) -> None:
         self._nested("activation", ActivationSpec)
@@ -365,6 +393,15 @@ class CIMSpec(Spec):
         self._nested("array", ArraySpec)
         self._nested("variation", VariationSpec, optional=True)
         self._enum("lowering", Lowering)
+        self._enum("operands", Operands)
+        self._enum("residuals", Residuals)
+        if not self.exact_in(self.operands):
+            reason = (
+                "cells with `variation` hold real numbers"
+                if self.variation is not None
+                else f"inputs and digits reach {self.largest_operand}, beyond its {self.operands.largest_integer}"
+            )
+            raise ValueError(f"`operands` is {self.operands!s}, but {reason}; use 'auto' or 'float32'.")
         if self.outputs_per_array < 1:
             need = self.weight.columns_per_output + self.weight.dummy_columns
             raise ValueError(
@@ -387,6 +424,19 @@ class CIMSpec(Spec):
     def undivided(self) -> bool:
         """Whether slices and planes only cut up exact integers that an ideal ADC puts together again unchanged."""
         return self.adc is None and self.variation is None and not self.weight.step_per_plane
+
+    @property
+    def largest_operand(self) -> int:
+        """The largest magnitude among the integers that the array product multiplies."""
+        if self.undivided:
+            return int(max(self.activation.code_range.magnitude, self.weight.code_range.magnitude))
+        return int(max(part.magnitude for part in (*self.activation.slices, *self.weight.planes)))
+
+    def exact_in(self, operands: Operands) -> bool:
+        """Whether the array product loses nothing in these numbers (`auto` never does)."""
+        if operands in (Operands.AUTO, Operands.FLOAT32):
+            return True
+        return self.variation is None and self.largest_operand <= operands.largest_integer
 
     @property
     def signed_psums(self) -> tuple[tuple[bool, ...], ...]:

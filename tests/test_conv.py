@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from cases import CASES, Case
+from cases import CASES, Case, draw, spec
 from compare import assert_equals_oracle
 
+from cimjax.core import conv
+from cimjax.core import steps as steps_lib
 from cimjax.core.lowering import LOWERINGS, choose
-from cimjax.spec import Lowering
+from cimjax.core.recompute import smallest_type
+from cimjax.planes import CodeRange, code_range
+from cimjax.spec import Lowering, Operands, Residuals
 
 # What `auto` chooses here goes through the whole table; other lowerings, which differ in the array product only,
 # through every sixth row and all windows.
 CHOSEN = next(name for name, program in LOWERINGS.items() if program is choose(Lowering.AUTO))
 OTHERS = [name for name in LOWERINGS if name != CHOSEN]
 PART = [case for index, case in enumerate(CASES) if index % 6 == 0 or case.name.startswith("window")]
+# Operands and residuals do not know of windows.
+FEW = CASES[3::12]
+CHEAP = (Operands.BFLOAT16, Operands.FLOAT16, Operands.INT8)
+
+
+def changed(case: Case, **fields: Any) -> Case:
+    return dataclasses.replace(case, spec=dataclasses.replace(case.spec, **fields))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -26,8 +41,66 @@ def test_values_and_gradients_equal_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("lowering", OTHERS, ids=str)
 @pytest.mark.parametrize("case", PART, ids=lambda case: case.name)
 def test_every_lowering_equals_the_oracle(case: Case, lowering: Lowering) -> None:
-    assert_equals_oracle(dataclasses.replace(case, spec=dataclasses.replace(case.spec, lowering=lowering)))
+    assert_equals_oracle(changed(case, lowering=lowering))
 
 
-def test_a_lowering_can_be_forced() -> None:
-    assert {choose(name) for name in LOWERINGS} == set(LOWERINGS.values())
+@pytest.mark.parametrize("index,case", list(enumerate(FEW)), ids=lambda value: getattr(value, "name", ""))
+def test_cheap_operands_equal_the_oracle(index: int, case: Case) -> None:
+    """Each row with one kind of operand and one lowering, so that all pairs of them occur."""
+    operands = CHEAP[index % len(CHEAP)]
+    if not case.spec.exact_in(operands):
+        operands = Operands.FLOAT16
+    assert_equals_oracle(changed(case, operands=operands, lowering=list(LOWERINGS)[index // len(CHEAP) % 3]))
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_recomputed_partial_sums_equal_the_oracle(case: Case) -> None:
+    assert_equals_oracle(changed(case, residuals=Residuals.INPUTS))
+
+
+@pytest.mark.parametrize("operands", CHEAP, ids=str)
+def test_operands_are_used_and_hold_the_integers_that_they_claim(operands: Operands) -> None:
+    largest = operands.largest_integer
+    assert int(jnp.dtype(operands.value).type(largest)) == largest
+    if operands != Operands.INT8:
+        assert int(jnp.dtype(operands.value).type(largest + 1)) == largest
+    case = changed(CASES[0], operands=operands)
+    jaxpr = str(jax.make_jaxpr(lambda x, k, s: conv.cim_conv(x, k, s, case.spec, **case.window))(*draw(case)))
+    short = {"bfloat16": "bf16", "float16": "f16", "int8": "i8"}[operands]
+    assert f"{short}[" in jaxpr
+
+
+@pytest.mark.parametrize(
+    "codes,dtype",
+    [
+        (code_range(4, signed=False), np.int8),
+        (code_range(8, signed=False), np.uint8),
+        (code_range(8, signed=True), np.int8),
+        (code_range(9, signed=True), np.int16),
+        (code_range(16, signed=False), np.uint16),
+        (code_range(1, signed=True), np.int8),
+    ],
+)
+def test_codes_are_kept_in_the_smallest_type(codes: CodeRange, dtype: type) -> None:
+    assert smallest_type(codes) == dtype
+
+
+def test_recomputation_takes_less_memory() -> None:
+    """In XLA's own account of six layers, of which the partial sums of one at a time are held."""
+    base = spec(activation={"bits": 4}, weight={"bits": 4, "cell_bits": 1}, array={"rows": 64, "columns": 64})
+    kernel, x = jnp.ones((3, 3, 32, 32)), jnp.ones((4, 16, 16, 32))
+    steps = steps_lib.Steps(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
+
+    def temporary(residuals: Residuals) -> int:
+        one = dataclasses.replace(base, residuals=residuals)
+
+        def loss(kernel: Any, steps: Any) -> Any:
+            y = x
+            for _ in range(6):
+                y = conv.cim_conv(y, kernel, steps, one)
+            return jnp.sum(y)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(kernel, steps).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(Residuals.INPUTS) < 0.6 * temporary(Residuals.PSUMS)

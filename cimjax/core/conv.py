@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.core import encoding, lowering, lsq, variation
+from cimjax.core import encoding, lsq, variation
 from cimjax.core import window as window_lib
+from cimjax.core.lowering import array_product
 from cimjax.core.lsq import Codes
 from cimjax.core.readout import Part, read_out
+from cimjax.core.recompute import recomputed
 from cimjax.core.steps import Steps, expand_weight, require_shapes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference
+from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference, Residuals
 
 
 class PartialSums(NamedTuple):
@@ -89,11 +91,21 @@ def cim_conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    if spec.undivided:
-        parts = _whole_product(inputs, kernel, steps, tiling, window, spec)
+
+    def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
+        if spec.undivided:
+            parts = _whole_product(codes, kernel, steps, tiling, window, spec)
+        else:
+            parts = _product(codes, kernel, steps, tiling, window, spec, key)
+        return read_out(parts, steps, tiling, spec)
+
+    # Without ADCs all is linear in the partial sums, and nothing keeps them.
+    if spec.residuals == Residuals.INPUTS and spec.adc is not None:
+        code_range = spec.activation.code_range
+        total = recomputed(through_arrays, inputs.codes, kernel, steps, variation_key, code_range=code_range)
     else:
-        parts = _product(inputs, kernel, steps, tiling, window, spec, variation_key)
-    y = inputs.step * read_out(parts, steps, tiling, spec)
+        total = through_arrays(inputs.codes, kernel, steps, variation_key)
+    y = inputs.step * total
     spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
     return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
 
@@ -196,7 +208,7 @@ def partial_sums(
     Returns:
       `PartialSums`, exact integers in the integer path.
     """
-    parts = _product(inputs, kernel, steps, tiling, window, spec, variation_key)
+    parts = _product(inputs.codes, kernel, steps, tiling, window, spec, variation_key)
     slices, planes = len(spec.activation.slices), len(spec.weight.planes)
     columns = jnp.concatenate([part.columns for part in parts], axis=-1)
     columns = columns.reshape(slices, -1, tiling.groups, planes, tiling.features)
@@ -207,7 +219,7 @@ def partial_sums(
 
 
 def _product(
-    inputs: Codes,
+    codes: Array,
     kernel: Array,
     steps: Steps,
     tiling: Tiling,
@@ -225,8 +237,8 @@ def _product(
         if spec.variation is not None and spec.weight.reference == Reference.ADC:
             ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
         columns = jnp.concatenate([columns, ones[..., None]], axis=-1)
-    slices = encoding.slice_codes(inputs.codes, spec.activation)
-    parts = lowering.choose(spec.lowering)(slices.reshape(-1, *slices.shape[2:]), columns, tiling, window)
+    slices = encoding.slice_codes(codes, spec.activation)
+    parts = array_product(slices.reshape(-1, *slices.shape[2:]), columns, tiling, window, spec)
     parts = tuple(sums if spec.variation is not None else whole(sums) for sums in parts)
     return [_split_reference(sums, columns.shape[-1]) if has_reference else Part(sums, None) for sums in parts]
 
@@ -238,11 +250,11 @@ def _split_reference(sums: Array, columns: int) -> Part:
 
 
 def _whole_product(
-    inputs: Codes, kernel: Array, steps: Steps, tiling: Tiling, window: Window, spec: CIMSpec
+    codes: Array, kernel: Array, steps: Steps, tiling: Tiling, window: Window, spec: CIMSpec
 ) -> list[Part]:
     """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same integers."""
-    codes = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
-    return [Part(whole(sums), None) for sums in lowering.choose(spec.lowering)(inputs.codes, codes, tiling, window)]
+    weights = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
+    return [Part(whole(sums), None) for sums in array_product(codes, weights, tiling, window, spec)]
 
 
 @jax.custom_jvp

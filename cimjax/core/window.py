@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jax import lax
+import jax.numpy as jnp
+from jax import Array, lax
 
 # What `flax.linen.Conv` accepts for strides and dilations, and for padding.
 PerAxis = int | Sequence[int] | None
@@ -76,6 +78,27 @@ def output_size(input_size: tuple[int, ...], kernel_size: tuple[int, ...], windo
         span = (kernel - 1) * kernel_gap + 1
         sizes.append(max(0, ((size - 1) * gap + 1 + sum(pair) - span) // stride + 1))
     return tuple(sizes)
+
+
+def shifted(x: Array, kernel_size: tuple[int, ...], window: Window) -> list[Array]:
+    """What each place of the kernel meets at every output position, 0 where the input is padded.
+
+    Args:
+      x: (N, H, W, C).
+
+    Returns:
+      `kh kw` arrays (N, OH, OW, C), the kernel's last axis fastest.
+    """
+    edges = [(low, high, gap - 1) for (low, high), gap in zip(window.padding, window.input_dilation, strict=True)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    size = output_size(x.shape[1:-1], kernel_size, window)
+    spans = [stride * (count - 1) + 1 if count else 0 for stride, count in zip(window.strides, size, strict=True)]
+    parts = []
+    for place in itertools.product(*map(range, kernel_size)):
+        first = [index * gap for index, gap in zip(place, window.kernel_dilation, strict=True)]
+        last = [start + span for start, span in zip(first, spans, strict=True)]
+        parts.append(lax.slice(padded, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *window.strides, 1)))
+    return parts
 
 
 def positions(input_size: tuple[int, ...], kernel_size: tuple[int, ...], window: Window) -> int:
