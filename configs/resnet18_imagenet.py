@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.defaults import RECIPE, default_config
+from cimjax.training.defaults import IDEAL_SHARE, RECIPE, default_config
 from cimjax.training.options import parse_options
 
 
@@ -28,6 +28,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.batch_size = 256
     config.epochs = 1.0 if options.smoke else 90.0
     config.warmup_epochs = 0.1 if options.smoke else 5.0
+    config.ideal_share = IDEAL_SHARE
     config.optimizer.weight_decay = 1e-4
     config.augment = ConfigDict({"shift": 0, "flip": True})
     return config.lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import pytest
 
 import cimjax
 from cimjax.data import Dataset, load
+from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.config_file import load_config
 from cimjax.training.evaluate import Evaluator
 from cimjax.training.experiment import build
@@ -158,6 +160,7 @@ PARALLEL = """
 import os, sys
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
 import json, jax, cimjax
+from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.config_file import load_config
 from cimjax.training.display import Display
 config = load_config(sys.argv[2] + ":smoke", [])
@@ -316,6 +319,47 @@ def test_rules_change_single_layers() -> None:
     assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
 
 
+def test_adcs_can_be_ideal_at_first(tmp_path: Path) -> None:
+    """Then ladders are set from data, and the best state is one of these."""
+    chosen = config(epochs=2.0, ideal_share=0.5)
+    first, ideal = build(chosen), build(config("smoke,psum=none"))
+    state, data = first.first_state(), first.dataset.train
+    batch = state, jnp.asarray(data.images[:8]), jnp.asarray(data.labels[:8])
+    want = ideal.stepper.loss(state.params, *batch)[0]
+    chex.assert_trees_all_equal(first.stepper_in(0).loss(state.params, *batch)[0], want)
+    assert first.stepper_in(1).loss(state.params, *batch)[0] != want
+
+    result = cimjax.train(chosen, workdir=tmp_path, display=quiet())
+    two = [record for record in read_records(tmp_path) if record["split"] in ("train", "test")]
+    assert [record.get("ideal_adcs", False) for record in two] == [False, True, False, False]
+    assert two[0]["psum_moved"] == 0 == two[0]["psum_gradient_ratio"]
+    assert two[2]["psum_moved"] > 0 < two[2]["psum_gradient_ratio"]
+    assert two[3]["best"] and "ideal_adcs" not in two[3]
+    assert result.best_accuracy == two[3]["accuracy"]
+    with pytest.raises(ValueError, match=r"`config.ideal_share` is 1.0; give a part"):
+        build(config(ideal_share=1.0))
+    assert build(config("smoke,psum=none", ideal_share=0.9)).ideal_epochs == 0
+
+
+def test_networks_of_ones_own_have_ideal_adcs_too() -> None:
+    class Own(nn.Module):
+        spec: cimjax.CIMSpec
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.relu(cimjax.CIMConv(4, (3, 3), spec=self.spec)(x))
+            return cimjax.CIMDense(3, spec=self.spec)(x.mean((1, 2)))
+
+    spec = cimjax.CIMSpec(adc=cimjax.ADCSpec(bits=1))
+    x = jax.random.uniform(jax.random.key(0), (2, 5, 5, 3))
+    variables = Own(spec).init(jax.random.key(1), x)
+    with ideal_adcs():
+        got = Own(spec).apply(variables, x)
+    want = Own(dataclasses.replace(spec, adc=None)).apply(variables, x)
+    chex.assert_trees_all_equal(got, want)
+    assert not jnp.allclose(got, Own(spec).apply(variables, x))
+
+
 def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
     """From the weights of that time, with no momentum left; a run that stops there goes on to the same numbers."""
     chosen = config(epochs=3.0, recalibrate_epochs=(1,))
@@ -346,7 +390,7 @@ def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
     chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ["--config.recalibrate_epochs=(1,2)", "--config.epochs=3.0"]
+    options = ["--config.ideal_share=0.4", "--config.recalibrate_epochs=(2,)", "--config.epochs=3.0"]
     _, error = start(whole, *options).communicate()
     assert not error, error
     process = start(cut, *options)

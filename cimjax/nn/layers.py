@@ -60,11 +60,11 @@ class Quantize(nn.Module):
         return conv.quantize_activation(x, step, self.spec)
 
 
-class _ArrayLayer(nn.Module):
+class ArrayLayer(nn.Module):
     """What both layers share: the parameters of a layer's steps, and their calibration."""
 
-    def _through_arrays(
-        self, x: Array | Codes, kernel: Array, window: Window, spec: CIMSpec, input_size: int, positions: int
+    def through_arrays(
+        self, x: Array | Codes, kernel: Array, window: Window, *, spec: CIMSpec, input_size: int, positions: int
     ) -> Array:
         """`x` (N, H, W, C) times `kernel` (kh, kw, C, O) through the arrays; both counts are per example."""
         tiled = tiling.tile(kernel.shape, spec)
@@ -105,7 +105,7 @@ class _ArrayLayer(nn.Module):
         return self.make_rng("variation")
 
 
-class CIMConv(_ArrayLayer):
+class CIMConv(ArrayLayer):
     """A convolution through memory arrays, in place of `flax.linen.Conv`.
 
     `kernel` (kh, kw, C, features) and `bias` (features,) are `Conv`'s, so that pretrained weights drop in. Steps are
@@ -159,13 +159,13 @@ class CIMConv(_ArrayLayer):
             kernel_dilation=self.kernel_dilation,
         )
         positions = window_lib.positions(shape[1:-1], kernel_size, window)
-        y = self._through_arrays(x, kernel, window, self.spec, math.prod(shape[1:]), positions)
+        y = self.through_arrays(x, kernel, window, spec=self.spec, input_size=math.prod(shape[1:]), positions=positions)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.reshape(*batch, *y.shape[1:]).astype(self.dtype or _result_type(x, kernel))
 
 
-class CIMDense(_ArrayLayer):
+class CIMDense(ArrayLayer):
     """A matrix product through memory arrays, in place of `flax.linen.Dense`; parameters as `CIMConv`'s.
 
     features, use_bias, dtype, param_dtype, kernel_init, bias_init: as for `flax.linen.Dense`.
@@ -187,7 +187,10 @@ class CIMDense(_ArrayLayer):
         flat, _ = _with_one_batch_axis(x, 1)
         kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
         positions = math.prod(leading[1:])
-        y = self._through_arrays(flat, kernel, Window((), (), (), ()), self.spec, positions * channels, positions)
+        window = Window((), (), (), ())
+        y = self.through_arrays(
+            flat, kernel, window, spec=self.spec, input_size=positions * channels, positions=positions
+        )
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.reshape(*leading, self.features).astype(self.dtype or _result_type(x, kernel))

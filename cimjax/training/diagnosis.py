@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from cimjax.training.experiment import Experiment
-from cimjax.training.step import Images, TrainState, augment, order_of_epoch
+from cimjax.training.step import Images, Stepper, TrainState, augment, order_of_epoch
 
 
 def explain_failure(experiment: Experiment, state: TrainState, data: Images, step: int) -> str:
@@ -27,20 +27,17 @@ def explain_failure(experiment: Experiment, state: TrainState, data: Images, ste
     keys = jax.random.split(jax.random.fold_in(experiment.key, step), config.batch_size)
     pixels = augment(data.pixels[chosen], keys, config.augment.shift, config.augment.flip)
     advice = "lower optimizer.learning_rate or optimizer.step_factor, or raise warmup_epochs"
-    culprit = _first_layer(experiment, state, pixels) or _gradients(experiment, state, pixels, data.labels[chosen])
+    ideal_adcs = experiment.stepper_in(epoch).ideal_adcs
+    stepper = dataclasses.replace(experiment.stepper_on_one_device(), ideal_adcs=ideal_adcs)
+    culprit = _first_layer(stepper, state, pixels) or _gradients(stepper, state, pixels, data.labels[chosen])
     return f"Step {step}: the loss or a gradient is not finite ({culprit}); {advice}."
 
 
-def _single_device_model(experiment: Experiment) -> Any:
-    model = experiment.model
-    return model.clone(axis_name=None) if hasattr(model, "axis_name") else model
-
-
-def _first_layer(experiment: Experiment, state: TrainState, pixels: jax.Array) -> str | None:
+def _first_layer(stepper: Stepper, state: TrainState, pixels: jax.Array) -> str | None:
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    _, found = _single_device_model(experiment).apply(
+    _, found = stepper.apply(
         variables,
-        experiment.stepper.normalise(pixels),
+        stepper.normalise(pixels),
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
@@ -54,12 +51,8 @@ def _first_layer(experiment: Experiment, state: TrainState, pixels: jax.Array) -
     return None
 
 
-def _gradients(experiment: Experiment, state: TrainState, pixels: jax.Array, labels: jax.Array) -> str:
-    stepper = experiment.stepper
-    single = type(stepper)(
-        _single_device_model(experiment), stepper.optimizer, stepper.config, stepper.mean, stepper.std
-    )
-    gradient, _ = jax.grad(single.loss, has_aux=True)(state.params, state, pixels, labels)
+def _gradients(stepper: Stepper, state: TrainState, pixels: jax.Array, labels: jax.Array) -> str:
+    gradient, _ = jax.grad(stepper.loss, has_aux=True)(state.params, state, pixels, labels)
     names = [
         "/".join(str(part.key) for part in path)
         for path, value in jax.tree_util.tree_flatten_with_path(gradient)[0]

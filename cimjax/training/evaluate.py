@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, Literal
@@ -38,11 +39,14 @@ class Evaluator:
             )
             for i in range(0, len(images), size)
         ]
-        self.step = experiment.devices.spread_batch(experiment.stepper.evaluate)
+        self.steps = {
+            ideal: experiment.devices.spread_batch(dataclasses.replace(experiment.stepper, ideal_adcs=ideal).evaluate)
+            for ideal in (False, True)
+        }
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
+    def __call__(self, state: TrainState, *, ideal_adcs: bool = False) -> dict[str, float]:
         """`accuracy` (0 to 1) and mean `loss` over all images of the split."""
-        sums = [self.step(state, *batch) for batch in self.batches]
+        sums = [self.steps[ideal_adcs](state, *batch) for batch in self.batches]
         correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
         return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
 

@@ -69,6 +69,19 @@ class Experiment:
             if layer.spec is not None and layer.spec.adc is not None
         }
 
+    @property
+    def ideal_epochs(self) -> int:
+        """Epochs at the start in which ADCs are ideal."""
+        return int(self.config.ideal_share * self.config.epochs) if self.codes else 0
+
+    def sets_adcs_before(self, epoch: int) -> bool:
+        """Whether ADC steps are set anew before an epoch, counted from 0."""
+        return bool(self.codes) and epoch > 0 and epoch in (self.ideal_epochs, *self.config.recalibrate_epochs)
+
+    def stepper_in(self, epoch: int) -> Stepper:
+        """The functions of the run in an epoch, counted from 0."""
+        return dataclasses.replace(self.stepper, ideal_adcs=epoch < self.ideal_epochs)
+
     def stepper_on_one_device(self) -> Stepper:
         """The functions of the run without the axis over which several devices spread a batch."""
         return dataclasses.replace(self.stepper, model=self.model.clone(**self._without_axis()), axis_name=None)
@@ -159,6 +172,8 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     devices = Devices()
     devices.check_batch(config.batch_size, "config.batch_size")
     devices.check_batch(config.eval_batch_size, "config.eval_batch_size")
+    if not 0 <= config.ideal_share < 1:
+        raise ValueError(f"`config.ideal_share` is {config.ideal_share}; give a part of the epochs from 0 to below 1.")
     if model is None:
         options = config.model.to_dict()
         rules = check_rules(config.rules)

@@ -27,7 +27,7 @@ from cimjax.training.metrics import mean_movement, movement, warnings
 from cimjax.training.optimizer import learning_rate
 from cimjax.training.report import describe_run, final_rows, layer_rows, step_rows
 from cimjax.training.run_folder import RunFolder
-from cimjax.training.step import TrainState, order_of_epoch, stored_steps
+from cimjax.training.step import Stepper, TrainState, order_of_epoch, stored_steps
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5
@@ -98,7 +98,7 @@ class _Run:
         self.rate = learning_rate(config, len(experiment.dataset.train))
         # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
         self.chunk = config.steps_per_dispatch or (1 if devices.platform == "cpu" else 16)
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[tuple[bool, int], Any] = {}
         self.best = 0.0
         # Per-step metrics of the epoch so far.
         self.seen: dict[str, list[float]] = {}
@@ -113,9 +113,13 @@ class _Run:
         while step < total:
             epoch = step // per_epoch
             end = min(total, (epoch + 1) * per_epoch)
-            if experiment.codes and step == epoch * per_epoch and epoch in experiment.config.recalibrate_epochs:
+            if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
                 # Not saved before the next checkpoint: a run that stops here sets them again.
                 state = experiment.devices.put(experiment.recalibrated(state))
+                if epoch == experiment.ideal_epochs:
+                    # The best state is one with ADCs.
+                    self.best = -1.0
+                    self.display.note("ADCs on, their steps set from data; until here they were ideal.")
             state, step = self._epoch(state, step, end)
             last = self._after_epoch(state, step, epoch + 1, epochs, final=step == total)
         if not last:
@@ -138,12 +142,13 @@ class _Run:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here."""
         experiment, total = self.experiment, self.experiment.total_steps
         epoch = step // experiment.steps_per_epoch
+        stepper = experiment.stepper_in(epoch)
         order = experiment.devices.put(order_of_epoch(experiment.key, epoch, len(experiment.dataset.train)))
         pending: list[dict[str, jax.Array]] = []
         looked, first = time.monotonic(), step
         while step < end:
             count = min(self.chunk, end - step)
-            state, metrics = self._steps(count)(state, self.data, order)
+            state, metrics = self._steps(stepper, count)(state, self.data, order)
             pending.append(metrics)
             step += count
             now = time.monotonic()
@@ -160,15 +165,15 @@ class _Run:
                 self.stop.leave(step, total, self.folder.path)
         return state, step
 
-    def _steps(self, count: int) -> Any:
-        if count not in self.compiled:
-            stepper = self.experiment.stepper
+    def _steps(self, stepper: Stepper, count: int) -> Any:
+        key = stepper.ideal_adcs, count
+        if key not in self.compiled:
 
             def steps(state: TrainState, data: Any, order: Any) -> Any:
                 return stepper.train_many(state, data, order, count)
 
-            self.compiled[count] = self.experiment.devices.spread(steps, donate=True)
-        return self.compiled[count]
+            self.compiled[key] = self.experiment.devices.spread(steps, donate=True)
+        return self.compiled[key]
 
     def _take(self, pending: list[dict[str, jax.Array]], state: TrainState) -> None:
         """Wait for the metrics of the steps done, and stop the run where they are not finite."""
@@ -181,7 +186,8 @@ class _Run:
         pending.clear()
 
     def _after_epoch(self, state: TrainState, step: int, epoch: int, epochs: int, *, final: bool) -> dict[str, float]:
-        test = self.evaluator(state)
+        ideal = epoch <= self.experiment.ideal_epochs
+        test = self.evaluator(state, ideal_adcs=ideal)
         best = test["accuracy"] > self.best or self.checkpoints.latest_step() is None
         self.best = max(self.best, test["accuracy"])
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}
@@ -189,7 +195,8 @@ class _Run:
         moved = mean_movement(movement(jax.device_get(state.first_steps), jax.device_get(stored_steps(state.params))))
         rate = float(self.rate(step - 1))
         self.folder.log({"step": step, "epoch": epoch, "split": "train", "learning_rate": rate, **means, **moved})
-        self.folder.log({"step": step, "epoch": epoch, "split": "test", **test, "best": best})
+        stage = {"ideal_adcs": True} if ideal else {}
+        self.folder.log({"step": step, "epoch": epoch, "split": "test", **test, "best": best, **stage})
         record = {
             "test_accuracy": test["accuracy"],
             "best": best,
@@ -202,7 +209,7 @@ class _Run:
         every = max(1, round(self.experiment.config.checkpoint_epochs))
         if best or final or epoch % every == 0:
             self._save(state, step, best=best)
-        if epoch == 1 and not final:
+        if epoch == self.experiment.ideal_epochs + 1 and not final:
             self._look_at_adcs(state, step, show=True)
         return test
 

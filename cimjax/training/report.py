@@ -24,7 +24,8 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
         "facts": {
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
             "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
-            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}",
+            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
+            + (f", the first {experiment.ideal_epochs} epochs with ideal ADCs" if experiment.ideal_epochs else ""),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
             + (f" ({devices.kind})" if devices.kind != "cpu" else ""),

@@ -6,6 +6,7 @@ steps are spread over devices is in `cimjax.training.parallel`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -18,6 +19,7 @@ import optax
 from jax import Array, lax
 from ml_collections import ConfigDict
 
+from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.metrics import gradient_ratios
 from cimjax.training.optimizer import is_kind
 
@@ -55,6 +57,7 @@ class Stepper:
 
     mean, std: per channel, of pixels in 0..1.
     axis_name: the mapped axis over which a batch is spread; None on one device.
+    ideal_adcs: whether the network is computed without its ADCs: the first stage of training in two.
     """
 
     model: nn.Module
@@ -63,11 +66,17 @@ class Stepper:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     axis_name: str | None = None
+    ideal_adcs: bool = False
 
     def normalise(self, pixels: Array) -> Array:
         """Real images of uint8 pixels: zero mean and unit variance per channel."""
         mean, std = (np.asarray(value, np.float32) for value in (self.mean, self.std))
         return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+    def apply(self, variables: Any, images: Array, **options: Any) -> Any:
+        """What the network makes of normalised images, with its ADCs or without."""
+        with ideal_adcs() if self.ideal_adcs else contextlib.nullcontext():
+            return self.model.apply(variables, images, **options)
 
     def train(self, state: TrainState, data: Images, order: Array) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on the images that are due.
@@ -103,7 +112,7 @@ class Stepper:
     def loss(self, params: Any, state: TrainState, pixels: Array, labels: Array) -> tuple[Array, tuple[Any, Array]]:
         """Mean cross entropy of a batch in training mode; also the new batch statistics and the logits."""
         key = jax.random.key(state.seed)
-        logits, updated = self.model.apply(
+        logits, updated = self.apply(
             {"params": params, "batch_stats": state.batch_stats},
             self.normalise(pixels),
             train=True,
@@ -144,7 +153,7 @@ class Stepper:
         """
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         rngs = {"variation": jax.random.fold_in(jax.random.key(state.seed), 1)}
-        logits = jnp.asarray(self.model.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
+        logits = jnp.asarray(self.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
         right = jnp.argmax(logits, -1) == data.labels
         return {"correct": jnp.sum(right & real), "loss": jnp.sum(jnp.where(real, loss, 0.0))}
