@@ -106,6 +106,7 @@ class Lowering(enum.StrEnum):
     GROUPED_CONV = "grouped_conv"
     CONV_PER_TILE = "conv_per_tile"
     PATCHES = "patches"
+    PALLAS = "pallas"
 
 
 class Operands(enum.StrEnum):

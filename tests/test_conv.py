@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case, draw, spec
+from cases import CASES, ENCODINGS, Case, draw, spec
 from compare import assert_equals_oracle
 
 from cimjax.core import conv
@@ -42,6 +42,39 @@ def test_values_and_gradients_equal_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("case", PART, ids=lambda case: case.name)
 def test_every_lowering_equals_the_oracle(case: Case, lowering: Lowering) -> None:
     assert_equals_oracle(changed(case, lowering=lowering))
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES[5::14], *(case for case in CASES if "stride-2-1" in case.name)], ids=lambda case: case.name
+)
+def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
+    """Interpreted, as no GPU is needed for that."""
+    assert_equals_oracle(changed(case, lowering=Lowering.PALLAS))
+
+
+@pytest.mark.parametrize("operands", [Operands.BFLOAT16, Operands.FLOAT32, Operands.INT8], ids=str)
+def test_the_fused_kernel_is_lowered_for_gpus(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into Triton, on any machine; how it runs there, no test here can say."""
+    layer = spec(activation={"bits": 4}, weight=ENCODINGS["offset"], array={"rows": 128, "columns": 128})
+    case = Case("", layer, x_shape=(32, 8, 8, 20), kernel_shape=(3, 3, 20, 36), strides=(2, 2))
+    case = changed(case, lowering=Lowering.PALLAS, operands=operands)
+    x, kernel, steps = draw(case)
+
+    def with_gradients(x: Any, kernel: Any, steps: Any) -> Any:
+        y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, case.spec, **case.window), x, kernel, steps)
+        return pull(y)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    lowered = jax.jit(with_gradients).trace(x, kernel, steps).lower(lowering_platforms=("cuda",)).as_text()
+    # Two read groups: the kernel, and its backward kernel for each of them.
+    assert lowered.count("triton") >= 3
+
+
+def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    case = changed(CASES[0], lowering=Lowering.PALLAS)
+    with pytest.raises(ValueError, match=r"`lowering` is 'pallas', a kernel for GPUs, and this is a tpu"):
+        conv.cim_conv(*draw(case), case.spec, **case.window)
 
 
 @pytest.mark.parametrize("index,case", list(enumerate(FEW)), ids=lambda value: getattr(value, "name", ""))

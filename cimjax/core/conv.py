@@ -16,14 +16,14 @@ from jax.typing import ArrayLike
 
 from cimjax.core import encoding, lsq, variation
 from cimjax.core import window as window_lib
-from cimjax.core.lowering import array_product
+from cimjax.core.lowering import array_product, choose_operands
 from cimjax.core.lsq import Codes
-from cimjax.core.readout import Part, read_out
+from cimjax.core.readout import Part, conversion_of, read_out, read_reference, scales_of
 from cimjax.core.recompute import recomputed
 from cimjax.core.steps import Steps, expand_weight, require_shapes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference, Residuals
+from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Lowering, Reference, Residuals
 
 
 class PartialSums(NamedTuple):
@@ -95,6 +95,8 @@ def cim_conv(
     def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
         if spec.undivided:
             parts = _whole_product(codes, kernel, steps, tiling, window, spec)
+        elif spec.adc is not None and spec.lowering == Lowering.PALLAS:
+            return _fused(codes, kernel, steps, tiling, window, spec, key)
         else:
             parts = _product(codes, kernel, steps, tiling, window, spec, key)
         return read_out(parts, steps, tiling, spec)
@@ -228,19 +230,56 @@ def _product(
     variation_key: Array | None,
 ) -> list[Part]:
     """All columns: the array product of every slice with every plane."""
-    digits = store(kernel, steps.weight, tiling, spec, variation_key)
-    columns = jnp.moveaxis(digits, 0, -2)
-    columns = columns.reshape(*columns.shape[:-2], -1)
-    has_reference = spec.weight.encoding == Encoding.OFFSET
-    if has_reference:
-        ones = jnp.asarray(tiling.stored, jnp.float32)
-        if spec.variation is not None and spec.weight.reference == Reference.ADC:
-            ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
-        columns = jnp.concatenate([columns, ones[..., None]], axis=-1)
+    columns, ones = _stored_columns(kernel, steps, tiling, spec, variation_key)
+    if ones is not None:
+        columns = jnp.concatenate([columns, ones], axis=-1)
     slices = encoding.slice_codes(codes, spec.activation)
     parts = array_product(slices.reshape(-1, *slices.shape[2:]), columns, tiling, window, spec)
     parts = tuple(sums if spec.variation is not None else whole(sums) for sums in parts)
-    return [_split_reference(sums, columns.shape[-1]) if has_reference else Part(sums, None) for sums in parts]
+    return [Part(sums, None) if ones is None else _split_reference(sums, columns.shape[-1]) for sums in parts]
+
+
+def _fused(
+    codes: Array,
+    kernel: Array,
+    steps: Steps,
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+    variation_key: Array | None,
+) -> Array:
+    """Product and ADCs in one kernel; only the reference's sums, one column an array, are computed apart."""
+    # Pallas takes a while to import, and is not on every platform.
+    from cimjax.core import fused
+
+    columns, ones = _stored_columns(kernel, steps, tiling, spec, variation_key)
+    slices = encoding.slice_codes(codes, spec.activation)
+    scales, operands, total = scales_of(steps, tiling, spec), choose_operands(spec), jnp.float32(0)
+    if scales.step is None:
+        raise ValueError("`adc` is None: there is nothing to fuse with an ideal ADC.")
+    for index, part in enumerate(spec.activation.slices):
+        layer = fused.Layer(conversion_of(index, tiling, spec), tiling, window, operands)
+        weight = float(part.significance) * scales.weight
+        total = total + fused.product_and_conversion(layer, slices[index], columns, scales.step, scales.offset, weight)
+    if ones is not None:
+        sums = array_product(slices.reshape(-1, *slices.shape[2:]), ones, tiling, window, spec)
+        total = total + read_reference(jnp.concatenate(sums, axis=-1), slice(0, tiling.groups), steps, tiling, spec)
+    return total
+
+
+def _stored_columns(
+    kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
+) -> tuple[Array, Array | None]:
+    """What the columns of every read group hold, (kh, kw, R, c, K O), and its dummy column (..., 1), if it has one."""
+    digits = store(kernel, steps.weight, tiling, spec, variation_key)
+    columns = jnp.moveaxis(digits, 0, -2)
+    columns = columns.reshape(*columns.shape[:-2], -1)
+    if spec.weight.encoding != Encoding.OFFSET:
+        return columns, None
+    ones = jnp.asarray(tiling.stored, jnp.float32)
+    if spec.variation is not None and spec.weight.reference == Reference.ADC:
+        ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
+    return columns, ones[..., None]
 
 
 def _split_reference(sums: Array, columns: int) -> Part:

@@ -104,8 +104,11 @@ LOWERINGS: dict[Lowering, ArrayProduct] = {
 
 
 def choose(lowering: Lowering) -> ArrayProduct:
-    """The program for a specification's `lowering`; `auto` is one convolution per tile on CPU, else the grouped one."""
-    if lowering == Lowering.AUTO:
+    """The program for a specification's `lowering`; `auto` is one convolution per tile on CPU, else the grouped one.
+
+    `pallas` is as `auto` wherever partial sums themselves are asked for; with ADCs it is `core.fused`.
+    """
+    if lowering in (Lowering.AUTO, Lowering.PALLAS):
         lowering = Lowering.CONV_PER_TILE if jax.default_backend() == "cpu" else Lowering.GROUPED_CONV
     return LOWERINGS[lowering]
 

@@ -57,38 +57,72 @@ def read_out(parts: Sequence[Part], steps: Steps, tiling: Tiling, spec: CIMSpec)
       (N, OH, OW, O) float32, not yet multiplied by the activation's step.
     """
     slices = (1,) if spec.undivided else tuple(s.significance for s in spec.activation.slices)
+    scales = scales_of(steps, tiling, spec)
+
+    def of(groups: slice, values: Array) -> Array:
+        return values[groups].reshape(-1)
+
+    total, first = jnp.float32(0), 0
+    for part in parts:
+        groups = slice(first, first + part.columns.shape[-1] // scales.weight.shape[-1])
+        first = groups.stop
+        for index, significance in enumerate(slices):
+            columns = _of_slice(part.columns, index, len(slices))
+            weight = float(significance) * of(groups, scales.weight)
+            if scales.step is None:
+                total = total + _over_columns(columns * weight, tiling.features)
+            else:
+                zero = None if scales.offset is None else of(groups, scales.offset)
+                total = total + _converted(
+                    conversion_of(index, tiling, spec), columns, of(groups, scales.step), zero, weight
+                )
+        if part.reference is not None:
+            total = total + read_reference(part.reference, groups, steps, tiling, spec)
+    return total
+
+
+class Scales(NamedTuple):
+    """What every column's ADC and its result are scaled by, (R, K O): step and offset (or None), and the weight
+    `f_k s_w` that a partial sum counts."""
+
+    step: Array | None
+    offset: Array | None
+    weight: Array
+
+
+def scales_of(steps: Steps, tiling: Tiling, spec: CIMSpec) -> Scales:
+    """The scales of all columns; without slices and planes where these are undivided."""
     planes = (1,) if spec.undivided else tuple(p.significance for p in spec.weight.planes)
-    weight_step = expand_weight(steps.weight, tiling)
 
     def by_group(values: Array) -> Array:
         """Values broadcastable to (R, K, O) as (R, K O)."""
         return jnp.broadcast_to(values, (tiling.groups, len(planes), tiling.features)).reshape(tiling.groups, -1)
 
-    def of(groups: slice, values: Array) -> Array:
-        return values[groups].reshape(-1)
+    return Scales(
+        step=None if spec.adc is None else by_group(expand_outputs(steps.psum, tiling)),
+        offset=None if steps.offset is None else by_group(expand_outputs(steps.offset, tiling)),
+        weight=by_group(expand_weight(steps.weight, tiling) * np.asarray(planes, np.float32)[:, None]),
+    )
 
-    weight = by_group(weight_step * np.asarray(planes, np.float32)[:, None])
-    step = None if spec.adc is None else by_group(expand_outputs(steps.psum, tiling))
-    offset = None if steps.offset is None else by_group(expand_outputs(steps.offset, tiling))
-    # The top plane carries the constant of an `offset` encoding, so its step is the constant's.
-    constant = jnp.broadcast_to(weight_step[:, -1] * spec.weight.constant, (tiling.groups, tiling.features))
-    total, first = jnp.float32(0), 0
-    for part in parts:
-        groups = slice(first, first + part.columns.shape[-1] // weight.shape[-1])
-        first = groups.stop
-        for index, significance in enumerate(slices):
-            columns, of_columns = _of_slice(part.columns, index, len(slices)), float(significance) * of(groups, weight)
-            if spec.adc is None or step is None:
-                total = total + _over_columns(columns * of_columns, tiling.features)
-            else:
-                kind = _Kind(spec.adc_ranges[index], tiling.features, _kept_as(tiling, spec), spec.adc.gradient_margin)
-                zero = None if offset is None else of(groups, offset)
-                total = total + _converted(kind, columns, of(groups, step), zero, of_columns)
-            if part.reference is not None:
-                sums = _of_slice(part.reference, index, len(slices))
-                sums = _convert_reference(sums, spec.reference_ranges[index] if spec.adc else None, groups, steps, spec)
-                of_reference = float(significance) * constant[groups]
-                total = total + jnp.matmul(sums, of_reference, precision=lax.Precision.HIGHEST)
+
+def read_reference(sums: Array, groups: slice, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+    """What the constant of an `offset` encoding adds: `sum_{t,r} g_t s_w constant` times the sum of the inputs.
+
+    Args:
+      sums: (T N, OH, OW, r) float32, of the read groups in `groups`.
+
+    Returns:
+      (N, OH, OW, O) float32.
+    """
+    # The top plane carries the constant, so its step is the constant's.
+    constant = expand_weight(steps.weight, tiling)[:, -1] * spec.weight.constant
+    constant = jnp.broadcast_to(constant, (tiling.groups, tiling.features))[groups]
+    total = jnp.float32(0)
+    for index, part in enumerate(spec.activation.slices):
+        of_slice = _of_slice(sums, index, len(spec.activation.slices))
+        codes = None if spec.adc is None else spec.reference_ranges[index]
+        of_slice = _convert_reference(of_slice, codes, groups, steps, spec)
+        total = total + jnp.matmul(of_slice, float(part.significance) * constant, precision=lax.Precision.HIGHEST)
     return total
 
 
@@ -107,13 +141,19 @@ def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, step
     return lsq.fake_quantize(sums, step, codes, offset, half_up=True, margin=margin)
 
 
+def conversion_of(index: int, tiling: Tiling, spec: CIMSpec) -> Conversion:
+    """The conversion of slice `index` by the ADCs of a specification that has some."""
+    margin = spec.adc.gradient_margin if spec.adc else 0.0
+    return Conversion(spec.adc_ranges[index], tiling.features, _kept_as(tiling, spec), margin)
+
+
 def _kept_as(tiling: Tiling, spec: CIMSpec) -> str:
     """What partial sums are kept as for the backward pass: 16-bit integers where these hold them exactly."""
     exact = spec.variation is None and tiling.largest_psum(spec) <= _SMALL_INTEGERS
     return "int16" if exact else "float32"
 
 
-class _Kind(NamedTuple):
+class Conversion(NamedTuple):
     """What is fixed about the conversion of one slice: the codes of each plane, `O`, the type of residuals, and
     `ADCSpec.gradient_margin`."""
 
@@ -135,40 +175,65 @@ class _Kind(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _converted(kind: _Kind, psums: Array, step: Array, offset: Array | None, weight: Array) -> Array:
+def _converted(conversion: Conversion, psums: Array, step: Array, offset: Array | None, weight: Array) -> Array:
     """`sum over groups and planes of weight * P^`: psums (..., r K O), parameters (r K O,) to (..., O)."""
     u = lsq.in_steps(psums, step, offset)
-    codes = lsq.round_to_codes(u, psums, offset, kind.bounds(psums.shape[-1]), half_up=True)
-    return _over_columns(lsq.dequantize(codes, step, offset) * weight, kind.features)
+    codes = lsq.round_to_codes(u, psums, offset, conversion.bounds(psums.shape[-1]), half_up=True)
+    return _over_columns(lsq.dequantize(codes, step, offset) * weight, conversion.features)
 
 
 def _converted_forward(
-    kind: _Kind, psums: Array, step: Array, offset: Array | None, weight: Array
+    conversion: Conversion, psums: Array, step: Array, offset: Array | None, weight: Array
 ) -> tuple[Array, tuple[Any, ...]]:
-    return _converted(kind, psums, step, offset, weight), (psums.astype(kind.kept_as), step, offset, weight)
+    return _converted(conversion, psums, step, offset, weight), (psums.astype(conversion.kept_as), step, offset, weight)
 
 
-def _converted_backward(kind: _Kind, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+def _converted_backward(conversion: Conversion, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     kept, step, offset, weight = residuals
-    bounds = kind.bounds(kept.shape[-1])
+    bounds = conversion.bounds(kept.shape[-1])
     psums = kept.astype(jnp.float32)
     u = lsq.in_steps(psums, step, offset)
     codes = lsq.round_to_codes(u, psums, offset, bounds, half_up=True)
-    inside = lsq.passes_gradient(u, bounds, kind.margin)
-    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
-    sign = bounds[2]
-    rest = jnp.where(inside if sign is None else inside & ~sign, u, 0.0)
-    of_columns = jnp.concatenate([gradient] * (kept.shape[-1] // kind.features), axis=-1)
-    to_psums = jnp.where(inside, of_columns * weight, 0.0)
-    to_step = weight * _over_positions(of_columns * (codes - rest))
-    to_offset = None if offset is None else weight * _over_positions(jnp.where(inside, 0.0, of_columns))
+    of_columns = jnp.concatenate([gradient] * (kept.shape[-1] // conversion.features), axis=-1)
+    terms = conversion_gradients(of_columns, u, codes, bounds, conversion.margin, weight)
+    to_step = weight * _over_positions(terms.step)
+    to_offset = None if offset is None else weight * _over_positions(terms.offset)
     to_weight = step * _over_positions(of_columns * codes)
     if offset is not None:
         to_weight = to_weight + offset * _over_positions(of_columns)
-    return to_psums, to_step, to_offset, to_weight
+    return terms.psums, to_step, to_offset, to_weight
 
 
 _converted.defvjp(_converted_forward, _converted_backward)
+
+
+class Gradients(NamedTuple):
+    """What each column and position adds to a gradient; those to step and offset are still to be multiplied by what
+    the column counts."""
+
+    psums: Array
+    step: Array
+    offset: Array
+
+
+def conversion_gradients(
+    gradient: Array, u: Array, codes: Array, bounds: tuple[Any, Any, Any], margin: float, weight: Array
+) -> Gradients:
+    """LSQ's gradients of `weight P^` at every column and position.
+
+    Args:
+      gradient: of the output, for each column (..., K O).
+      u, codes: distance from the offset in steps, and codes.
+      bounds, margin: as for `lsq.passes_gradient`.
+      weight: what a column counts.
+    """
+    inside = lsq.passes_gradient(u, bounds, margin)
+    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    sign = bounds[2]
+    rest = jnp.where(inside if sign is None else jnp.logical_and(inside, np.logical_not(sign)), u, 0.0)
+    return Gradients(
+        jnp.where(inside, gradient * weight, 0.0), gradient * (codes - rest), jnp.where(inside, 0.0, gradient)
+    )
 
 
 def _over_positions(values: Array) -> Array:
