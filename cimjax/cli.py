@@ -112,23 +112,29 @@ def _bench(arguments: argparse.Namespace) -> None:
     from cimjax.training.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from cimjax.analysis import bench
+    from cimjax.analysis import bench, timing
     from cimjax.data.catalog import images_of
 
-    image, classes = images_of(config.dataset)
-    if arguments.layers:
-        spec = cimjax.CIMSpec.from_dict(config.spec.to_dict()) if config.spec else cimjax.CIMSpec()
-        timings = bench.bench_layers(spec, batch=config.batch_size, runs=arguments.runs)
+    if config.spec is None or arguments.runs < 1:
+        raise ValueError(
+            "`bench` compares with full precision: give a configuration with arrays, and at least one run."
+        )
+    spec, runs = cimjax.CIMSpec.from_dict(config.spec.to_dict()), arguments.runs
+    if arguments.of in ("layers", "growth"):
+        of_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
+        timings = of_layer(spec, batch=config.batch_size, runs=runs)
     else:
-        timings = bench.bench_steps(config, image=image, classes=classes, runs=arguments.runs)
-    about = bench.machine()
+        image, classes = images_of(config.dataset)
+        of = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
+        timings = bench.bench_steps(config, of, image=image, classes=classes, runs=runs)
+    about = timing.machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{arguments.config}, batch {config.batch_size}, medians of {arguments.runs} runs\n")
-    print(bench.show(timings))
+    print(timing.show(timings))
     if arguments.save:
-        bench.save(timings, arguments.save)
+        timing.save(timings, arguments.save)
     if arguments.plot:
-        bench.plot(timings, arguments.plot)
+        timing.plot(timings, arguments.plot)
 
 
 def _data_prepare(arguments: argparse.Namespace) -> None:
@@ -193,7 +199,12 @@ _COMMANDS = {
         "cimjax bench --config configs/resnet20_c10.py --config.batch_size=64 --save bench.json --plot bench.png",
         {
             "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "the network and its batch size"},
-            "--layers": {"action": "store_true", "help": "single layers by every lowering instead of whole steps"},
+            "--of": {
+                "choices": ("steps", "programs", "layers", "growth"),
+                "default": "steps",
+                "help": "steps of full precision and of every ADC; of every lowering and residual; single layers; a "
+                "layer of more and more planes and row tiles",
+            },
             "--runs": {"type": int, "default": 10, "metavar": "N", "help": "runs of each program; 10 if not given"},
             "--save": {"metavar": "FILE", "help": "write all figures as JSON"},
             "--plot": {"metavar": "FILE", "help": "draw them into a PNG or SVG file"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cimjax.analysis import bench
+from cimjax.analysis import bench, timing
 from cimjax.cli import main
 from cimjax.core.lowering import LOWERINGS
 from cimjax.spec import CIMSpec
@@ -30,7 +30,7 @@ def test_steps_are_timed_side_by_side(
     names = [row["name"] for row in figures["timings"]]
     assert names == [f"{name}, {kind}" for name in ("full precision", "psum column") for kind in ("train", "evaluate")]
     for row in figures["timings"]:
-        assert row["images"] == 4 and row["compile_seconds"] > 0 and row["temporary_mb"] >= 0
+        assert row["images"] == 4 and row["compile_seconds"] > 0 and row["whole_mb"] >= row["temporary_mb"] >= 0
         assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
         assert row["images_per_second"] == pytest.approx(4e3 / row["milliseconds"])
     assert figures["jax"] in printed and "| psum column, evaluate" in printed
@@ -43,9 +43,25 @@ def test_layers_are_timed_by_every_lowering(monkeypatch: pytest.MonkeyPatch) -> 
     assert [timing.name for timing in timings] == [
         f"4x4 16-3/2, {name}, {kind}" for name in ("plain", *map(str, LOWERINGS)) for kind in ("forward", "gradients")
     ]
-    lines = bench.show(timings).splitlines()
+    lines = timing.show(timings).splitlines()
     # Ratios are to the plain convolution of the same kind.
     assert [line.split("|")[4].strip() for line in lines[2:4]] == ["1.00", "1.00"]
+
+
+def test_growth_is_shown_on_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("GROWING", (4, 8, 4, 1)), ("PLANES", (2, 3)), ("TILES", (1, 8))):
+        monkeypatch.setattr(bench, name, value)
+    timings = bench.bench_growth(CIMSpec(), batch=2, runs=1)
+    kinds = ["2 planes", "3 planes", "1 tiles", "8 tiles"]
+    names = ["plain", *kinds, *(f"{kind} recomputed" for kind in kinds)]
+    assert [one.name for one in timings] == [f"4x4 8-4, {name}, gradients" for name in names]
+
+
+def test_programs_change_no_result() -> None:
+    found = bench.programs_of(CIMSpec())
+    assert {"as specified", "patches", "int8 operands", "recomputed psums"} <= set(found) and "pallas" not in found
+    plain = {"lowering": "auto", "operands": "auto", "residuals": "psums"}
+    assert {CIMSpec.from_dict(spec.to_dict() | plain) for spec in found.values() if spec} == {CIMSpec()}
 
 
 def test_variants_change_the_adc_only() -> None:
@@ -61,6 +77,6 @@ def test_variants_change_the_adc_only() -> None:
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    timings = [bench.Timing(f"one, {kind}", 2.0, 1.0, 3.0, 0.5, 10.0, 4) for kind in ("train", "evaluate")]
-    bench.plot(timings, tmp_path / "bench.png")
+    timings = [timing.Timing(f"one, {kind}", 2.0, 1.0, 3.0, 0.5, 10.0, 12.0, 4) for kind in ("train", "evaluate")]
+    timing.plot(timings, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

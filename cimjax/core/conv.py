@@ -20,6 +20,7 @@ from cimjax.core.lowering import array_product, choose_operands
 from cimjax.core.lsq import Codes
 from cimjax.core.readout import Part, conversion_of, read_out, read_reference, scales_of
 from cimjax.core.recompute import recomputed
+from cimjax.core.schedule import codes_once
 from cimjax.core.steps import Steps, expand_weight, require_shapes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Padding, PerAxis, Window
@@ -92,6 +93,10 @@ def cim_conv(
         kernel_dilation=kernel_dilation,
     )
 
+    codes = inputs.codes
+    if tiling.groups > 1 or len(spec.activation.slices) > 1:
+        codes = codes_once(codes, inputs.step, spec.activation.code_range)
+
     def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
         if spec.undivided:
             parts = _whole_product(codes, kernel, steps, tiling, window, spec)
@@ -104,9 +109,9 @@ def cim_conv(
     # Without ADCs all is linear in the partial sums, and nothing keeps them.
     if spec.residuals == Residuals.INPUTS and spec.adc is not None:
         code_range = spec.activation.code_range
-        total = recomputed(through_arrays, inputs.codes, kernel, steps, variation_key, code_range=code_range)
+        total = recomputed(through_arrays, codes, kernel, steps, variation_key, code_range=code_range)
     else:
-        total = through_arrays(inputs.codes, kernel, steps, variation_key)
+        total = through_arrays(codes, kernel, steps, variation_key)
     y = inputs.step * total
     spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
     return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)

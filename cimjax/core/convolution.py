@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from cimjax.core.schedule import after
 from cimjax.core.window import Window, shifted
 
 # On CPU the weight gradient is a matrix product for each place of the kernel where a kernel has at least so many times
@@ -67,7 +68,8 @@ def _widening_forward(window: Window, inputs: Array, kernel: Array) -> tuple[Arr
 def _widening_backward(window: Window, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = kept
     (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
-    flat = gradient.reshape(-1, gradient.shape[-1])
+    # Otherwise the shifted copies would be made on the way forwards, and held.
+    inputs, flat = after(inputs, gradient), gradient.reshape(-1, gradient.shape[-1])
     to_kernel = [
         jnp.matmul(place.reshape(-1, place.shape[-1]).T, flat, precision=lax.Precision.HIGHEST)
         for place in shifted(inputs, kernel.shape[:-2], window)

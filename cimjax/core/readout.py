@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from cimjax.core import lsq
+from cimjax.core.schedule import columns_once
 from cimjax.core.steps import Steps, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
 from cimjax.planes import CodeRange
@@ -96,7 +97,8 @@ def scales_of(steps: Steps, tiling: Tiling, spec: CIMSpec) -> Scales:
 
     def by_group(values: Array) -> Array:
         """Values broadcastable to (R, K, O) as (R, K O)."""
-        return jnp.broadcast_to(values, (tiling.groups, len(planes), tiling.features)).reshape(tiling.groups, -1)
+        columns = jnp.broadcast_to(values, (tiling.groups, len(planes), tiling.features))
+        return columns_once(columns.reshape(tiling.groups, -1))
 
     return Scales(
         step=None if spec.adc is None else by_group(expand_outputs(steps.psum, tiling)),

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from cimjax.core.schedule import after
 from cimjax.planes import CodeRange
 
 
@@ -52,9 +53,9 @@ def _backward(
     function: Callable[..., Array], small: DTypeLike, kept: tuple[Array, tuple[Any, ...]], gradient: Array
 ) -> tuple[Any, ...]:
     codes, operands = kept
-    # Always 0, but nothing that a compiler knows, so that no program can start before the gradient is there.
-    nothing = jnp.minimum(jnp.abs(gradient.reshape(-1)[0]), 0)
-    return jax.vjp(function, codes.astype(jnp.float32) + nothing, *operands)[1](gradient)
+    # Otherwise all partial sums would be computed early, and held.
+    codes = after(codes.astype(jnp.float32), gradient)
+    return jax.vjp(function, codes, *operands)[1](gradient)
 
 
 _recomputed.defvjp(_forward, _backward)

@@ -1,0 +1,67 @@
+"""What XLA's CPU backend computes once, and in which order: functions that change no value.
+
+That backend computes an operand again for each of its readers, and once more for every element that a broadcast makes
+of it, as long as it consists of cheap operations; it schedules for width, not for memory; and it drops the barriers
+that JAX puts up. What looks roundabout here is what it does not see through. Elsewhere these functions do nothing, or
+little.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from cimjax.planes import CodeRange
+
+
+def after(x: Array, other: Array) -> Array:
+    """`x`, which cannot be computed before `other`: what is kept in between is what `x` is made of.
+
+    Args:
+      x: any shape, of a float dtype.
+      other: any shape, not empty, real.
+    """
+    return x + _zero(other).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def codes_once(codes: Array, step: Array, code_range: CodeRange) -> Array:
+    """Codes, written to memory instead of computed again by each of their readers (on CPU).
+
+    Args:
+      codes: any shape, float32, integers in `code_range`.
+      step: of the codes; any number that no compiler knows would do.
+    """
+    if jax.default_backend() != "cpu":
+        return codes
+    # In binary arithmetic the root of a square is exact, and a root is too dear to be computed twice.
+    lowest = float(min(code_range.q_min, 0))
+    positive = codes - lowest
+    return jnp.sqrt(positive * (positive + _zero(step))) + lowest
+
+
+@codes_once.defjvp
+def _codes_once_jvp(
+    code_range: CodeRange, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return codes_once(*primals, code_range), tangents[0]
+
+
+def columns_once(values: Array) -> Array:
+    """Parameters of columns, (R, M) float32 and finite, written to memory before they are broadcast (on CPU)."""
+    if jax.default_backend() != "cpu":
+        return values
+    # Products with 1 and 0 are exact, and matrix products are never computed twice. Twice as deep as need be, for a
+    # product with a single number would be a cheap operation again.
+    rows = values.shape[0]
+    picked = jnp.eye(rows, 2 * rows, dtype=values.dtype)
+    return jnp.matmul(picked, jnp.concatenate([values, values]), precision=lax.Precision.HIGHEST)
+
+
+def _zero(values: Any) -> Array:
+    """0, but nothing that a compiler knows: NaN where the first of the values is."""
+    return jnp.minimum(jnp.abs(values.reshape(-1)[0]), 0)
