@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ class _Run:
         # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
         self.chunk = config.steps_per_dispatch or (1 if devices.platform == "cpu" else 16)
         self.compiled: dict[tuple[bool, int], Any] = {}
+        # Being compiled: the key of a program, and what will be it.
+        self.first_program: tuple[tuple[bool, int], Future[Any]] | None = None
         self.best = 0.0
         # Per-step metrics of the epoch so far.
         self.seen: dict[str, list[float]] = {}
@@ -108,7 +111,9 @@ class _Run:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
-        state, step = self._start()
+        with ThreadPoolExecutor(1) as background:
+            self._compile_first(background)
+            state, step = self._start()
         epochs, last = -(-total // per_epoch), {}
         while step < total:
             epoch = step // per_epoch
@@ -125,6 +130,22 @@ class _Run:
         if not last:
             last = self.evaluator(state)
         return self._finish(state, step, last)
+
+    def _compile_first(self, background: Executor) -> None:
+        """Compile the first epoch's program while the first state is made: two long tasks that need not wait.
+
+        It is traced here and now, under whatever settings of JAX the caller has made for this thread.
+        """
+        experiment, step = self.experiment, self.checkpoints.latest_step() or 0
+        per_epoch, total = experiment.steps_per_epoch, experiment.total_steps
+        if step >= total:
+            return
+        epoch = step // per_epoch
+        count = min(self.chunk, min(total, (epoch + 1) * per_epoch) - step)
+        stepper, order = experiment.stepper_in(epoch), jax.ShapeDtypeStruct((len(experiment.dataset.train),), "int32")
+        described = experiment.devices.described((experiment.abstract_state(), self.data, order))
+        lowered = self._steps(stepper, count).lower(*described)
+        self.first_program = (stepper.ideal_adcs, count), background.submit(lowered.compile)
 
     def _start(self) -> tuple[TrainState, int]:
         devices = self.experiment.devices
@@ -167,6 +188,8 @@ class _Run:
 
     def _steps(self, stepper: Stepper, count: int) -> Any:
         key = stepper.ideal_adcs, count
+        if self.first_program and self.first_program[0] == key:
+            self.compiled[key], self.first_program = self.first_program[1].result(), None
         if key not in self.compiled:
 
             def steps(state: TrainState, data: Any, order: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "batch"
@@ -50,6 +50,11 @@ class Devices:
         if self.mesh is None:
             return jax.device_put(tree, jax.devices()[0])
         return jax.device_put(tree, NamedSharding(self.mesh, P()))
+
+    def described(self, tree: Any) -> Any:
+        """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
+        place = SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
     def spread(self, step: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
         """Compile a step whose arguments are whole on every device and which takes its own share of the batch."""
