@@ -12,7 +12,7 @@ import pytest
 from cases import CASES, ENCODINGS, Case, draw, spec
 from compare import assert_equals_oracle
 
-from cimjax.core import conv
+from cimjax.core import conv, convolution
 from cimjax.core import steps as steps_lib
 from cimjax.core.lowering import LOWERINGS, choose
 from cimjax.core.recompute import smallest_type
@@ -25,7 +25,7 @@ CHOSEN = next(name for name, program in LOWERINGS.items() if program is choose(L
 OTHERS = [name for name in LOWERINGS if name != CHOSEN]
 PART = [case for index, case in enumerate(CASES) if index % 6 == 0 or case.name.startswith("window")]
 # Operands and residuals do not know of windows.
-FEW = CASES[3::12]
+FEW = CASES[3::20]
 CHEAP = (Operands.BFLOAT16, Operands.FLOAT16, Operands.INT8)
 
 
@@ -45,7 +45,7 @@ def test_every_lowering_equals_the_oracle(case: Case, lowering: Lowering) -> Non
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES[5::14], *(case for case in CASES if "stride-2-1" in case.name)], ids=lambda case: case.name
+    "case", [*CASES[5::24], *(case for case in CASES if "stride-2-1" in case.name)], ids=lambda case: case.name
 )
 def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
     """Interpreted, as no GPU is needed for that."""
@@ -75,6 +75,16 @@ def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.Mon
     case = changed(CASES[0], lowering=Lowering.PALLAS)
     with pytest.raises(ValueError, match=r"`lowering` is 'pallas', a kernel for GPUs, and this is a tpu"):
         conv.cim_conv(*draw(case), case.spec, **case.window)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("window")][::2], ids=lambda case: case.name
+)
+def test_weight_gradients_by_matrix_products_equal_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are for many positions, where they pay."""
+    monkeypatch.setattr(convolution, "POSITIONS", 1)
+    monkeypatch.setattr(convolution, "WIDENING", 0)
+    assert_equals_oracle(case)
 
 
 @pytest.mark.parametrize("index,case", list(enumerate(FEW)), ids=lambda value: getattr(value, "name", ""))

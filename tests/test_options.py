@@ -222,6 +222,7 @@ FIELDS: dict[str, Any] = {
     "augment.flip": bool,
     "eval_batch_size": int,
     "calibration_images": int,
+    "ideal_share": float,
     "recalibrate_epochs": tuple,
     "steps_per_dispatch": int,
     "checkpoint_epochs": float,

@@ -10,11 +10,12 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from cimjax.core.schedule import after
-from cimjax.core.window import Window, shifted
+from cimjax.core.window import Window, positions, shifted
 
 # On CPU the weight gradient is a matrix product for each place of the kernel where a kernel has at least so many times
-# as many output as input channels; see `docs/speed.md`.
-_WIDENING = 3
+# as many output as input channels, and meets at least so many positions; see `docs/speed.md`.
+WIDENING = 3
+POSITIONS = 2048
 
 
 def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> Array:
@@ -29,9 +30,10 @@ def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> A
     Returns:
       (N, OH, OW, O) float32; integer sums are exact below 2^24.
     """
-    wide = kernel.shape[-1] >= _WIDENING * kernel.shape[-2]
-    if wide and groups == 1 and jax.default_backend() == "cpu":
-        return _convolve_widening(window, inputs, kernel)
+    if groups == 1 and jax.default_backend() == "cpu" and kernel.shape[-1] >= WIDENING * kernel.shape[-2]:
+        met = inputs.shape[0] * positions(inputs.shape[1:-1], kernel.shape[:-2], window)
+        if met >= POSITIONS:
+            return _convolve_widening(window, inputs, kernel)
     return _convolve(window, groups, inputs, kernel)
 
 
