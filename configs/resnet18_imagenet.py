@@ -8,6 +8,9 @@
 
 This version does not read ImageNet by itself: it trains on arrays of your own, `cimjax.train(config, dataset=...)`,
 with images of any size. Options change layers as in every other file; `smoke` is a network of an eighth of the width.
+
+Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
+`--config.ideal_share=0.0` is the paper's single stage.
 """
 
 from __future__ import annotations

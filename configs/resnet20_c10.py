@@ -7,6 +7,9 @@
 3-bit activations and weights in 1-bit cells, arrays of 128 x 128, 3-bit partial sums, 200 epochs. The paper reports
 90.21 % for column/column and 90.70 % in full precision; no full-length run of this file has been made yet. Shortcuts
 are He et al.'s option A.
+
+Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
+`--config.ideal_share=0.0` is the paper's single stage.
 """
 
 from __future__ import annotations
