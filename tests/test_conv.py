@@ -147,3 +147,7 @@ def test_recomputation_takes_less_memory() -> None:
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(Residuals.INPUTS) < 0.6 * temporary(Residuals.PSUMS)
+
+
+def test_a_lowering_can_be_forced() -> None:
+    assert {choose(name) for name in LOWERINGS} == set(LOWERINGS.values())

@@ -160,7 +160,6 @@ PARALLEL = """
 import os, sys
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
 import json, jax, cimjax
-from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.config_file import load_config
 from cimjax.training.display import Display
 config = load_config(sys.argv[2] + ":smoke", [])

@@ -23,9 +23,9 @@ def after(x: Array, other: Array) -> Array:
 
     Args:
       x: any shape, of a float dtype.
-      other: any shape, not empty, real.
+      other: any shape, real.
     """
-    return x + _zero(other).astype(x.dtype)
+    return x + _zero(other).astype(x.dtype) if other.size else x
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
