@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cimjax.core.compiler import compiler_options
     from cimjax.core.conv import cim_conv, cim_dense
     from cimjax.core.lsq import Codes, dequantize, fake_quantize, quantize
     from cimjax.core.steps import Steps
@@ -26,6 +27,7 @@ _HOMES = {
     "cimjax.core.lsq": ("Codes", "dequantize", "fake_quantize", "quantize"),
     "cimjax.core.steps": ("Steps",),
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
+    "cimjax.core.compiler": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
     "cimjax.nn.calibrate": ("calibrate",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "quantize",
     "dequantize",
     "fake_quantize",
+    "compiler_options",
     "LayerCost",
     "layer_cost",
     "train",

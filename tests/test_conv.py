@@ -14,6 +14,7 @@ from compare import assert_equals_oracle
 
 from cimjax.core import conv, convolution
 from cimjax.core import steps as steps_lib
+from cimjax.core.compiler import compiler_options
 from cimjax.core.lowering import LOWERINGS, choose
 from cimjax.core.recompute import smallest_type
 from cimjax.planes import CodeRange, code_range
@@ -78,13 +79,29 @@ def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name.startswith("window")][::3], ids=lambda case: case.name
+    "index,case",
+    list(enumerate(case for case in CASES if case.name.startswith("window")))[::2],
+    ids=lambda value: getattr(value, "name", ""),
 )
-def test_weight_gradients_by_matrix_products_equal_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which are for many positions, where they pay."""
+def test_gradients_by_matrix_products_equal_the_oracle(index: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are for many positions, where they pay; every other time that to the input is a convolution."""
     monkeypatch.setattr(convolution, "POSITIONS", 1)
     monkeypatch.setattr(convolution, "WIDENING", 0)
+    monkeypatch.setattr(convolution, "PLACES", convolution.PLACES * (index % 4 == 0))
     assert_equals_oracle(case)
+
+
+@pytest.mark.skipif(not compiler_options(), reason="nothing to ask the compiler for here")
+def test_convolutions_are_not_left_to_a_library_that_uses_one_core() -> None:
+    def product(x: Any, kernel: Any) -> Any:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, kernel = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 16, 48))
+    programs = [
+        jax.jit(product, compiler_options=options).lower(x, kernel).compile() for options in ({}, compiler_options())
+    ]
+    assert "ynn" not in programs[1].as_text()
+    np.testing.assert_array_equal(*(program(x, kernel) for program in programs))
 
 
 @pytest.mark.parametrize("index,case", list(enumerate(FEW)), ids=lambda value: getattr(value, "name", ""))

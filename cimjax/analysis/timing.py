@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from cimjax.core.compiler import compiler_options
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -54,7 +56,9 @@ class Program:
         self.name, self.images, self.carry = name, images, carry
         self.arguments = list(arguments)
         start = time.perf_counter()
-        self.run = jax.jit(function, donate_argnums=(0,) if carry else ()).lower(*arguments).compile()
+        donated = (0,) if carry else ()
+        jitted = jax.jit(function, donate_argnums=donated, compiler_options=compiler_options())
+        self.run = jitted.lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - start
         memory = self.run.memory_analysis()
         self.temporary_mb = self.whole_mb = -1.0

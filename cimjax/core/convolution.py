@@ -12,10 +12,13 @@ from jax.typing import DTypeLike
 from cimjax.core.schedule import after
 from cimjax.core.window import Window, positions, shifted
 
-# On CPU the weight gradient is a matrix product for each place of the kernel where a kernel has at least so many times
-# as many output as input channels, and meets at least so many positions; see `docs/speed.md`.
+# On CPU gradients are matrix products where a kernel has at least so many times as many output as input channels, and
+# meets at least so many positions; see `docs/speed.md`.
 WIDENING = 3
 POSITIONS = 2048
+# That to the input writes what each place of the kernel gives to each position: only up to so many numbers, about what
+# fits in a cache.
+PLACES = 5_000_000
 
 
 def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> Array:
@@ -69,14 +72,29 @@ def _widening_forward(window: Window, inputs: Array, kernel: Array) -> tuple[Arr
 
 def _widening_backward(window: Window, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = kept
-    (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
+    flat, by_place = gradient.reshape(-1, gradient.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
+    if flat.shape[0] * by_place.shape[0] <= PLACES:
+        given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
+        given = given.reshape(*gradient.shape[:-1], -1, inputs.shape[-1])
+        places = [given[..., place, :] for place in range(given.shape[-2])]
+        (to_inputs,) = jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)
+    else:
+        (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
     # Otherwise the shifted copies would be made on the way forwards, and held.
-    inputs, flat = after(inputs, gradient), gradient.reshape(-1, gradient.shape[-1])
+    places = shifted(after(inputs, gradient), kernel.shape[:-2], window)
+    # As many places at a time as the kernel's last axis has: fewer programs, and copies that still fit in a cache.
+    row = kernel.shape[-3] if kernel.ndim > 2 else 1
     to_kernel = [
-        jnp.matmul(place.reshape(-1, place.shape[-1]).T, flat, precision=lax.Precision.HIGHEST)
-        for place in shifted(inputs, kernel.shape[:-2], window)
+        jnp.matmul(_flat(places[first : first + row]).T, flat, precision=lax.Precision.HIGHEST)
+        for first in range(0, len(places), row)
     ]
     return to_inputs, jnp.stack(to_kernel).reshape(kernel.shape)
+
+
+def _flat(places: list[Array]) -> Array:
+    """Several arrays (..., C), side by side: (positions, places C)."""
+    joined = jnp.concatenate(places, axis=-1)
+    return joined.reshape(-1, joined.shape[-1])
 
 
 _convolve_widening.defvjp(_widening_forward, _widening_backward)

@@ -7,6 +7,7 @@ integers where these are exact; XLA's CPU backend undoes that, and keeps the flo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from cimjax.spec import CIMSpec, Reference
 _SMALL_INTEGERS = 2**15 - 1
 # Sums of at most so many columns are written out.
 _UNROLLED = 8
+# Parts of a batch that are added up before sums over positions.
+_PARTS = 4
 
 
 class Part(NamedTuple):
@@ -196,13 +199,14 @@ def _converted_backward(conversion: Conversion, residuals: tuple[Any, ...], grad
     psums = kept.astype(jnp.float32)
     u = lsq.in_steps(psums, step, offset)
     codes = lsq.round_to_codes(u, psums, offset, bounds, half_up=True)
-    of_columns = jnp.concatenate([gradient] * (kept.shape[-1] // conversion.features), axis=-1)
+    count = kept.shape[-1] // conversion.features
+    of_columns = jnp.concatenate([gradient] * count, axis=-1)
     terms = conversion_gradients(of_columns, u, codes, bounds, conversion.margin, weight)
     to_step = weight * _over_positions(terms.step)
     to_offset = None if offset is None else weight * _over_positions(terms.offset)
     to_weight = step * _over_positions(of_columns * codes)
     if offset is not None:
-        to_weight = to_weight + offset * _over_positions(of_columns)
+        to_weight = to_weight + offset * jnp.concatenate([_over_positions(gradient)] * count)
     return terms.psums, to_step, to_offset, to_weight
 
 
@@ -240,11 +244,15 @@ def conversion_gradients(
 
 def _over_positions(values: Array) -> Array:
     """Sum over all axes but the last."""
-    half = values.shape[0] // 2
-    if jax.default_backend() == "cpu" and values.shape[0] == 2 * half > 0:
-        # XLA's CPU backend writes its operand to memory before it sums: half as much after one addition.
-        values = values[:half] + values[half:]
-    return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
+    if jax.default_backend() != "cpu" or not values.size:
+        return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
+    # XLA's CPU backend writes its operand to memory before it sums: a part of it after some additions, which a matrix
+    # product keeps apart from the sum.
+    parts = math.gcd(values.shape[0], _PARTS)
+    size = values.shape[0] // parts
+    few = functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts)))
+    few = few.reshape(-1, few.shape[-1])
+    return jnp.matmul(jnp.ones(few.shape[:1]), few, precision=lax.Precision.HIGHEST)
 
 
 def _over_columns(values: Array, features: int) -> Array:

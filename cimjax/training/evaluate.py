@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cimjax.core.compiler import compiler_options
 from cimjax.data import Dataset, Split
 from cimjax.nn.layers import HEALTH
 from cimjax.spec import CIMSpec
@@ -63,7 +64,7 @@ def _measure_health(model: nn.Module) -> Any:
         rngs = {"variation": jax.random.key(0)}
         return model.apply(variables, images, mutable=[HEALTH], rngs=rngs)[1].get(HEALTH, {})
 
-    return jax.jit(measure)
+    return jax.jit(measure, compiler_options=compiler_options())
 
 
 def restore(

@@ -17,6 +17,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
+from cimjax.core.compiler import compiler_options
 from cimjax.data import Dataset, Split, load
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.nn.calibrate import NO_CALIBRATION, calibrate
@@ -95,7 +96,9 @@ class Experiment:
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-        return jax.jit(self._calibrated)(jnp.int32(self.config.seed), self.calibration_images())
+        return jax.jit(self._calibrated, compiler_options=compiler_options())(
+            jnp.int32(self.config.seed), self.calibration_images()
+        )
 
     def recalibrated(self, state: TrainState) -> TrainState:
         """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset."""
@@ -121,7 +124,7 @@ class Experiment:
                 first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
             )
 
-        return jax.jit(renew)
+        return jax.jit(renew, compiler_options=compiler_options())
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""

@@ -13,6 +13,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from cimjax.core.compiler import compiler_options
+
 AXIS = "batch"
 
 
@@ -60,14 +62,14 @@ class Devices:
         """Compile a step whose arguments are whole on every device and which takes its own share of the batch."""
         donated = (0,) if donate else ()
         if self.mesh is None:
-            return jax.jit(step, donate_argnums=donated)
+            return jax.jit(step, donate_argnums=donated, compiler_options=compiler_options())
         mapped = jax.shard_map(step, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)
-        return jax.jit(mapped, donate_argnums=donated)
+        return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())
 
     def spread_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Compile `step(state, *batch)`: the batch is split over devices, the results are summed."""
         if self.mesh is None:
-            return jax.jit(step)
+            return jax.jit(step, compiler_options=compiler_options())
 
         def summed(state: Any, *batch: Any) -> Any:
             return jax.lax.psum(step(state, *batch), AXIS)
@@ -77,4 +79,4 @@ class Devices:
             mapped = jax.shard_map(summed, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
             return mapped(state, *batch)
 
-        return jax.jit(call)
+        return jax.jit(call, compiler_options=compiler_options())
