@@ -27,7 +27,14 @@ RANGES = {
     "symmetric-4": weight_range(4, symmetric=True),
 }
 ranges = st.sampled_from(list(RANGES.values()))
-inputs = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-100, 100, width=32))
+
+
+def reals(largest: float) -> st.SearchStrategy[float]:
+    """Without subnormal numbers, which XLA's CPU backend takes for 0."""
+    return st.floats(-largest, largest, width=32, allow_subnormal=False)
+
+
+inputs = hnp.arrays(np.float32, st.integers(1, 40), elements=reals(100))
 steps = st.floats(2.0**-6, 2.0**6, width=32)
 powers = st.integers(-8, 8).map(lambda n: np.float32(2.0**n))
 settings = hypothesis.settings(max_examples=60, deadline=None)
@@ -48,7 +55,7 @@ def test_dequantized_values_are_fixed_points(x: np.ndarray, step: float, codes: 
 
 
 @settings
-@hypothesis.given(inputs, steps, ranges, st.floats(-10, 10, width=32))
+@hypothesis.given(inputs, steps, ranges, reals(10))
 def test_error_is_at_most_half_a_step_inside_the_range(
     x: np.ndarray, step: float, codes: CodeRange, offset: float
 ) -> None:
@@ -113,7 +120,7 @@ def gradients(x: float, step: float, offset: float, codes: CodeRange, half_up: b
 
 
 @settings
-@hypothesis.given(st.floats(-20, 20, width=32), steps, st.floats(-5, 5, width=32), ranges)
+@hypothesis.given(reals(20), steps, reals(5), ranges)
 def test_gradients_are_those_of_the_definition(x: float, step: float, offset: float, codes: CodeRange) -> None:
     u = float((np.float32(x) - np.float32(offset)) * (np.float32(1) / np.float32(step)))
     inside = codes.q_min <= u <= codes.q_max
@@ -132,7 +139,7 @@ def test_both_ends_of_the_range_are_inside(codes: CodeRange) -> None:
 
 
 @settings
-@hypothesis.given(st.floats(-20, 20, width=32), steps, st.floats(-5, 5, width=32), ranges)
+@hypothesis.given(reals(20), steps, reals(5), ranges)
 def test_fake_quantize_has_the_gradients_of_lsq(x: float, step: float, offset: float, codes: CodeRange) -> None:
     def value(x: jax.Array, step: jax.Array, offset: jax.Array) -> jax.Array:
         return lsq.fake_quantize(x, step, codes, offset, half_up=True)
