@@ -6,8 +6,8 @@ import functools
 
 import jax
 
-# XLA's CPU backend gives most convolutions to a library that computes them on one core only (measured with jaxlib 0.10.2); the
-# older one uses all cores, and is two to three times as fast on two.
+# XLA's CPU backend gives most convolutions to a library that computes them on one core only (measured with jaxlib
+# 0.10.2); the older one uses all cores, and is two to three times as fast on two.
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
