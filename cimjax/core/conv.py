@@ -6,6 +6,7 @@ quantize and encode the weight, multiply in the arrays, convert by ADC, dequanti
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,9 +94,20 @@ def cim_conv(
         kernel_dilation=kernel_dilation,
     )
 
-    codes = inputs.codes
+    y = inputs.step * _through_arrays(inputs.codes, inputs.step, kernel, steps, variation_key, window=window, spec=spec)
+    spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
+    return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
+
+
+# Layers of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames=("window", "spec"))
+def _through_arrays(
+    codes: Array, code_step: Array, kernel: Array, steps: Steps, key: Array | None, *, window: Window, spec: CIMSpec
+) -> Array:
+    """The layer between its activation's codes and their step."""
+    tiling = tile(kernel.shape, spec)
     if tiling.groups > 1 or len(spec.activation.slices) > 1:
-        codes = codes_once(codes, inputs.step, spec.activation.code_range)
+        codes = codes_once(codes, code_step, spec.activation.code_range)
 
     def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
         if spec.undivided:
@@ -109,12 +121,8 @@ def cim_conv(
     # Without ADCs all is linear in the partial sums, and nothing keeps them.
     if spec.residuals == Residuals.INPUTS and spec.adc is not None:
         code_range = spec.activation.code_range
-        total = recomputed(through_arrays, codes, kernel, steps, variation_key, code_range=code_range)
-    else:
-        total = through_arrays(codes, kernel, steps, variation_key)
-    y = inputs.step * total
-    spatial = window_lib.output_size(inputs.codes.shape[1:-1], tiling.kernel_size, window)
-    return y.reshape(inputs.codes.shape[0], *spatial, tiling.features)
+        return recomputed(through_arrays, codes, kernel, steps, key, code_range=code_range)
+    return through_arrays(codes, kernel, steps, key)
 
 
 def cim_dense(

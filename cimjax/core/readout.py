@@ -247,12 +247,12 @@ def _over_positions(values: Array) -> Array:
     if jax.default_backend() != "cpu" or not values.size:
         return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
     # XLA's CPU backend writes its operand to memory before it sums: a part of it after some additions, which a matrix
-    # product keeps apart from the sum.
+    # product keeps apart from the sum. A product with two rows, for that with one would be compiled anew each time.
     parts = math.gcd(values.shape[0], _PARTS)
     size = values.shape[0] // parts
     few = functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts)))
     few = few.reshape(-1, few.shape[-1])
-    return jnp.matmul(jnp.ones(few.shape[:1]), few, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(jnp.ones((2, few.shape[0])), few, precision=lax.Precision.HIGHEST)[0]
 
 
 def _over_columns(values: Array, features: int) -> Array:

@@ -51,6 +51,7 @@ def _codes_once_jvp(
     return codes_once(*primals, code_range), tangents[0]
 
 
+@jax.custom_jvp
 def columns_once(values: Array) -> Array:
     """Parameters of columns, (R, M) float32 and finite, written to memory before they are broadcast (on CPU)."""
     if jax.default_backend() != "cpu":
@@ -60,6 +61,11 @@ def columns_once(values: Array) -> Array:
     rows = values.shape[0]
     picked = jnp.eye(rows, 2 * rows, dtype=values.dtype)
     return jnp.matmul(picked, jnp.concatenate([values, values]), precision=lax.Precision.HIGHEST)
+
+
+@columns_once.defjvp
+def _columns_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return columns_once(primals[0]), tangents[0]
 
 
 def _zero(values: Any) -> Array:

@@ -6,8 +6,9 @@ calibrated is in `cimjax.nn.calibrate`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ STEP_SCALES = tuple(np.geomspace(0.2, 2.5, 96))
 KINDS = ("activation", "weight", "psum")
 
 
+# Layers of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames=("window", "spec", "kinds"))
 def calibrated(
     x: Array | Codes,
     kernel: Array,
@@ -52,7 +55,7 @@ def calibrated(
     window: Window,
     spec: CIMSpec,
     *,
-    kinds: Collection[str] = KINDS,
+    kinds: tuple[str, ...] = KINDS,
     variation_key: Array | None = None,
 ) -> Steps:
     """Stored steps of one layer, set from its kernel and from an input: activation and weight first, then the ADC's.

@@ -82,7 +82,9 @@ def expand_weight(step: Array, tiling: Tiling) -> Array:
       step: (1, 1), (A, Ct), (A, O) or (A, K, O).
     """
     per_plane = step if step.ndim == 3 else step[:, None, :]
-    per_group = per_plane if per_plane.shape[0] == 1 else jnp.take(per_plane, tiling.array_of_group, axis=0)
+    # One for all, or as many arrays as read groups: nothing to repeat.
+    fits = per_plane.shape[0] in (1, tiling.groups)
+    per_group = per_plane if fits else jnp.take(per_plane, tiling.array_of_group, axis=0)
     return expand_outputs(per_group, tiling)
 
 

@@ -157,17 +157,24 @@ def _require_exact(tiling: Tiling, spec: CIMSpec) -> None:
 
 def tile_inputs(x: Array, tiling: Tiling) -> Array:
     """The channels that drive each read group, side by side: (..., C) -> (..., R * c); undriven places are 0."""
-    index = tiling.channels.reshape(-1)
-    consecutive = np.minimum(np.arange(len(index)), tiling.in_channels)
-    if np.array_equal(index, consecutive):
-        # Consecutive channels and a padded end, as `packed` gives: no gather.
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, len(index) - tiling.in_channels)])
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-    return jnp.take(padded, index, axis=-1)
+    return _by_group(x, tiling, x.ndim - 1)
 
 
 def tile_kernel(kernel: Array, tiling: Tiling) -> Array:
     """The weights of each read group: (kh, kw, C, O) -> (kh, kw, R, c, O); places that store nothing are 0."""
-    padded = jnp.pad(kernel, [(0, 0)] * len(tiling.kernel_size) + [(0, 1), (0, 0)])
-    tiled = jnp.take(padded, tiling.channels, axis=-2)
+    tiled = _by_group(kernel, tiling, kernel.ndim - 2)
+    tiled = tiled.reshape(*tiling.kernel_size, *tiling.channels.shape, kernel.shape[-1])
     return jnp.where(tiling.stored[..., None], tiled, 0)
+
+
+def _by_group(x: Array, tiling: Tiling, axis: int) -> Array:
+    """An array whose `axis` are the `C` channels, with the `R * c` places of all groups instead."""
+    index = tiling.channels.reshape(-1)
+    consecutive = np.minimum(np.arange(len(index)), tiling.in_channels)
+    padding = np.zeros((x.ndim, 2), int)
+    if np.array_equal(index, consecutive):
+        # Consecutive channels and a padded end, as `packed` gives: no gather.
+        padding[axis, 1] = len(index) - tiling.in_channels
+        return jnp.pad(x, padding)
+    padding[axis, 1] = 1
+    return jnp.take(jnp.pad(x, padding), index, axis=axis)

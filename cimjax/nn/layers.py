@@ -5,10 +5,12 @@ They declare parameters and call `cimjax.core`. Networks made of them are elsewh
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -76,13 +78,12 @@ class ArrayLayer(nn.Module):
             for name, value in zip(PARAMETERS, stored, strict=True):
                 if value is not None:
                     self.put_variable("params", name, value)
-        factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
-        steps = steps_lib.real_steps(stored, factors, steps_lib.offset_units(tiled, spec), spec)
         if spec.adc is not None and self.is_mutable_collection(HEALTH) and not self.is_initializing():
+            steps = _real_steps(kernel, stored, spec, input_size, positions)
             inputs = conv.quantize_activation(x, steps.activation, spec.activation)
             psums = conv.partial_sums(inputs, kernel, steps, tiled, window, spec, key)
             self.sow(HEALTH, "adc", adc_health(psums.columns, steps, tiled, spec), reduce_fn=lambda _, new: new)
-        return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
+        return _output(x, kernel, stored, key, window=window, spec=spec, input_size=input_size, positions=positions)
 
     def _declare(self, shapes: Steps, spec: CIMSpec, *, has_step: bool) -> Steps:
         """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
@@ -103,6 +104,29 @@ class ArrayLayer(nn.Module):
         if not self.has_rng("variation") and not self.is_initializing():
             raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
         return self.make_rng("variation")
+
+
+# Layers of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames=("window", "spec", "input_size", "positions"))
+def _output(
+    x: Array | Codes,
+    kernel: Array,
+    stored: Steps,
+    key: Array | None,
+    *,
+    window: Window,
+    spec: CIMSpec,
+    input_size: int,
+    positions: int,
+) -> Array:
+    steps = _real_steps(kernel, stored, spec, input_size, positions)
+    return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
+
+
+def _real_steps(kernel: Array, stored: Steps, spec: CIMSpec, input_size: int, positions: int) -> Steps:
+    tiled = tiling.tile(kernel.shape, spec)
+    factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
+    return steps_lib.real_steps(stored, factors, steps_lib.offset_units(tiled, spec), spec)
 
 
 class CIMConv(ArrayLayer):
