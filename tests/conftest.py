@@ -1,6 +1,28 @@
-"""Settings of the whole suite: no property test is judged by its time."""
+"""Settings of the whole suite: no property test is judged by its time, and compiled programs are kept while it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
 
 import hypothesis
+import pytest
+
+from cimjax.training.cache import keep_compiled_programs
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What takes long to compile is compiled once for all workers and all processes that tests start.
+
+    In a folder of this run: no test sees programs of another version, and none are left with the user.
+    """
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="cimjax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        # Workers and their processes inherit it.
+        os.environ["XDG_CACHE_HOME"] = folder
+    keep_compiled_programs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -53,6 +54,15 @@ def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
     assert_equals_oracle(changed(case, lowering=Lowering.PALLAS))
 
 
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """For what changes how layers are traced: those of equal shapes are traced once."""
+    conv._through_arrays.clear_cache()
+    yield
+    conv._through_arrays.clear_cache()
+
+
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("operands", [Operands.BFLOAT16, Operands.FLOAT32, Operands.INT8], ids=str)
 def test_the_fused_kernel_is_lowered_for_gpus(operands: Operands, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into Triton, on any machine; how it runs there, no test here can say."""
@@ -71,6 +81,7 @@ def test_the_fused_kernel_is_lowered_for_gpus(operands: Operands, monkeypatch: p
     assert lowered.count("triton") >= 3
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     case = changed(CASES[0], lowering=Lowering.PALLAS)
@@ -78,6 +89,7 @@ def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.Mon
         conv.cim_conv(*draw(case), case.spec, **case.window)
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize(
     "index,case",
     list(enumerate(case for case in CASES if case.name.startswith("window")))[::2],

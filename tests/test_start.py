@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import CASES, ENCODINGS, Case, draw, spec
 
-from cimjax.core import adc, conv, start
+from cimjax.core import adc, conv, lsq, start
 from cimjax.core import steps as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.steps import Steps
@@ -61,29 +61,24 @@ def test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force(bits: floa
     weight = encoding if signed else {"bits": 3, "cell_bits": 8, "encoding": "offset"}
     layer_spec = spec(weight=weight, adc={"bits": bits, "offset": offset, "range": "signed" if signed else "auto"})
     search = jax.jit(lambda psums, steps: start.psum_steps(psums, steps, tile((4, 1), layer_spec), layer_spec))
+
+    def errors(step: jax.Array, zero: jax.Array | None, psums: jax.Array) -> jax.Array:
+        rounded = lsq.fake_quantize(psums, step, adc.ranges_of_psums(layer_spec), zero, half_up=True)
+        return jnp.sum(jnp.square(rounded - psums))
+
+    of_steps = jax.vmap(errors, (0, None, None))
+    of_ladders = jax.jit(jax.vmap(of_steps, (None, 0, None)) if offset else of_steps)
     for name, values in distributions().items():
         if signed:
             values = values * np.random.default_rng(1).choice([-1, 1], SAMPLES)
         psums, tiling, steps = one_column(values, layer_spec)
         step, zero = search(psums, steps)
         got = error(psums, step, zero, tiling, layer_spec)
-
-        @jax.jit
-        def errors(step: jax.Array, zero: jax.Array | None, psums: jax.Array = psums) -> jax.Array:
-            ranges = adc.ranges_of_psums(layer_spec)
-            from cimjax.core import lsq
-
-            return jnp.sum(jnp.square(lsq.fake_quantize(psums, step, ranges, zero, half_up=True) - psums))
-
         low, high = values.min(), values.max()
         smallest = 1.0 if bits > 1 else 0.5
         candidates = np.geomspace(smallest, max(2.0, 1.2 * max(abs(low), high)), 400, dtype=np.float32)
-        if offset:
-            zeros = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 121, dtype=np.float32)
-            grid = jax.vmap(jax.vmap(errors, (None, 0)), (0, None))(candidates, zeros)
-        else:
-            grid = jax.vmap(lambda s: errors(s, None))(candidates)
-        best = float(jnp.min(grid))
+        zeros = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 121, dtype=np.float32)
+        best = float(jnp.min(of_ladders(candidates, zeros if offset else None, psums)))
         assert got <= 1.1 * best + 1e-3, f"{name}: {got} against {best}"
         assert step >= (1 if bits > 1 else 0)
 

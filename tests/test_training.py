@@ -113,9 +113,8 @@ def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any]
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "train.py", "--config", "configs/digits.py:smoke", "--workdir", str(folder)]
     command += ["--config.epochs=6.0", "--config.model.width=4", *more]
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder.parent / "cache")}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_epoch(folder: Path, epoch: int, process: subprocess.Popen[str]) -> None:
