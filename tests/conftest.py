@@ -18,8 +18,10 @@ hypothesis.settings.load_profile("suite")
 def pytest_configure(config: pytest.Config) -> None:
     """What takes long to compile is compiled once for all workers and all processes that tests start.
 
-    In a folder of this run: no test sees programs of another version, and none are left with the user.
+    In a folder of this run: no test sees programs of another version, and none are left with the user. And by LLVM's
+    first level, as the programs of cimjax are; results are the same bits by every level.
     """
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     if not hasattr(config, "workerinput"):
         folder = tempfile.mkdtemp(prefix="cimjax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -24,23 +24,22 @@ def test_axes_are_options_or_fields_and_commas_in_brackets_stay() -> None:
 
 
 def test_a_sweep_trains_what_is_missing_and_gathers_over_seeds(tmp_path: Path) -> None:
-    axes = parse_axes(["seed=0,1", "config.optimizer.step_factor=1.0,0.0"])
-    fields = ["--config.epochs=0.2", "--config.model.width=4"]
-    rows = sweep(f"{CONFIG}:smoke", axes, tmp_path, fields=fields)
-    assert [row["config.optimizer.step_factor"] for row in rows] == ["1.0", "0.0", "1.0", "0.0"]
-    still = [row["moved"] for row in rows if row["config.optimizer.step_factor"] == "0.0"]
-    assert all(value == 0 for moved in still for value in moved.values())
+    axes = parse_axes(["seed=0,1", "config.optimizer.learning_rate=0.1,0.0"])
+    fields = ["--config.epochs=0.5", "--config.model.width=4"]
+    rows = sweep(f"{CONFIG}:smoke,weight=none", axes, tmp_path, fields=fields)
+    assert [row["config.optimizer.learning_rate"] for row in rows] == ["0.1", "0.0", "0.1", "0.0"]
+    assert all(row["moved"] == {} for row in rows)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert len(times) == 4
     assert {path.parent.name for path in times} == {
-        f"seed={seed}-optimizer.step_factor={factor}" for seed in (0, 1) for factor in ("1.0", "0.0")
+        f"seed={seed}-optimizer.learning_rate={rate}" for seed in (0, 1) for rate in ("0.1", "0.0")
     }
-    assert sweep(f"{CONFIG}:smoke", axes, tmp_path, fields=fields) == rows
+    assert sweep(f"{CONFIG}:smoke,weight=none", axes, tmp_path, fields=fields) == rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")} == times
     lines = table(rows, axes)
     assert [line["runs"] for line in lines] == [2, 2]
     assert lines[0]["mean"] == pytest.approx((rows[0]["accuracy"] + rows[2]["accuracy"]) / 2)
-    assert "| 0.0 " in show(lines, ["config.optimizer.step_factor"])
+    assert "| 0.0 " in show(lines, ["config.optimizer.learning_rate"])
 
 
 def test_a_run_that_fails_is_told_with_what_it_said(tmp_path: Path) -> None:
