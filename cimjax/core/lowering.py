@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from cimjax.core.convolution import convolve, sum_type
+from cimjax.core.schedule import in_turn, turn
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
 from cimjax.spec import CIMSpec, Lowering, Operands
@@ -74,10 +75,16 @@ def conv_per_tile(inputs: Array, digits: Array, tiling: Tiling, window: Window) 
         shares = jnp.split(inputs, np.cumsum([len(channels) for channels in driven])[:-1], axis=-1)
     else:
         shares = [jnp.take(inputs, channels, axis=-1) for channels in driven]
-    return tuple(
-        convolve(share, digits[..., group, : len(channels), :], window)
-        for group, (share, channels) in enumerate(zip(shares, driven, strict=True))
-    )
+    parts: list[Array] = []
+    number = None
+    for group, (share, channels) in enumerate(zip(shares, driven, strict=True)):
+        of_group = digits[..., group, : len(channels), :]
+        if number is not None:
+            # Gradients of one tile after the other: all at a time would be held at a time.
+            of_group = in_turn(of_group, number)
+        sums, number = turn(convolve(share, of_group, window))
+        parts.append(sums)
+    return tuple(parts)
 
 
 def patches(inputs: Array, digits: Array, tiling: Tiling, window: Window) -> tuple[Array, ...]:

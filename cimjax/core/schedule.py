@@ -28,6 +28,34 @@ def after(x: Array, other: Array) -> Array:
     return x + _zero(other).astype(x.dtype) if other.size else x
 
 
+@jax.custom_vjp
+def turn(result: Array) -> tuple[Array, Array]:
+    """A result, and a number for `in_turn`: the gradient to what has it is computed before that of the result.
+
+    Args:
+      result: any shape, float32.
+    """
+    return result, jnp.float32(0)
+
+
+turn.defvjp(lambda result: (turn(result), None), lambda _, gradients: (gradients[0] + gradients[1],))
+
+
+@jax.custom_vjp
+def in_turn(x: Array, number: Array) -> Array:
+    """`x`, whose gradient is computed before that of the result of which `turn` gave the number.
+
+    Args:
+      x: any shape, float32; its gradient should come from a matrix product or a convolution, which XLA never repeats.
+      number: () float32.
+    """
+    del number
+    return x
+
+
+in_turn.defvjp(lambda x, number: (in_turn(x, number), None), lambda _, gradient: (gradient, _zero(gradient)))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def codes_once(codes: Array, step: Array, code_range: CodeRange) -> Array:
     """Codes, written to memory instead of computed again by each of their readers (on CPU).
