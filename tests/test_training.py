@@ -110,9 +110,11 @@ def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any]
         cimjax.train(config(epochs=4.0, batch_size=32), workdir=folder, display=quiet())
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A run of all stages: ideal ADCs for two epochs, then ADCs set from data, and once more after the fourth."""
     command = [sys.executable, "train.py", "--config", "configs/digits.py:smoke", "--workdir", str(folder)]
-    command += ["--config.epochs=6.0", "--config.model.width=4", *more]
+    command += ["--config.epochs=6.0", "--config.ideal_share=0.4", "--config.recalibrate_epochs=(4,)"]
+    command += ["--config.model.width=4"]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
@@ -165,6 +167,8 @@ config = load_config(sys.argv[2] + ":smoke", [])
 with config.unlocked():
     config.model.width, config.epochs = 4, 0.45
     config.augment.shift = 1
+    # One array layer is enough, and compiled soon.
+    config.rules = (("conv[23]", None),)
 assert len(jax.devices()) == int(sys.argv[1])
 result = cimjax.train(config, workdir=sys.argv[3], display=Display(stream=open(os.devnull, "w")))
 print(json.dumps([result.accuracy, result.loss]))
@@ -351,8 +355,8 @@ def test_networks_of_ones_own_have_ideal_adcs_too() -> None:
     assert not jnp.allclose(got, Own(spec).apply(variables, x))
 
 
-def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
-    """From the weights of that time, with no momentum left; a run that stops there goes on to the same numbers."""
+def test_adc_steps_can_be_set_anew_after_an_epoch() -> None:
+    """From the weights of that time, with no momentum left."""
     chosen = config(epochs=3.0, recalibrate_epochs=(1,))
     experiment = build(chosen)
     state = experiment.first_state()
@@ -379,15 +383,3 @@ def test_adc_steps_can_be_set_anew_after_an_epoch(tmp_path: Path) -> None:
     # The same again from its own result: there is nothing left to set.
     again = experiment.recalibrated(renewed)
     chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)
-
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options = ["--config.ideal_share=0.4", "--config.recalibrate_epochs=(2,)", "--config.epochs=3.0"]
-    _, error = start(whole, *options).communicate()
-    assert not error, error
-    process = start(cut, *options)
-    wait_for_epoch(cut, 1, process)
-    process.kill()
-    process.communicate()
-    _, error = start(cut, *options).communicate()
-    assert not error, error
-    assert without_times(read_records(cut)) == without_times(read_records(whole))
