@@ -13,11 +13,12 @@ import pytest
 from cases import CASES, ENCODINGS, Case, draw, spec
 from compare import assert_equals_oracle
 
-from cimjax.core import conv, convolution
+from cimjax.core import conv, convolution, lowering
 from cimjax.core import steps as steps_lib
 from cimjax.core.compiler import compiler_options
 from cimjax.core.lowering import LOWERINGS, choose
 from cimjax.core.recompute import smallest_type
+from cimjax.core.tiling import tile
 from cimjax.planes import CodeRange, code_range
 from cimjax.spec import Lowering, Operands, Residuals
 
@@ -101,6 +102,17 @@ def test_gradients_by_matrix_products_equal_the_oracle(index: int, case: Case, m
     monkeypatch.setattr(convolution, "WIDENING", 0)
     monkeypatch.setattr(convolution, "PLACES", convolution.PLACES * (index % 4 == 0))
     assert_equals_oracle(case)
+
+
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("tiling")][::3], ids=lambda case: case.name
+)
+def test_gradients_of_tiles_in_turn_equal_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for many tiles."""
+    monkeypatch.setattr(lowering, "MANY_TILES", 2)
+    assert tile(case.kernel_shape, case.spec).groups > 2
+    assert_equals_oracle(changed(case, lowering=Lowering.CONV_PER_TILE))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is nothing to ask the compiler for but on CPU")
