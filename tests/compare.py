@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from cimjax.core.steps import Steps
 TOLERANCE = 1e-5
 
 
-def assert_equals_oracle(case: Case, seed: int = 0) -> None:
+def assert_equals_oracle(case: Case, seed: int = 0, options: dict[str, str] | None = None) -> None:
     """The values of `cim_conv` and its gradients to the input, the kernel and every step are the oracle's."""
     forward, gradients, cotangent = expected(case, seed)
-    y, (to_x, to_kernel, to_steps) = computed(case, cotangent, seed)
+    y, (to_x, to_kernel, to_steps) = computed(case, cotangent, seed, options)
     assert_near(y, forward.y, "y")
     assert_near(to_x, gradients.x, "x")
     assert_near(to_kernel, gradients.kernel, "kernel")
@@ -45,10 +46,12 @@ def expected(case: Case, seed: int = 0) -> tuple[oracle.Forward, oracle.Grads, n
     return forward, oracle.backward(forward, cotangent), cotangent
 
 
-def computed(case: Case, cotangent: np.ndarray, seed: int = 0) -> tuple[np.ndarray, Any]:
+def computed(
+    case: Case, cotangent: np.ndarray, seed: int = 0, options: dict[str, str] | None = None
+) -> tuple[np.ndarray, Any]:
     x, kernel, steps = draw(case, seed)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=options)
     def run(x: Any, kernel: Any, steps: Any, cotangent: Any) -> Any:
         y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, case.spec, **case.window), x, kernel, steps)
         return y, pull(cotangent)

@@ -19,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """What takes long to compile is compiled once for all workers and all processes that tests start.
 
     In a folder of this run: no test sees programs of another version, and none are left with the user. And by LLVM's
-    first level, as the programs of cimjax are; results are the same bits by every level.
+    first level, as the programs of cimjax are; `test_conv` holds it against the default level.
     """
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     if not hasattr(config, "workerinput"):

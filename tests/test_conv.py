@@ -18,6 +18,7 @@ from cimjax.core import steps as steps_lib
 from cimjax.core.compiler import compiler_options
 from cimjax.core.lowering import LOWERINGS, choose
 from cimjax.core.recompute import smallest_type
+from cimjax.core.schedule import in_turn
 from cimjax.core.tiling import tile
 from cimjax.planes import CodeRange, code_range
 from cimjax.spec import Lowering, Operands, Residuals
@@ -101,7 +102,10 @@ def test_gradients_by_matrix_products_equal_the_oracle(index: int, case: Case, m
     monkeypatch.setattr(convolution, "POSITIONS", 1)
     monkeypatch.setattr(convolution, "WIDENING", 0)
     monkeypatch.setattr(convolution, "PLACES", convolution.PLACES * (index % 4 == 0))
+    used, widening = [], convolution._convolve_widening
+    monkeypatch.setattr(convolution, "_convolve_widening", lambda *args: used.append(1) or widening(*args))
     assert_equals_oracle(case)
+    assert used
 
 
 @pytest.mark.usefixtures("traced_anew")
@@ -110,9 +114,17 @@ def test_gradients_by_matrix_products_equal_the_oracle(index: int, case: Case, m
 )
 def test_gradients_of_tiles_in_turn_equal_the_oracle(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for many tiles."""
+    turns = []
     monkeypatch.setattr(lowering, "MANY_TILES", 2)
-    assert tile(case.kernel_shape, case.spec).groups > 2
+    monkeypatch.setattr(lowering, "in_turn", lambda *args: turns.append(1) or in_turn(*args))
     assert_equals_oracle(changed(case, lowering=Lowering.CONV_PER_TILE))
+    assert len(turns) == tile(case.kernel_shape, case.spec).groups - 1 > 1
+
+
+@pytest.mark.parametrize("case", CASES[::20], ids=lambda case: case.name)
+def test_programs_of_the_compilers_default_level_equal_the_oracle(case: Case) -> None:
+    """By which programs of one's own are compiled; the suite is by the first, as the programs of cimjax are."""
+    assert_equals_oracle(case, options={"xla_backend_optimization_level": "3"})
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is nothing to ask the compiler for but on CPU")

@@ -76,8 +76,8 @@ def test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force(bits: floa
         got = error(psums, step, zero, tiling, layer_spec)
         low, high = values.min(), values.max()
         smallest = 1.0 if bits > 1 else 0.5
-        candidates = np.geomspace(smallest, max(2.0, 1.2 * max(abs(low), high)), 200, dtype=np.float32)
-        zeros = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 81, dtype=np.float32)
+        candidates = np.geomspace(smallest, max(2.0, 1.2 * max(abs(low), high)), 400, dtype=np.float32)
+        zeros = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 121, dtype=np.float32)
         best = float(jnp.min(of_ladders(candidates, zeros if offset else None, psums)))
         assert got <= 1.1 * best + 1e-3, f"{name}: {got} against {best}"
         assert step >= (1 if bits > 1 else 0)

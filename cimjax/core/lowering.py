@@ -21,8 +21,8 @@ from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
 from cimjax.spec import CIMSpec, Lowering, Operands
 
-# From so many row tiles on their gradients are computed one after the other, on CPU: all at a time would be held at a
-# time. With fewer it costs a twentieth of a step's time, and gains little memory; see `docs/speed.md`.
+# From so many row tiles on their gradients are computed one after the other: XLA's CPU backend would hold all of them at
+# a time. With fewer it costs a twentieth of a step's time, and gains little memory; see `docs/speed.md`.
 MANY_TILES = 8
 
 
@@ -83,12 +83,11 @@ def conv_per_tile(inputs: Array, digits: Array, tiling: Tiling, window: Window) 
     number = None
     for group, (share, channels) in enumerate(zip(shares, driven, strict=True)):
         of_group = digits[..., group, : len(channels), :]
-        if tiling.groups < MANY_TILES:
-            parts.append(convolve(share, of_group, window))
-            continue
         if number is not None:
             of_group = in_turn(of_group, number)
-        sums, number = turn(convolve(share, of_group, window))
+        sums = convolve(share, of_group, window)
+        if tiling.groups >= MANY_TILES:
+            sums, number = turn(sums)
         parts.append(sums)
     return tuple(parts)
 
