@@ -21,7 +21,7 @@ from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
 from cimjax.spec import CIMSpec, Lowering, Operands
 
-# From so many row tiles on their gradients are computed one after the other: XLA's CPU backend would hold all of them at
+# From so many row tiles on their gradients are computed one after the other: on CPU XLA would hold all of them at
 # a time. With fewer it costs a twentieth of a step's time, and gains little memory; see `docs/speed.md`.
 MANY_TILES = 8
 
