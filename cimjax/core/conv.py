@@ -17,9 +17,11 @@ from jax.typing import ArrayLike
 
 from cimjax.core import encoding, lsq, variation
 from cimjax.core import window as window_lib
-from cimjax.core.lowering import array_product, choose_operands
+from cimjax.core.conversion import Conversion
+from cimjax.core.digitise import digitised
+from cimjax.core.lowering import Columns, array_product, choose_operands
 from cimjax.core.lsq import Codes
-from cimjax.core.readout import Part, conversion_of, read_out, read_reference, scales_of
+from cimjax.core.readout import Part, add_up, read_reference, scales_of, whole
 from cimjax.core.recompute import recomputed
 from cimjax.core.schedule import codes_once
 from cimjax.core.steps import Steps, expand_weight, require_shapes
@@ -111,12 +113,11 @@ def _through_arrays(
 
     def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
         if spec.undivided:
-            parts = _whole_product(codes, kernel, steps, tiling, window, spec)
-        elif spec.adc is not None and spec.lowering == Lowering.PALLAS:
-            return _fused(codes, kernel, steps, tiling, window, spec, key)
-        else:
-            parts = _product(codes, kernel, steps, tiling, window, spec, key)
-        return read_out(parts, steps, tiling, spec)
+            return add_up(_whole_product(codes, kernel, steps, tiling, window, spec), steps, tiling, spec)
+        if spec.adc is None:
+            return add_up(_product(codes, kernel, steps, tiling, window, spec, key), steps, tiling, spec)
+        program = _fused if spec.lowering == Lowering.PALLAS else _digitised
+        return program(codes, kernel, steps, tiling, window, spec, key)
 
     # Without ADCs all is linear in the partial sums, and nothing keeps them.
     if spec.residuals == Residuals.INPUTS and spec.adc is not None:
@@ -187,11 +188,13 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
     return lsq.quantize(tiled, step, spec.weight.code_range)
 
 
-def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
+def store(
+    kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None
+) -> tuple[Array, Array]:
     """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
 
     Returns:
-      (K, kh, kw, R, c, O) float32.
+      (K, kh, kw, R, c, O) float32, and the codes that they are made of, as `quantize_weight` gives them.
 
     Raises:
       ValueError: with `spec.variation` and no `key`.
@@ -199,9 +202,9 @@ def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array 
     codes = quantize_weight(kernel, step, tiling, spec)
     # Undriven or foreign rows hold digit 0, which is not code 0 in every encoding.
     digits = jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)
-    if spec.variation is None:
-        return digits
-    return variation.vary(digits, _required(key), tiling, spec.variation)
+    if spec.variation is not None:
+        digits = variation.vary(digits, _required(key), tiling, spec.variation)
+    return digits, codes
 
 
 def partial_sums(
@@ -225,12 +228,31 @@ def partial_sums(
     """
     parts = _product(inputs.codes, kernel, steps, tiling, window, spec, variation_key)
     slices, planes = len(spec.activation.slices), len(spec.weight.planes)
-    columns = jnp.concatenate([part.columns for part in parts], axis=-1)
+    columns = whole(jnp.concatenate([part.columns for part in parts], axis=-1), spec)
     columns = columns.reshape(slices, -1, tiling.groups, planes, tiling.features)
     references = [part.reference for part in parts if part.reference is not None]
     if not references:
         return PartialSums(columns, None)
-    return PartialSums(columns, jnp.concatenate(references, axis=-1).reshape(slices, -1, tiling.groups))
+    reference = whole(jnp.concatenate(references, axis=-1), spec)
+    return PartialSums(columns, reference.reshape(slices, -1, tiling.groups))
+
+
+def _digitised(
+    codes: Array,
+    kernel: Array,
+    steps: Steps,
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+    variation_key: Array | None,
+) -> Array:
+    """All columns through their ADCs; the reference's sums through theirs, or exactly."""
+    columns = _with_ones(*_stored_columns(kernel, steps, tiling, spec, variation_key))
+    inputs = _stacked(encoding.slice_codes(codes, spec.activation))
+    total, sums = digitised(inputs, columns, scales_of(steps, tiling, spec), tiling, window, spec)
+    if sums is None:
+        return total
+    return total + read_reference(sums, slice(0, tiling.groups), steps, tiling, spec)
 
 
 def _product(
@@ -242,14 +264,11 @@ def _product(
     spec: CIMSpec,
     variation_key: Array | None,
 ) -> list[Part]:
-    """All columns: the array product of every slice with every plane."""
+    """All columns: the array product of every slice with every plane, not yet freed from rounding (`whole`)."""
     columns, ones = _stored_columns(kernel, steps, tiling, spec, variation_key)
-    if ones is not None:
-        columns = jnp.concatenate([columns, ones], axis=-1)
-    slices = encoding.slice_codes(codes, spec.activation)
-    parts = array_product(slices.reshape(-1, *slices.shape[2:]), columns, tiling, window, spec)
-    parts = tuple(sums if spec.variation is not None else whole(sums) for sums in parts)
-    return [Part(sums, None) if ones is None else _split_reference(sums, columns.shape[-1]) for sums in parts]
+    columns = _with_ones(columns, ones)
+    parts = array_product(_stacked(encoding.slice_codes(codes, spec.activation)), columns, tiling, window, spec)
+    return [Part(sums, None) if ones is None else _split_reference(sums, columns.digits.shape[-1]) for sums in parts]
 
 
 def _fused(
@@ -271,28 +290,48 @@ def _fused(
     if scales.step is None:
         raise ValueError("`adc` is None: there is nothing to fuse with an ideal ADC.")
     for index, part in enumerate(spec.activation.slices):
-        layer = fused.Layer(conversion_of(index, tiling, spec), tiling, window, operands)
+        layer = fused.Layer(Conversion.of(index, tiling, spec), tiling, window, operands)
         weight = float(part.significance) * scales.weight
-        total = total + fused.product_and_conversion(layer, slices[index], columns, scales.step, scales.offset, weight)
+        total = total + fused.product_and_conversion(
+            layer, slices[index], columns.digits, scales.step, scales.offset, weight
+        )
     if ones is not None:
-        sums = array_product(slices.reshape(-1, *slices.shape[2:]), ones, tiling, window, spec)
+        sums = array_product(_stacked(slices), Columns(ones), tiling, window, spec)
         total = total + read_reference(jnp.concatenate(sums, axis=-1), slice(0, tiling.groups), steps, tiling, spec)
     return total
 
 
 def _stored_columns(
     kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
-) -> tuple[Array, Array | None]:
-    """What the columns of every read group hold, (kh, kw, R, c, K O), and its dummy column (..., 1), if it has one."""
-    digits = store(kernel, steps.weight, tiling, spec, variation_key)
-    columns = jnp.moveaxis(digits, 0, -2)
-    columns = columns.reshape(*columns.shape[:-2], -1)
+) -> tuple[Columns, Array | None]:
+    """What the columns of every read group hold, and its dummy column (kh, kw, R, c, 1), if it has one."""
+    digits, codes = store(kernel, steps.weight, tiling, spec, variation_key)
+    columns = Columns(_by_column(digits))
+    if spec.variation is None and not spec.weight.step_per_plane:
+        stored = jnp.where(tiling.stored[..., None], encoding.of_sign(codes, spec.weight), 0)
+        columns = columns._replace(codes=_by_column(stored), shares=encoding.shares(spec.weight))
     if spec.weight.encoding != Encoding.OFFSET:
         return columns, None
     ones = jnp.asarray(tiling.stored, jnp.float32)
     if spec.variation is not None and spec.weight.reference == Reference.ADC:
         ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
     return columns, ones[..., None]
+
+
+def _with_ones(columns: Columns, ones: Array | None) -> Columns:
+    """With each group's dummy column, if it has one, as its last."""
+    return columns if ones is None else columns._replace(digits=jnp.concatenate([columns.digits, ones], axis=-1))
+
+
+def _stacked(slices: Array) -> Array:
+    """Slices (T, N, H, W, C) in the batch."""
+    return slices.reshape(-1, *slices.shape[2:])
+
+
+def _by_column(values: Array) -> Array:
+    """Planes (or the like) side by side: (K, kh, kw, R, c, O) to (kh, kw, R, c, K O)."""
+    columns = jnp.moveaxis(values, 0, -2)
+    return columns.reshape(*columns.shape[:-2], -1)
 
 
 def _split_reference(sums: Array, columns: int) -> Part:
@@ -304,20 +343,9 @@ def _split_reference(sums: Array, columns: int) -> Part:
 def _whole_product(
     codes: Array, kernel: Array, steps: Steps, tiling: Tiling, window: Window, spec: CIMSpec
 ) -> list[Part]:
-    """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same integers."""
+    """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same sums."""
     weights = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
-    return [Part(whole(sums), None) for sums in array_product(codes, weights, tiling, window, spec)]
-
-
-@jax.custom_jvp
-def whole(sums: Array) -> Array:
-    """Sums that are integers by construction, freed from the rounding of inexact convolution algorithms."""
-    return jnp.rint(sums)
-
-
-@whole.defjvp
-def _whole_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return whole(primals[0]), tangents[0]
+    return [Part(sums, None) for sums in array_product(codes, Columns(weights), tiling, window, spec)]
 
 
 def _required(key: Array | None) -> Array:

@@ -9,16 +9,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from cimjax.core.schedule import after
+from cimjax.core.schedule import apart
 from cimjax.core.window import Window, positions, shifted
 
-# On CPU gradients are matrix products where a kernel has at least so many times as many output as input channels, and
-# meets at least so many positions; see `docs/speed.md`.
+# On CPU the gradient to the input is a matrix product where a kernel has at least so many times as many output as input
+# channels, and meets at least so many positions; see `docs/speed.md`.
 WIDENING = 3
 POSITIONS = 2048
-# That to the input writes what each place of the kernel gives to each position: only up to so many numbers, about what
-# fits in a cache.
-PLACES = 5_000_000
+# It writes what each place of the kernel gives to each position: only up to so many numbers.
+PLACES = 10_000_000
 
 
 def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> Array:
@@ -76,25 +75,16 @@ def _widening_backward(window: Window, kept: tuple[Array, Array], gradient: Arra
     if flat.shape[0] * by_place.shape[0] <= PLACES:
         given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
         given = given.reshape(*gradient.shape[:-1], -1, inputs.shape[-1])
-        places = [given[..., place, :] for place in range(given.shape[-2])]
-        (to_inputs,) = jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)
+
+        def add(given: Array) -> Array:
+            places = [given[..., place, :] for place in range(given.shape[-2])]
+            return jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)[0]
+
+        to_inputs = apart(add, given)
     else:
         (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
-    # Otherwise the shifted copies would be made on the way forwards, and held.
-    places = shifted(after(inputs, gradient), kernel.shape[:-2], window)
-    # As many places at a time as the kernel's last axis has: fewer programs, and copies that still fit in a cache.
-    row = kernel.shape[-3] if kernel.ndim > 2 else 1
-    to_kernel = [
-        jnp.matmul(_flat(places[first : first + row]).T, flat, precision=lax.Precision.HIGHEST)
-        for first in range(0, len(places), row)
-    ]
-    return to_inputs, jnp.stack(to_kernel).reshape(kernel.shape)
-
-
-def _flat(places: list[Array]) -> Array:
-    """Several arrays (..., C), side by side: (positions, places C)."""
-    joined = jnp.concatenate(places, axis=-1)
-    return joined.reshape(-1, joined.shape[-1])
+    (to_kernel,) = jax.linear_transpose(lambda k: _convolve(window, 1, inputs, k), kernel)(gradient)
+    return to_inputs, to_kernel
 
 
 _convolve_widening.defvjp(_widening_forward, _widening_backward)

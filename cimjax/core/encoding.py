@@ -33,6 +33,45 @@ def encode(codes: Array, spec: WeightSpec) -> Array:
     return _split(codes, spec)
 
 
+def shares(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
+    """What a digit's gradient counts in that of its code, `alpha_k / f_k`: `G` rows of `K`, one step for all planes.
+
+    `G` is 1, or 2 where codes of either sign respond by planes of their own; `of_sign` chooses.
+    """
+    significance = [plane.significance for plane in spec.planes]
+    if not _by_sign(spec):
+        return (tuple(1 / (len(significance) * f) for f in significance),)
+    half = len(significance) // 2
+    return tuple(tuple((sign * f > 0) / (half * f) for f in significance) for sign in (1, -1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def of_sign(codes: Array, spec: WeightSpec) -> Array:
+    """Codes, once for each row of `shares`: (G, ...), each passing the gradients that are due to its sign.
+
+    Through these and `shares` a code gets the gradient that `encode` gives it, without one for every digit.
+    """
+    return jnp.broadcast_to(codes, (2 if _by_sign(spec) else 1, *codes.shape))
+
+
+def _of_sign_forward(codes: Array, spec: WeightSpec) -> tuple[Array, Array]:
+    return of_sign(codes, spec), codes
+
+
+def _of_sign_backward(spec: WeightSpec, codes: Array, gradient: Array) -> tuple[Array]:
+    if not _by_sign(spec):
+        return (gradient[0],)
+    plus, minus = gradient
+    return (jnp.where(codes > 0, plus, jnp.where(codes < 0, minus, (plus + minus) / 2)),)
+
+
+of_sign.defvjp(_of_sign_forward, _of_sign_backward)
+
+
+def _by_sign(spec: WeightSpec) -> bool:
+    return spec.encoding == Encoding.DIFFERENTIAL and spec.subtract == Subtract.DIGITAL
+
+
 def decode(digits: Array, spec: WeightSpec) -> Array:
     """Codes of digits, `sum_k f_k d_k + constant`: the inverse of `encode` with one step for all planes.
 
@@ -95,14 +134,12 @@ def _split_forward(codes: Array, spec: WeightSpec | ActivationSpec) -> tuple[Arr
 
 def _split_backward(spec: WeightSpec | ActivationSpec, codes: Array, gradient: Array) -> tuple[Array]:
     planes = spec.slices if isinstance(spec, ActivationSpec) else spec.planes
+    if isinstance(spec, WeightSpec) and not spec.step_per_plane:
+        of_digits = [sum(share * g for share, g in zip(row, gradient, strict=True) if share) for row in shares(spec)]
+        return _of_sign_backward(spec, codes, jnp.stack(of_digits))
     parts = [g / plane.significance for g, plane in zip(gradient, planes, strict=True)]
     if isinstance(spec, WeightSpec):
-        if spec.step_per_plane:
-            return (jnp.stack(parts) / len(planes),)
-        if spec.encoding == Encoding.DIFFERENTIAL and spec.subtract == Subtract.DIGITAL:
-            half = len(planes) // 2
-            plus, minus = sum(parts[:half]) / half, sum(parts[half:]) / half
-            return (jnp.where(codes > 0, plus, jnp.where(codes < 0, minus, (plus + minus) / 2)),)
+        return (jnp.stack(parts) / len(planes),)
     return (sum(parts) / len(planes),)
 
 

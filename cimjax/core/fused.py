@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cimjax.core import lsq
+from cimjax.core.conversion import Conversion, terms
 from cimjax.core.convolution import convolve, sum_type
-from cimjax.core.readout import Conversion, conversion_gradients
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, output_size
 from cimjax.spec import Operands
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 def product_and_conversion(
     layer: Layer, inputs: Array, digits: Array, step: Array, offset: Array | None, weight: Array
 ) -> Array:
-    """`sum_{r,k} weight P^` of one slice, with the gradients of `core.readout`.
+    """`sum_{r,k} weight P^` of one slice, with the gradients of `core.digitise`.
 
     Args:
       inputs: (N, H, W, C) float32, integer-valued in the integer path; any number of spatial axes.
@@ -336,7 +336,7 @@ def _backward_kernel(
         at = (number, plane * sizes.padded_outputs + outputs)
         zero = triton.load(offset.at[at])
         u, codes, bounds = _codes(conversion, plane, psums, triton.load(reciprocal.at[at]), zero)
-        terms = conversion_gradients(of_outputs, u, codes, bounds, conversion.margin, triton.load(weight.at[at]))
-        to_psums[:, plane, :] = terms.psums
-        for index, values in enumerate((terms.step, terms.offset, of_outputs * codes)):
+        added = terms(of_outputs, u, codes, bounds, conversion.margin, triton.load(weight.at[at]))
+        to_psums[:, plane, :] = added.psums
+        for index, values in enumerate((added.step, added.offset, of_outputs * codes)):
             sums[0, index, plane, :] = jnp.sum(values, axis=0)

@@ -1,72 +1,99 @@
 """Programs for the array product: rows of one table, which all give the same partial sums.
 
-A lowering takes the codes that drive the rows and the digits that the arrays store, and returns the sum of every
-column. Everything before (quantizing, encoding, tiling) and after (the ADC) is elsewhere and the same for all.
+A lowering takes the codes that drive the rows and the digits that the arrays store, and says how the sums of all
+columns are computed: by which products of which inputs with which digits. Everything before (quantizing, encoding,
+tiling) and after (the ADC) is elsewhere and the same for all.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from cimjax.core.convolution import convolve, sum_type
-from cimjax.core.schedule import in_turn, turn
+from cimjax.core.schedule import apart, in_turn, turn
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
 from cimjax.spec import CIMSpec, Lowering, Operands
 
-# From so many row tiles on their gradients are computed one after the other: on CPU XLA would hold all of them at
+# From so many products on their gradients are computed one after the other: on CPU XLA would hold all of them at
 # a time. With fewer it costs a twentieth of a step's time, and gains little memory; see `docs/speed.md`.
 MANY_TILES = 8
+
+# The sums of columns of inputs and digits (kh, kw, r, c, m), linear in both, for any `m`: in parts, each
+# (B, OH, OW, r' m) float32 for `r'` successive read groups of the `r`; exact while they stay below 2^24.
+Product = Callable[[Array, Array], tuple[Array, ...]]
+
+
+class Columns(NamedTuple):
+    """What the arrays store, and what its gradients go to.
+
+    digits: (kh, kw, R, c, M) float32: what each read group stores for its `M` columns, 0 at undriven places.
+    codes: (kh, kw, R, c, G O) float32, the weight codes that the first `K O` columns are made of (`encoding.of_sign`).
+      They get the gradient, by `shares`, and the digits get none: one weight gradient instead of one for every plane.
+      None where digits are differentiated themselves.
+    shares: `G` rows of `K`, as `encoding.shares` gives them.
+    """
+
+    digits: Array
+    codes: Array | None = None
+    shares: tuple[tuple[float, ...], ...] | None = None
+
+    def of_group(self, group: int, channels: int) -> Columns:
+        """Those of one read group, and of its first `channels` channels."""
+        place = (..., slice(group, group + 1), slice(channels), slice(None))
+        return self._replace(digits=self.digits[place], codes=None if self.codes is None else self.codes[place])
+
+
+class Tile(NamedTuple):
+    """One product of a lowering: of some inputs with the columns of successive read groups."""
+
+    inputs: Array
+    columns: Columns
+    product: Product
+
+    @property
+    def groups(self) -> int:
+        """How many read groups there are."""
+        return int(self.columns.digits.shape[-3])
 
 
 class ArrayProduct(Protocol):
     """The contract of a lowering.
 
     Args:
-      inputs: (B, H, W, C), integer-valued in the integer path.
-      digits: (kh, kw, R, c, M): what each read group stores for its `M` columns, 0 at undriven places; of the dtype of
-        `inputs`: float32, bfloat16, float16 or int8.
+      inputs: (B, H, W, C) float32, integer-valued in the integer path.
+      columns: what is stored.
       tiling: which channels drive which group.
       window: strides, padding and dilations.
 
     Returns:
-      The sums of all columns in parts, each (B, OH, OW, r M) float32 for `r` successive groups; exact while they stay
-      below 2^24; in float32, differentiable in both arrays.
+      The products that give all sums; read groups in order.
     """
 
-    def __call__(self, inputs: Array, digits: Array, tiling: Tiling, window: Window) -> tuple[Array, ...]: ...
+    def __call__(self, inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]: ...
 
 
-def array_product(inputs: Array, digits: Array, tiling: Tiling, window: Window, spec: CIMSpec) -> tuple[Array, ...]:
-    """The sums of all columns, by the program and in the operands that a specification names.
-
-    Args:
-      inputs, digits: float32, as for `ArrayProduct`.
-
-    Returns:
-      As `ArrayProduct`. Gradients are computed in float32 whatever the operands.
-    """
-    operands = choose_operands(spec)
-    if operands == Operands.FLOAT32:
-        return choose(spec.lowering)(inputs, digits, tiling, window)
-    return _in_operands(spec.lowering, operands, tiling, window, inputs, digits)
-
-
-def grouped_conv(inputs: Array, digits: Array, tiling: Tiling, window: Window) -> tuple[Array, ...]:
+def grouped_conv(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]:
     """ONE grouped convolution: a group is a read group, its output channels are that group's columns."""
-    *kernel_size, groups, channels, columns = digits.shape
-    kernel = jnp.moveaxis(digits, -3, -2).reshape(*kernel_size, channels, groups * columns)
-    return (convolve(tile_inputs(inputs, tiling), kernel, window, groups),)
+
+    def product(inputs: Array, digits: Array) -> tuple[Array, ...]:
+        *kernel_size, groups, channels, count = digits.shape
+        kernel = jnp.moveaxis(digits, -3, -2).reshape(*kernel_size, channels, groups * count)
+        return (convolve(inputs, kernel, window, groups),)
+
+    return [Tile(tile_inputs(inputs, tiling), columns, product)]
 
 
-def conv_per_tile(inputs: Array, digits: Array, tiling: Tiling, window: Window) -> tuple[Array, ...]:
+def conv_per_tile(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]:
     """One plain convolution per read group, on the channels that drive it.
 
     On CPU the grouped one is several times slower, most of all backwards, and computes the places that pad the last
@@ -79,33 +106,33 @@ def conv_per_tile(inputs: Array, digits: Array, tiling: Tiling, window: Window) 
         shares = jnp.split(inputs, np.cumsum([len(channels) for channels in driven])[:-1], axis=-1)
     else:
         shares = [jnp.take(inputs, channels, axis=-1) for channels in driven]
-    parts: list[Array] = []
-    number = None
-    for group, (share, channels) in enumerate(zip(shares, driven, strict=True)):
-        of_group = digits[..., group, : len(channels), :]
-        if number is not None:
-            of_group = in_turn(of_group, number)
-        sums = convolve(share, of_group, window)
-        if tiling.groups >= MANY_TILES:
-            sums, number = turn(sums)
-        parts.append(sums)
-    return tuple(parts)
+
+    def product(inputs: Array, digits: Array) -> tuple[Array, ...]:
+        return (convolve(inputs, digits[..., 0, :, :], window),)
+
+    return [
+        Tile(share, columns.of_group(group, len(channels)), product)
+        for group, (share, channels) in enumerate(zip(shares, driven, strict=True))
+    ]
 
 
-def patches(inputs: Array, digits: Array, tiling: Tiling, window: Window) -> tuple[Array, ...]:
+def patches(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]:
     """One batch of matrix products over read groups, on what each output position sees: `im2col` written to memory."""
-    *kernel_size, groups, channels, columns = digits.shape
-    area = math.prod(kernel_size)
-    seen = jnp.stack(shifted(tile_inputs(inputs, tiling), tuple(kernel_size), window), axis=-2)
-    *positions, _, _ = seen.shape
-    sums = lax.dot_general(
-        seen.reshape(math.prod(positions), area, groups, channels),
-        digits.reshape(area, groups, channels, columns),
-        (((1, 3), (0, 2)), ((2,), (1,))),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=sum_type(inputs.dtype),
-    ).astype(jnp.float32)
-    return tuple(part.reshape(*positions, columns) for part in sums)
+
+    def product(seen: Array, digits: Array) -> tuple[Array, ...]:
+        groups, channels, count = digits.shape[-3:]
+        *positions, area, _ = seen.shape
+        sums = lax.dot_general(
+            seen.reshape(math.prod(positions), area, groups, channels),
+            digits.reshape(area, groups, channels, count),
+            (((1, 3), (0, 2)), ((2,), (1,))),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=sum_type(seen.dtype),
+        ).astype(jnp.float32)
+        return tuple(part.reshape(*positions, count) for part in sums)
+
+    seen = jnp.stack(shifted(tile_inputs(inputs, tiling), tiling.kernel_size, window), axis=-2)
+    return [Tile(seen, columns, product)]
 
 
 LOWERINGS: dict[Lowering, ArrayProduct] = {
@@ -133,25 +160,117 @@ def choose_operands(spec: CIMSpec) -> Operands:
     return Operands.BFLOAT16 if cheap else Operands.FLOAT32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _in_operands(
-    lowering: Lowering, operands: Operands, tiling: Tiling, window: Window, inputs: Array, digits: Array
-) -> tuple[Array, ...]:
-    dtype = jnp.dtype(operands.value)
-    return choose(lowering)(inputs.astype(dtype), digits.astype(dtype), tiling, window)
+def tiles_of(inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec) -> list[Tile]:
+    """The products of the lowering that a specification names."""
+    return choose(spec.lowering)(inputs, columns, tiling, window)
 
 
-def _in_operands_forward(
-    lowering: Lowering, operands: Operands, tiling: Tiling, window: Window, inputs: Array, digits: Array
-) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-    return _in_operands(lowering, operands, tiling, window, inputs, digits), (inputs, digits)
+class InTurn:
+    """Tiles whose gradients are computed one after the other where they are many."""
+
+    def __init__(self, tiles: list[Tile]):
+        self._tiles, self._number = tiles, None
+
+    def __iter__(self) -> Iterator[Tile]:
+        for tile in self._tiles:
+            if self._number is not None:
+                digits, codes, shares = tile.columns
+                if codes is None:
+                    digits = in_turn(digits, self._number)
+                else:
+                    codes = in_turn(codes, self._number)
+                tile = tile._replace(columns=Columns(digits, codes, shares))
+            yield tile
+
+    def after(self, result: Array) -> Array:
+        """A tile's result, unchanged: its gradient waits for those of the tiles after it."""
+        if len(self._tiles) < MANY_TILES:
+            return result
+        result, self._number = turn(result)
+        return result
 
 
-def _in_operands_backward(
-    lowering: Lowering, operands: Operands, tiling: Tiling, window: Window, kept: tuple[Array, Array], gradient: Any
-) -> tuple[Array, Array]:
-    # The product is linear in each operand, so the sums of this second call are not computed.
-    return jax.vjp(lambda inputs, digits: choose(lowering)(inputs, digits, tiling, window), *kept)[1](gradient)
+class Multiplication(NamedTuple):
+    """What is fixed about the product of a tile.
+
+    operands: the dtype of what is multiplied forwards; gradients are computed in float32 whatever it is.
+    columns: `M`, of a read group.
+    features, shares: `O`, and `Columns.shares`.
+    """
+
+    product: Product
+    operands: DTypeLike
+    columns: int
+    features: int
+    shares: tuple[tuple[float, ...], ...] | None
+
+    @classmethod
+    def of(cls, tile: Tile, tiling: Tiling, spec: CIMSpec) -> Multiplication:
+        """That of a specification."""
+        operands = jnp.dtype(choose_operands(spec).value)
+        return cls(tile.product, operands, tile.columns.digits.shape[-1], tiling.features, tile.columns.shares)
+
+    def sums(self, inputs: Array, digits: Array) -> tuple[Array, ...]:
+        """The sums of all columns in parts, each (..., r M) float32."""
+        return self.product(inputs.astype(self.operands), digits.astype(self.operands))
+
+    def gradients(
+        self, inputs: Array, digits: Array, codes: Array | None, of_sums: tuple[Array, ...]
+    ) -> tuple[Array, Array | None, Array | None]:
+        """Those to inputs, and to digits or codes, of gradients to the sums of all columns."""
+        (to_inputs,) = jax.vjp(lambda inputs: self.product(inputs, digits), inputs)[1](of_sums)
+        if codes is None:
+            (to_digits,) = jax.vjp(lambda digits: self.product(inputs, digits), digits)[1](of_sums)
+            return to_inputs, to_digits, None
+        shared = tuple(apart(self._shared, part) for part in of_sums)
+        (to_codes,) = jax.vjp(lambda codes: self.product(inputs, codes), codes)[1](shared)
+        return to_inputs, None, to_codes
+
+    def _shared(self, gradient: Array) -> Array:
+        """Gradients of columns, (..., r M), as those of codes, (..., r G O)."""
+        assert self.shares is not None
+        by_group = gradient
+        if gradient.shape[-1] != self.columns:
+            by_group = gradient.reshape(*gradient.shape[:-1], -1, self.columns)
+        planes = [by_group[..., k * self.features : (k + 1) * self.features] for k in range(len(self.shares[0]))]
+        rows = [
+            functools.reduce(jnp.add, (share * plane for share, plane in zip(row, planes, strict=True) if share))
+            for row in self.shares
+        ]
+        joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
+        return joined.reshape(*gradient.shape[:-1], -1)
 
 
-_in_operands.defvjp(_in_operands_forward, _in_operands_backward)
+def array_product(inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec) -> tuple[Array, ...]:
+    """The sums of all columns, by the program and in the operands that a specification names.
+
+    Returns:
+      In parts, each (B, OH, OW, r M) float32 for `r` successive read groups; differentiable in inputs and columns.
+    """
+    tiles = InTurn(tiles_of(inputs, columns, tiling, window, spec))
+    parts: list[Array] = []
+    for tile in tiles:
+        sums = _multiplied(Multiplication.of(tile, tiling, spec), tile.inputs, tile.columns.digits, tile.columns.codes)
+        parts += [tiles.after(part) for part in sums]
+    return tuple(parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiplied(how: Multiplication, inputs: Array, digits: Array, codes: Array | None) -> tuple[Array, ...]:
+    del codes
+    return how.sums(inputs, digits)
+
+
+def _multiplied_forward(
+    how: Multiplication, inputs: Array, digits: Array, codes: Array | None
+) -> tuple[tuple[Array, ...], tuple[Array, Array, Array | None]]:
+    return _multiplied(how, inputs, digits, codes), (inputs, digits, codes)
+
+
+def _multiplied_backward(
+    how: Multiplication, kept: tuple[Array, Array, Array | None], gradient: tuple[Array, ...]
+) -> tuple[Array, Array | None, Array | None]:
+    return how.gradients(*kept, gradient)
+
+
+_multiplied.defvjp(_multiplied_forward, _multiplied_backward)

@@ -9,6 +9,7 @@ little.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,6 +55,22 @@ def in_turn(x: Array, number: Array) -> Array:
 
 
 in_turn.defvjp(lambda x, number: (in_turn(x, number), None), lambda _, gradient: (gradient, _zero(gradient)))
+
+
+def apart(function: Callable[..., Array], *operands: Any) -> Array:
+    """`function(*operands)`, computed by itself and written to memory (on CPU), whatever reads it.
+
+    Args:
+      function: of arrays only; not differentiated through here.
+      operands: the first has elements.
+    """
+    if jax.default_backend() != "cpu" or not operands[0].size:
+        return function(*operands)
+    result = jax.eval_shape(function, *operands)
+    # A branch is a program of its own. No compiler knows which is taken: the other one never is.
+    return lax.cond(
+        _zero(operands[0]) > 0, lambda *_: jnp.zeros(result.shape, result.dtype), lambda *x: function(*x), *operands
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

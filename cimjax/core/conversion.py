@@ -1,0 +1,189 @@
+"""What ADCs make of partial sums, weighted and added up, and the gradients of that: functions of arrays in memory.
+
+Partial sums are by far the largest arrays of a layer, so that all this is written for few and cheap passes over them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from cimjax.core import lsq
+from cimjax.core.schedule import apart
+from cimjax.core.tiling import Tiling
+from cimjax.planes import CodeRange
+from cimjax.spec import CIMSpec
+
+# The largest magnitude of a partial sum that 16 bits keep.
+_SMALL_INTEGERS = 2**15 - 1
+# Sums of at most so many columns are written out.
+_UNROLLED = 8
+# Parts of a batch that are added up before sums over positions.
+_PARTS = 4
+
+
+class Conversion(NamedTuple):
+    """What is fixed about the ADCs of one slice.
+
+    ranges: the codes of each plane.
+    features: `O`.
+    margin: `ADCSpec.gradient_margin`.
+    """
+
+    ranges: tuple[CodeRange, ...]
+    features: int
+    margin: float
+
+    @classmethod
+    def of(cls, index: int, tiling: Tiling, spec: CIMSpec) -> Conversion:
+        """That of slice `index` by the ADCs of a specification that has some."""
+        return cls(spec.adc_ranges[index], tiling.features, spec.adc.gradient_margin if spec.adc else 0.0)
+
+    def bounds(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Lowest and highest code of `columns = r K O` columns and whether the code is a sign, () or (r K O,)."""
+        groups = columns // (self.features * len(self.ranges))
+        q_min, q_max, sign = (
+            np.tile(np.repeat(np.asarray(bound), self.features), groups)
+            if len(set(bound)) > 1
+            else np.asarray(bound[0])
+            for bound in zip(*((float(c.q_min), float(c.q_max), c.binary) for c in self.ranges), strict=True)
+        )
+        return q_min.astype(np.float32), q_max.astype(np.float32), sign if sign.any() else None
+
+
+class Parameters(NamedTuple):
+    """What every column's ADC and its result are scaled by, (r K O,) float32.
+
+    step, offset: in psum units; the offset None where there is none.
+    weight: what a partial sum counts.
+    """
+
+    step: Array
+    offset: Array | None
+    weight: Array
+
+
+def converted(conversion: Conversion, psums: Array, of: Parameters) -> Array:
+    """`sum over groups and planes of weight * P^`, where `P^ = s p + z`, `p = clip(floor((P - z) / s + 0.5), ...)`.
+
+    Args:
+      psums: (..., r K O) float32.
+
+    Returns:
+      (..., O) float32.
+    """
+    _, codes = _in_codes(conversion, psums, of)
+    return over_columns(lsq.dequantize(codes, of.step, of.offset) * of.weight, conversion.features)
+
+
+def kept(psums: Array, integers: bool) -> Array:
+    """Partial sums as they are kept for `gradients`: as 16-bit integers if they are such."""
+    if not integers:
+        return psums
+    if jax.default_backend() != "cpu":
+        return psums.astype(jnp.int16)
+    # With 2^23 + 2^22 added, the last bits of a float32 number are the integer: much quicker than a conversion, which
+    # looks for numbers out of range.
+    return lax.bitcast_convert_type(psums + np.float32(3 * 2**22), jnp.int32).astype(jnp.int16)
+
+
+def fit_small_integers(tiling: Tiling, spec: CIMSpec) -> bool:
+    """Whether 16 bits hold every partial sum of a layer exactly."""
+    return spec.variation is None and tiling.largest_psum(spec) <= _SMALL_INTEGERS
+
+
+def gradients(conversion: Conversion, kept: Array, of: Parameters, gradient: Array) -> tuple[Array, Parameters]:
+    """Gradients of `converted` to partial sums and parameters.
+
+    Args:
+      kept: partial sums, (..., r K O), as float32 or small integers.
+      gradient: of the result, (..., O) float32.
+    """
+    bounds, count = conversion.bounds(kept.shape[-1]), kept.shape[-1] // conversion.features
+    of_columns = jnp.concatenate([gradient] * count, axis=-1)
+
+    def passed(of_columns: Array, kept: Array, of: Parameters) -> Array:
+        u = lsq.in_steps(kept.astype(jnp.float32), of.step, of.offset)
+        return jnp.where(lsq.passes_gradient(u, bounds, conversion.margin), of_columns * of.weight, 0.0)
+
+    to_psums = apart(passed, of_columns, kept, of)
+    psums = kept.astype(jnp.float32)
+    of_codes = _over_positions(of_columns * _in_codes(conversion, psums, of)[1])
+    # To a step in all `p - u` inside the ladder and `p` outside; `u` comes from what has passed already.
+    of_u = _over_positions(to_psums * (psums if of.offset is None else psums - of.offset)) / of.step
+    # A sign has no `u` in its gradient.
+    to_step = of.weight * of_codes - (of_u if bounds[2] is None else jnp.where(bounds[2], 0.0, of_u))
+    if of.offset is None:
+        return to_psums, Parameters(to_step, None, of.step * of_codes)
+    of_all = jnp.concatenate([_over_positions(gradient)] * count)
+    to_offset = of.weight * of_all - _added(to_psums)
+    return to_psums, Parameters(to_step, to_offset, of.step * of_codes + of.offset * of_all)
+
+
+def _in_codes(conversion: Conversion, psums: Array, of: Parameters) -> tuple[Array, Array]:
+    u = lsq.in_steps(psums, of.step, of.offset)
+    return u, lsq.round_to_codes(u, psums, of.offset, conversion.bounds(psums.shape[-1]), half_up=True)
+
+
+class Gradients(NamedTuple):
+    """What each column and position adds to a gradient; those to step and offset are still to be multiplied by what
+    the column counts."""
+
+    psums: Array
+    step: Array
+    offset: Array
+
+
+def terms(
+    gradient: Array, u: Array, codes: Array, bounds: tuple[Any, Any, Any], margin: float, weight: Array
+) -> Gradients:
+    """LSQ's gradients of `weight P^` at every column and position, as they are in registers.
+
+    Args:
+      gradient: of the output, for each column (..., K O).
+      u, codes: distance from the offset in steps, and codes.
+      bounds, margin: as for `lsq.passes_gradient`.
+      weight: what a column counts.
+    """
+    inside = lsq.passes_gradient(u, bounds, margin)
+    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    sign = bounds[2]
+    rest = jnp.where(inside if sign is None else jnp.logical_and(inside, np.logical_not(sign)), u, 0.0)
+    return Gradients(
+        jnp.where(inside, gradient * weight, 0.0), gradient * (codes - rest), jnp.where(inside, 0.0, gradient)
+    )
+
+
+def _over_positions(values: Array) -> Array:
+    """Sum over all axes but the last."""
+    if jax.default_backend() != "cpu" or not values.size:
+        return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
+    # XLA's CPU backend writes its operand to memory before it sums: a part of it after some additions, which a matrix
+    # product keeps apart from the sum.
+    parts = math.gcd(values.shape[0], _PARTS)
+    size = values.shape[0] // parts
+    return _added(functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts))))
+
+
+def _added(values: Array) -> Array:
+    """As `_over_positions`, of what is in memory or should be."""
+    if jax.default_backend() != "cpu" or not values.size:
+        return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
+    flat = values.reshape(-1, values.shape[-1])
+    # A product with two rows, for that with one would be compiled anew each time.
+    return jnp.matmul(jnp.ones((2, flat.shape[0])), flat, precision=lax.Precision.HIGHEST)[0]
+
+
+def over_columns(values: Array, features: int) -> Array:
+    """Sum over groups and planes: (..., r K O) to (..., O)."""
+    count = values.shape[-1] // features
+    if count > _UNROLLED:
+        return jnp.sum(values.reshape(*values.shape[:-1], count, features), axis=-2)
+    # Sums over a short middle axis are slow on CPU.
+    return functools.reduce(jnp.add, (values[..., i * features : (i + 1) * features] for i in range(count)))

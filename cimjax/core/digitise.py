@@ -1,0 +1,176 @@
+"""Array product and ADCs as one function, with one gradient: what the columns of a tile add to the output.
+
+Source: the paper's eqs. 2 and 3. Joined, partial sums are kept for the backward pass as small integers and nothing
+else is, and there is one weight gradient for all planes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cimjax.core import conversion as conversion_lib
+from cimjax.core.conversion import Conversion, Parameters
+from cimjax.core.lowering import Columns, InTurn, Multiplication, tiles_of
+from cimjax.core.readout import Scales, of_slice, whole
+from cimjax.core.schedule import apart
+from cimjax.core.tiling import Tiling
+from cimjax.core.window import Window
+from cimjax.spec import CIMSpec
+
+
+def digitised(
+    inputs: Array, columns: Columns, scales: Scales, tiling: Tiling, window: Window, spec: CIMSpec
+) -> tuple[Array, Array | None]:
+    """Multiply, convert, shift, dequantize and add: `sum_{t,r,k} g_t f_k s_w P^`.
+
+    `P^ = s_p p + z`, `p = clip(floor((P - z) / s_p + 0.5), q_min, q_max)`, is what an ADC makes of a partial sum: one
+    of exactly `2^bits` values (3 for 1.5 bits; a signed 1-bit ADC gives the sign of `P - z`), which depends on
+    nothing but that partial sum and its step.
+
+    Gradients are LSQ's (`lsq.quantize`): inside the ladder, `spec.adc.gradient_margin` steps beyond its outer codes
+    included, `d P^/dP = 1`, `d P^/ds = p - u` and `d P^/dz = 0`; outside `0`, `p` and `1`.
+
+    Args:
+      inputs: (T N, H, W, C) float32, the slices of all images, slice by slice.
+      columns: what is stored; after its planes a read group may have one column more, which sums its inputs.
+      scales: of all columns.
+
+    Returns:
+      (N, OH, OW, O) float32, not yet multiplied by the activation's step, and the sums of the further columns,
+      (T N, OH, OW, R), before any ADC; None where there are none.
+    """
+    conversions = tuple(Conversion.of(index, tiling, spec) for index in range(len(spec.activation.slices)))
+    counts = tuple(float(part.significance) for part in spec.activation.slices)
+    tiles = InTurn(tiles_of(inputs, columns, tiling, window, spec))
+    total, references, first = jnp.float32(0), [], 0
+    for tile in tiles:
+        groups = slice(first, first + tile.groups)
+        first = groups.stop
+        reading = Reading(Multiplication.of(tile, tiling, spec), conversions, counts, spec, tiling)
+        of = Parameters(*(None if values is None else values[groups] for values in scales))
+        y, reference = _digitised(reading, tile.inputs, tile.columns.digits, tile.columns.codes, of)
+        total = total + tiles.after(y)
+        references.append(reference)
+    return total, None if references[0] is None else jnp.concatenate(references, axis=-1)
+
+
+class Reading(NamedTuple):
+    """What is fixed about a tile.
+
+    conversions, counts: of each slice, its ADCs and what it counts.
+    """
+
+    multiplication: Multiplication
+    conversions: tuple[Conversion, ...]
+    counts: tuple[float, ...]
+    spec: CIMSpec
+    tiling: Tiling
+
+    @property
+    def planes(self) -> int:
+        """Columns of a read group that hold planes, `K O`."""
+        return len(self.conversions[0].ranges) * self.conversions[0].features
+
+    def columns(self, sums: Array) -> Array:
+        """The planes' partial sums, (..., r K O), of a part as it was computed."""
+        return self._split(sums)[..., : self.planes].reshape(*sums.shape[:-1], -1)
+
+    def reference(self, sums: Array) -> Array | None:
+        """The further column of each read group, (..., r)."""
+        if self.planes == self.multiplication.columns:
+            return None
+        return self._split(sums)[..., -1].reshape(*sums.shape[:-1], -1)
+
+    def _split(self, sums: Array) -> Array:
+        """(..., M) or (..., r, M)."""
+        sums = whole(sums, self.spec)
+        if sums.shape[-1] == self.multiplication.columns:
+            return sums
+        return sums.reshape(*sums.shape[:-1], -1, self.multiplication.columns)
+
+    def together(self, of_columns: Array, of_reference: Array | None) -> Array:
+        """Gradients of both as those of a part's sums: the inverse of `columns` and `reference`."""
+        if of_reference is None:
+            return of_columns
+        by_group = of_columns.reshape(*of_columns.shape[:-1], -1, self.planes)
+        joined = jnp.concatenate([by_group, of_reference[..., None]], axis=-1)
+        return joined.reshape(*of_columns.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _digitised(
+    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters
+) -> tuple[Array, Array | None]:
+    del codes
+    return _read(reading, reading.multiplication.sums(inputs, digits), of)
+
+
+def _read(reading: Reading, parts: tuple[Array, ...], of: Parameters) -> tuple[Array, Array | None]:
+    total = jnp.float32(0)
+    for part, of_part in zip(parts, _of_parts(reading, of, len(parts)), strict=True):
+        for index, conversion in enumerate(reading.conversions):
+            psums = reading.columns(of_slice(part, index, len(reading.conversions)))
+            total = total + conversion_lib.converted(conversion, psums, _counting(of_part, reading.counts[index]))
+    references = [reading.reference(part) for part in parts]
+    return total, None if references[0] is None else jnp.concatenate(references, axis=-1)
+
+
+def _of_parts(reading: Reading, of: Parameters, parts: int) -> list[Parameters]:
+    """Parameters (R, K O) as those of each part, (r K O,)."""
+    return [
+        Parameters(*(None if values is None else values[place].reshape(-1) for values in of))
+        for place in _places(of.step.shape[0], parts)
+    ]
+
+
+def _places(groups: int, parts: int) -> list[slice]:
+    each = groups // parts
+    return [slice(part * each, (part + 1) * each) for part in range(parts)]
+
+
+def _counting(of: Parameters, count: float) -> Parameters:
+    return of if count == 1 else of._replace(weight=count * of.weight)
+
+
+def _digitised_forward(
+    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters
+) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
+    parts = reading.multiplication.sums(inputs, digits)
+    integers = conversion_lib.fit_small_integers(reading.tiling, reading.spec)
+    slices = len(reading.conversions)
+
+    def keep(sums: Array) -> Array:
+        return conversion_lib.kept(reading.columns(sums), integers)
+
+    # Apart, because XLA would keep the numbers that these are made of instead.
+    kept = [[apart(keep, of_slice(part, index, slices)) for index in range(slices)] for part in parts]
+    return _read(reading, parts, of), (inputs, digits, codes, of, kept)
+
+
+def _digitised_backward(
+    reading: Reading, residuals: tuple[Any, ...], gradient: tuple[Array, Array | None]
+) -> tuple[Array, Array | None, Array | None, Parameters]:
+    inputs, digits, codes, of, kept = residuals
+    of_total, of_references = gradient
+    places = _places(of.step.shape[0], len(kept))
+    of_sums, to_parameters = [], []
+    for of_part, place, slices in zip(_of_parts(reading, of, len(kept)), places, kept, strict=True):
+        to_slices, added = [], None
+        for conversion, count, psums in zip(reading.conversions, reading.counts, slices, strict=True):
+            to_psums, to_part = conversion_lib.gradients(conversion, psums, _counting(of_part, count), of_total)
+            to_slices.append(to_psums)
+            to_part = _counting(to_part, count)
+            added = to_part if added is None else jax.tree.map(jnp.add, added, to_part)
+        to_psums = to_slices[0] if len(to_slices) == 1 else jnp.concatenate(to_slices)
+        of_sums.append(reading.together(to_psums, None if of_references is None else of_references[..., place]))
+        to_parameters.append(jax.tree.map(lambda values: values.reshape(-1, reading.planes), added))
+    to_inputs, to_digits, to_codes = reading.multiplication.gradients(inputs, digits, codes, tuple(of_sums))
+    return to_inputs, to_digits, to_codes, jax.tree.map(lambda *values: jnp.concatenate(values), *to_parameters)
+
+
+_digitised.defvjp(_digitised_forward, _digitised_backward)
