@@ -188,9 +188,7 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
     return lsq.quantize(tiled, step, spec.weight.code_range)
 
 
-def store(
-    kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None
-) -> tuple[Array, Array]:
+def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> tuple[Array, Array]:
     """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
 
     Returns:

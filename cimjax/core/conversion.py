@@ -25,7 +25,7 @@ _SMALL_INTEGERS = 2**15 - 1
 # Sums of at most so many columns are written out.
 _UNROLLED = 8
 # Parts of a batch that are added up before sums over positions.
-_PARTS = 4
+_PARTS = 8
 
 
 class Conversion(NamedTuple):
@@ -78,8 +78,9 @@ def converted(conversion: Conversion, psums: Array, of: Parameters) -> Array:
     Returns:
       (..., O) float32.
     """
-    _, codes = _in_codes(conversion, psums, of)
-    return over_columns(lsq.dequantize(codes, of.step, of.offset) * of.weight, conversion.features)
+    # `s w p + z w`, of which the second part is the same at all positions.
+    total = over_columns(_codes(conversion, psums, of) * (of.step * of.weight), conversion.features)
+    return total if of.offset is None else total + over_columns(of.offset * of.weight, conversion.features)
 
 
 def kept(psums: Array, integers: bool) -> Array:
@@ -98,12 +99,15 @@ def fit_small_integers(tiling: Tiling, spec: CIMSpec) -> bool:
     return spec.variation is None and tiling.largest_psum(spec) <= _SMALL_INTEGERS
 
 
-def gradients(conversion: Conversion, kept: Array, of: Parameters, gradient: Array) -> tuple[Array, Parameters]:
+def gradients(
+    conversion: Conversion, kept: Array, of: Parameters, gradient: Array, known: Array
+) -> tuple[Array, Parameters]:
     """Gradients of `converted` to partial sums and parameters.
 
     Args:
       kept: partial sums, (..., r K O), as float32 or small integers.
       gradient: of the result, (..., O) float32.
+      known: for `schedule.apart`.
     """
     bounds, count = conversion.bounds(kept.shape[-1]), kept.shape[-1] // conversion.features
     of_columns = jnp.concatenate([gradient] * count, axis=-1)
@@ -112,9 +116,9 @@ def gradients(conversion: Conversion, kept: Array, of: Parameters, gradient: Arr
         u = lsq.in_steps(kept.astype(jnp.float32), of.step, of.offset)
         return jnp.where(lsq.passes_gradient(u, bounds, conversion.margin), of_columns * of.weight, 0.0)
 
-    to_psums = apart(passed, of_columns, kept, of)
+    to_psums = apart(passed, of_columns, kept, of, known=known, like=of_columns)
     psums = kept.astype(jnp.float32)
-    of_codes = _over_positions(of_columns * _in_codes(conversion, psums, of)[1])
+    of_codes = _over_positions(of_columns * _codes(conversion, psums, of))
     # To a step in all `p - u` inside the ladder and `p` outside; `u` comes from what has passed already.
     of_u = _over_positions(to_psums * (psums if of.offset is None else psums - of.offset)) / of.step
     # A sign has no `u` in its gradient.
@@ -126,9 +130,9 @@ def gradients(conversion: Conversion, kept: Array, of: Parameters, gradient: Arr
     return to_psums, Parameters(to_step, to_offset, of.step * of_codes + of.offset * of_all)
 
 
-def _in_codes(conversion: Conversion, psums: Array, of: Parameters) -> tuple[Array, Array]:
+def _codes(conversion: Conversion, psums: Array, of: Parameters) -> Array:
     u = lsq.in_steps(psums, of.step, of.offset)
-    return u, lsq.round_to_codes(u, psums, of.offset, conversion.bounds(psums.shape[-1]), half_up=True)
+    return lsq.round_to_codes(u, psums, of.offset, conversion.bounds(psums.shape[-1]), half_up=True)
 
 
 class Gradients(NamedTuple):

@@ -80,7 +80,7 @@ def _widening_backward(window: Window, kept: tuple[Array, Array], gradient: Arra
             places = [given[..., place, :] for place in range(given.shape[-2])]
             return jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)[0]
 
-        to_inputs = apart(add, given)
+        to_inputs = apart(add, given, known=kernel)
     else:
         (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
     (to_kernel,) = jax.linear_transpose(lambda k: _convolve(window, 1, inputs, k), kernel)(gradient)

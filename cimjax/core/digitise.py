@@ -47,16 +47,20 @@ def digitised(
     conversions = tuple(Conversion.of(index, tiling, spec) for index in range(len(spec.activation.slices)))
     counts = tuple(float(part.significance) for part in spec.activation.slices)
     tiles = InTurn(tiles_of(inputs, columns, tiling, window, spec))
-    total, references, first = jnp.float32(0), [], 0
-    for tile in tiles:
-        groups = slice(first, first + tile.groups)
-        first = groups.stop
+    total, references = jnp.float32(0), []
+    for tile, of in zip(tiles, _of_tiles(scales, len(tiles)), strict=True):
         reading = Reading(Multiplication.of(tile, tiling, spec), conversions, counts, spec, tiling)
-        of = Parameters(*(None if values is None else values[groups] for values in scales))
-        y, reference = _digitised(reading, tile.inputs, tile.columns.digits, tile.columns.codes, of)
+        y, reference = _digitised(reading, tile.inputs, tile.columns.digits, tile.columns.codes, of, scales.weight)
         total = total + tiles.after(y)
         references.append(reference)
     return total, None if references[0] is None else jnp.concatenate(references, axis=-1)
+
+
+def _of_tiles(scales: Scales, tiles: int) -> list[Parameters]:
+    """The scales of each of so many tiles; tiles have as many read groups, (R, K O)."""
+    # Not slices: their gradients would each be padded to all groups and added up.
+    split = [[None] * tiles if values is None else jnp.split(values, tiles) for values in scales]
+    return [Parameters(*of) for of in zip(*split, strict=True)]
 
 
 class Reading(NamedTuple):
@@ -104,9 +108,9 @@ class Reading(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _digitised(
-    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters
+    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters, known: Array
 ) -> tuple[Array, Array | None]:
-    del codes
+    del codes, known
     return _read(reading, reading.multiplication.sums(inputs, digits), of)
 
 
@@ -122,15 +126,8 @@ def _read(reading: Reading, parts: tuple[Array, ...], of: Parameters) -> tuple[A
 
 def _of_parts(reading: Reading, of: Parameters, parts: int) -> list[Parameters]:
     """Parameters (R, K O) as those of each part, (r K O,)."""
-    return [
-        Parameters(*(None if values is None else values[place].reshape(-1) for values in of))
-        for place in _places(of.step.shape[0], parts)
-    ]
-
-
-def _places(groups: int, parts: int) -> list[slice]:
-    each = groups // parts
-    return [slice(part * each, (part + 1) * each) for part in range(parts)]
+    split = [[None] * parts if values is None else values.reshape(parts, -1) for values in of]
+    return [Parameters(*of_part) for of_part in zip(*split, strict=True)]
 
 
 def _counting(of: Parameters, count: float) -> Parameters:
@@ -138,7 +135,7 @@ def _counting(of: Parameters, count: float) -> Parameters:
 
 
 def _digitised_forward(
-    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters
+    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters, known: Array
 ) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
     parts = reading.multiplication.sums(inputs, digits)
     integers = conversion_lib.fit_small_integers(reading.tiling, reading.spec)
@@ -148,29 +145,30 @@ def _digitised_forward(
         return conversion_lib.kept(reading.columns(sums), integers)
 
     # Apart, because XLA would keep the numbers that these are made of instead.
-    kept = [[apart(keep, of_slice(part, index, slices)) for index in range(slices)] for part in parts]
-    return _read(reading, parts, of), (inputs, digits, codes, of, kept)
+    kept = [[apart(keep, of_slice(part, index, slices), known=known) for index in range(slices)] for part in parts]
+    return _read(reading, parts, of), (inputs, digits, codes, of, kept, known)
 
 
 def _digitised_backward(
     reading: Reading, residuals: tuple[Any, ...], gradient: tuple[Array, Array | None]
-) -> tuple[Array, Array | None, Array | None, Parameters]:
-    inputs, digits, codes, of, kept = residuals
+) -> tuple[Array, Array | None, Array | None, Parameters, None]:
+    inputs, digits, codes, of, kept, known = residuals
     of_total, of_references = gradient
-    places = _places(of.step.shape[0], len(kept))
+    references = [None] * len(kept) if of_references is None else jnp.split(of_references, len(kept), axis=-1)
     of_sums, to_parameters = [], []
-    for of_part, place, slices in zip(_of_parts(reading, of, len(kept)), places, kept, strict=True):
+    for of_part, of_reference, slices in zip(_of_parts(reading, of, len(kept)), references, kept, strict=True):
         to_slices, added = [], None
         for conversion, count, psums in zip(reading.conversions, reading.counts, slices, strict=True):
-            to_psums, to_part = conversion_lib.gradients(conversion, psums, _counting(of_part, count), of_total)
+            to_psums, to_part = conversion_lib.gradients(conversion, psums, _counting(of_part, count), of_total, known)
             to_slices.append(to_psums)
             to_part = _counting(to_part, count)
             added = to_part if added is None else jax.tree.map(jnp.add, added, to_part)
         to_psums = to_slices[0] if len(to_slices) == 1 else jnp.concatenate(to_slices)
-        of_sums.append(reading.together(to_psums, None if of_references is None else of_references[..., place]))
+        of_sums.append(reading.together(to_psums, of_reference))
         to_parameters.append(jax.tree.map(lambda values: values.reshape(-1, reading.planes), added))
     to_inputs, to_digits, to_codes = reading.multiplication.gradients(inputs, digits, codes, tuple(of_sums))
-    return to_inputs, to_digits, to_codes, jax.tree.map(lambda *values: jnp.concatenate(values), *to_parameters)
+    added_up = jax.tree.map(lambda *values: jnp.concatenate(values), *to_parameters)
+    return to_inputs, to_digits, to_codes, added_up, None
 
 
 _digitised.defvjp(_digitised_forward, _digitised_backward)

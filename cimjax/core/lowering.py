@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -47,10 +47,16 @@ class Columns(NamedTuple):
     codes: Array | None = None
     shares: tuple[tuple[float, ...], ...] | None = None
 
-    def of_group(self, group: int, channels: int) -> Columns:
-        """Those of one read group, and of its first `channels` channels."""
-        place = (..., slice(group, group + 1), slice(channels), slice(None))
-        return self._replace(digits=self.digits[place], codes=None if self.codes is None else self.codes[place])
+    def by_group(self, channels: Sequence[int]) -> list[Columns]:
+        """Those of every read group, and of its first so many channels."""
+
+        def split(values: Array) -> list[Array]:
+            # Not slices: their gradients would each be padded to all groups and added up.
+            groups = jnp.split(values, len(channels), axis=-3)
+            return [group[..., :count, :] for group, count in zip(groups, channels, strict=True)]
+
+        codes = [None] * len(channels) if self.codes is None else split(self.codes)
+        return [Columns(*both, self.shares) for both in zip(split(self.digits), codes, strict=True)]
 
 
 class Tile(NamedTuple):
@@ -59,11 +65,6 @@ class Tile(NamedTuple):
     inputs: Array
     columns: Columns
     product: Product
-
-    @property
-    def groups(self) -> int:
-        """How many read groups there are."""
-        return int(self.columns.digits.shape[-3])
 
 
 class ArrayProduct(Protocol):
@@ -110,10 +111,8 @@ def conv_per_tile(inputs: Array, columns: Columns, tiling: Tiling, window: Windo
     def product(inputs: Array, digits: Array) -> tuple[Array, ...]:
         return (convolve(inputs, digits[..., 0, :, :], window),)
 
-    return [
-        Tile(share, columns.of_group(group, len(channels)), product)
-        for group, (share, channels) in enumerate(zip(shares, driven, strict=True))
-    ]
+    groups = columns.by_group([len(channels) for channels in driven])
+    return [Tile(share, group, product) for share, group in zip(shares, groups, strict=True)]
 
 
 def patches(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]:
@@ -171,6 +170,9 @@ class InTurn:
     def __init__(self, tiles: list[Tile]):
         self._tiles, self._number = tiles, None
 
+    def __len__(self) -> int:
+        return len(self._tiles)
+
     def __iter__(self) -> Iterator[Tile]:
         for tile in self._tiles:
             if self._number is not None:
@@ -217,12 +219,12 @@ class Multiplication(NamedTuple):
     def gradients(
         self, inputs: Array, digits: Array, codes: Array | None, of_sums: tuple[Array, ...]
     ) -> tuple[Array, Array | None, Array | None]:
-        """Those to inputs, and to digits or codes, of gradients to the sums of all columns."""
+        """Gradients to inputs, and to codes or else to digits, of those to the sums of all columns."""
         (to_inputs,) = jax.vjp(lambda inputs: self.product(inputs, digits), inputs)[1](of_sums)
         if codes is None:
             (to_digits,) = jax.vjp(lambda digits: self.product(inputs, digits), digits)[1](of_sums)
             return to_inputs, to_digits, None
-        shared = tuple(apart(self._shared, part) for part in of_sums)
+        shared = tuple(apart(self._shared, part, known=digits) for part in of_sums)
         (to_codes,) = jax.vjp(lambda codes: self.product(inputs, codes), codes)[1](shared)
         return to_inputs, None, to_codes
 

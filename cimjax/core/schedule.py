@@ -57,20 +57,21 @@ def in_turn(x: Array, number: Array) -> Array:
 in_turn.defvjp(lambda x, number: (in_turn(x, number), None), lambda _, gradient: (gradient, _zero(gradient)))
 
 
-def apart(function: Callable[..., Array], *operands: Any) -> Array:
+def apart(function: Callable[..., Array], *operands: Any, known: Array, like: Array | None = None) -> Array:
     """`function(*operands)`, computed by itself and written to memory (on CPU), whatever reads it.
 
     Args:
-      function: of arrays only; not differentiated through here.
-      operands: the first has elements.
+      function: of arrays; not differentiated through here.
+      known: any real array that exists by then, preferably the same for several calls.
+      like: something of the result's shape and dtype, if there is such: it spares compilation.
     """
-    if jax.default_backend() != "cpu" or not operands[0].size:
+    if jax.default_backend() != "cpu" or not known.size:
         return function(*operands)
-    result = jax.eval_shape(function, *operands)
+    if like is None:
+        result = jax.eval_shape(function, *operands)
+        like = jnp.zeros(result.shape, result.dtype)
     # A branch is a program of its own. No compiler knows which is taken: the other one never is.
-    return lax.cond(
-        _zero(operands[0]) > 0, lambda *_: jnp.zeros(result.shape, result.dtype), lambda *x: function(*x), *operands
-    )
+    return lax.cond(_zero(known) > 0, lambda like, *_: like, lambda _, *x: function(*x), like, *operands)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
