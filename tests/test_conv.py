@@ -116,6 +116,7 @@ def test_gradients_of_tiles_in_turn_equal_the_oracle(case: Case, monkeypatch: py
     """As for many tiles."""
     turns = []
     monkeypatch.setattr(lowering, "MANY_TILES", 2)
+    monkeypatch.setattr(lowering, "LARGE", 0)
     monkeypatch.setattr(lowering, "in_turn", lambda *args: turns.append(1) or in_turn(*args))
     assert_equals_oracle(changed(case, lowering=Lowering.CONV_PER_TILE))
     assert len(turns) == tile(case.kernel_shape, case.spec).groups - 1 > 1

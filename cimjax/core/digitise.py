@@ -15,12 +15,12 @@ from jax import Array
 
 from cimjax.core import conversion as conversion_lib
 from cimjax.core.conversion import Conversion, Parameters
-from cimjax.core.lowering import Columns, InTurn, Multiplication, tiles_of
+from cimjax.core.lowering import Columns, Multiplication, Tiles
 from cimjax.core.readout import Scales, of_slice, whole
-from cimjax.core.schedule import apart
+from cimjax.core.schedule import after, apart
 from cimjax.core.tiling import Tiling
 from cimjax.core.window import Window
-from cimjax.spec import CIMSpec
+from cimjax.spec import CIMSpec, Residuals
 
 
 def digitised(
@@ -46,14 +46,17 @@ def digitised(
     """
     conversions = tuple(Conversion.of(index, tiling, spec) for index in range(len(spec.activation.slices)))
     counts = tuple(float(part.significance) for part in spec.activation.slices)
-    tiles = InTurn(tiles_of(inputs, columns, tiling, window, spec))
-    total, references = jnp.float32(0), []
+    tiles = Tiles(inputs, columns, tiling, window, spec)
+    total: Array | None = None
+    references = list[Array]()
     for tile, of in zip(tiles, _of_tiles(scales, len(tiles)), strict=True):
-        reading = Reading(Multiplication.of(tile, tiling, spec), conversions, counts, spec, tiling)
-        y, reference = _digitised(reading, tile.inputs, tile.columns.digits, tile.columns.codes, of, scales.weight)
-        total = total + tiles.after(y)
-        references.append(reference)
-    return total, None if references[0] is None else jnp.concatenate(references, axis=-1)
+        reading = Reading(Multiplication.of(tile, tiling, spec), conversions, counts, spec, tiling, tiles.many)
+        digits, codes = tile.columns.digits, tile.columns.codes
+        total, reference = _digitised(reading, total, tile.inputs, digits, codes, of, scales.weight)
+        total = tiles.after(total)
+        references += [] if reference is None else [reference]
+    assert total is not None
+    return total, jnp.concatenate(references, axis=-1) if references else None
 
 
 def _of_tiles(scales: Scales, tiles: int) -> list[Parameters]:
@@ -67,6 +70,7 @@ class Reading(NamedTuple):
     """What is fixed about a tile.
 
     conversions, counts: of each slice, its ADCs and what it counts.
+    in_turn: whether it waits for the tile before, so that the partial sums of one tile at a time are held.
     """
 
     multiplication: Multiplication
@@ -74,6 +78,7 @@ class Reading(NamedTuple):
     counts: tuple[float, ...]
     spec: CIMSpec
     tiling: Tiling
+    in_turn: bool
 
     @property
     def planes(self) -> int:
@@ -108,20 +113,38 @@ class Reading(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _digitised(
-    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters, known: Array
+    reading: Reading,
+    before: Array | None,
+    inputs: Array,
+    digits: Array,
+    codes: Array | None,
+    of: Parameters,
+    known: Array,
 ) -> tuple[Array, Array | None]:
-    del codes, known
-    return _read(reading, reading.multiplication.sums(inputs, digits), of)
+    """`before`, what the tiles before add up to, and what this one adds; and the sums of its further columns."""
+    del codes
+    return _read(reading, before, _sums(reading, before, inputs, digits), of, known)
 
 
-def _read(reading: Reading, parts: tuple[Array, ...], of: Parameters) -> tuple[Array, Array | None]:
-    total = jnp.float32(0)
-    for part, of_part in zip(parts, _of_parts(reading, of, len(parts)), strict=True):
-        for index, conversion in enumerate(reading.conversions):
-            psums = reading.columns(of_slice(part, index, len(reading.conversions)))
-            total = total + conversion_lib.converted(conversion, psums, _counting(of_part, reading.counts[index]))
-    references = [reading.reference(part) for part in parts]
-    return total, None if references[0] is None else jnp.concatenate(references, axis=-1)
+def _sums(reading: Reading, before: Array | None, inputs: Array, digits: Array) -> tuple[Array, ...]:
+    waiting = inputs if before is None or not reading.in_turn else after(inputs, before)
+    return reading.multiplication.sums(waiting, digits)
+
+
+def _read(
+    reading: Reading, before: Array | None, parts: tuple[Array, ...], of: Parameters, known: Array
+) -> tuple[Array, Array | None]:
+    def add(before: Array | None, parts: tuple[Array, ...], of: Parameters) -> Array:
+        total = jnp.float32(0) if before is None else before
+        for part, of_part in zip(parts, _of_parts(reading, of, len(parts)), strict=True):
+            for index, conversion in enumerate(reading.conversions):
+                psums = reading.columns(of_slice(part, index, len(reading.conversions)))
+                total = total + conversion_lib.converted(conversion, psums, _counting(of_part, reading.counts[index]))
+        return total
+
+    total = apart(add, before, parts, of, known=known, like=before) if reading.in_turn else add(before, parts, of)
+    references = [sums for part in parts if (sums := reading.reference(part)) is not None]
+    return total, jnp.concatenate(references, axis=-1) if references else None
 
 
 def _of_parts(reading: Reading, of: Parameters, parts: int) -> list[Parameters]:
@@ -135,9 +158,22 @@ def _counting(of: Parameters, count: float) -> Parameters:
 
 
 def _digitised_forward(
-    reading: Reading, inputs: Array, digits: Array, codes: Array | None, of: Parameters, known: Array
+    reading: Reading,
+    before: Array | None,
+    inputs: Array,
+    digits: Array,
+    codes: Array | None,
+    of: Parameters,
+    known: Array,
 ) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
-    parts = reading.multiplication.sums(inputs, digits)
+    parts = _sums(reading, before, inputs, digits)
+    kept = None if reading.spec.residuals == Residuals.INPUTS else _kept(reading, parts, known)
+    residuals = (before is not None, inputs, digits, codes, of, kept, known)
+    return _read(reading, before, parts, of, known), residuals
+
+
+def _kept(reading: Reading, parts: tuple[Array, ...], known: Array) -> list[list[Array]]:
+    """The planes' partial sums of every part and slice, as they are kept for the backward pass."""
     integers = conversion_lib.fit_small_integers(reading.tiling, reading.spec)
     slices = len(reading.conversions)
 
@@ -145,15 +181,17 @@ def _digitised_forward(
         return conversion_lib.kept(reading.columns(sums), integers)
 
     # Apart, because XLA would keep the numbers that these are made of instead.
-    kept = [[apart(keep, of_slice(part, index, slices), known=known) for index in range(slices)] for part in parts]
-    return _read(reading, parts, of), (inputs, digits, codes, of, kept, known)
+    return [[apart(keep, of_slice(part, index, slices), known=known) for index in range(slices)] for part in parts]
 
 
 def _digitised_backward(
     reading: Reading, residuals: tuple[Any, ...], gradient: tuple[Array, Array | None]
-) -> tuple[Array, Array | None, Array | None, Parameters, None]:
-    inputs, digits, codes, of, kept, known = residuals
+) -> tuple[Array | None, Array, Array | None, Array | None, Parameters, None]:
+    follows, inputs, digits, codes, of, kept, known = residuals
     of_total, of_references = gradient
+    if kept is None:
+        # Otherwise all partial sums would be computed early, and held.
+        kept = _kept(reading, reading.multiplication.sums(after(inputs, of_total), digits), known)
     references = [None] * len(kept) if of_references is None else jnp.split(of_references, len(kept), axis=-1)
     of_sums, to_parameters = [], []
     for of_part, of_reference, slices in zip(_of_parts(reading, of, len(kept)), references, kept, strict=True):
@@ -168,7 +206,7 @@ def _digitised_backward(
         to_parameters.append(jax.tree.map(lambda values: values.reshape(-1, reading.planes), added))
     to_inputs, to_digits, to_codes = reading.multiplication.gradients(inputs, digits, codes, tuple(of_sums))
     added_up = jax.tree.map(lambda *values: jnp.concatenate(values), *to_parameters)
-    return to_inputs, to_digits, to_codes, added_up, None
+    return of_total if follows else None, to_inputs, to_digits, to_codes, added_up, None
 
 
 _digitised.defvjp(_digitised_forward, _digitised_backward)

@@ -21,12 +21,13 @@ from jax.typing import DTypeLike
 from cimjax.core.convolution import convolve, sum_type
 from cimjax.core.schedule import apart, in_turn, turn
 from cimjax.core.tiling import Tiling, tile_inputs
-from cimjax.core.window import Window, shifted
+from cimjax.core.window import Window, positions, shifted
 from cimjax.spec import CIMSpec, Lowering, Operands
 
-# From so many products on their gradients are computed one after the other: on CPU XLA would hold all of them at
-# a time. With fewer it costs a twentieth of a step's time, and gains little memory; see `docs/speed.md`.
+# With so many products of one layer, and partial sums of at least so many bytes, products are computed one after the
+# other: on CPU XLA would hold the sums of all of them at a time. That takes a tenth longer; see `docs/speed.md`.
 MANY_TILES = 8
+LARGE = 2**26
 
 # The sums of columns of inputs and digits (kh, kw, r, c, m), linear in both, for any `m`: in parts, each
 # (B, OH, OW, r' m) float32 for `r'` successive read groups of the `r`; exact while they stay below 2^24.
@@ -120,15 +121,15 @@ def patches(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> 
 
     def product(seen: Array, digits: Array) -> tuple[Array, ...]:
         groups, channels, count = digits.shape[-3:]
-        *positions, area, _ = seen.shape
+        *places, area, _ = seen.shape
         sums = lax.dot_general(
-            seen.reshape(math.prod(positions), area, groups, channels),
+            seen.reshape(math.prod(places), area, groups, channels),
             digits.reshape(area, groups, channels, count),
             (((1, 3), (0, 2)), ((2,), (1,))),
             precision=lax.Precision.HIGHEST,
             preferred_element_type=sum_type(seen.dtype),
         ).astype(jnp.float32)
-        return tuple(part.reshape(*positions, count) for part in sums)
+        return tuple(part.reshape(*places, count) for part in sums)
 
     seen = jnp.stack(shifted(tile_inputs(inputs, tiling), tiling.kernel_size, window), axis=-2)
     return [Tile(seen, columns, product)]
@@ -159,16 +160,14 @@ def choose_operands(spec: CIMSpec) -> Operands:
     return Operands.BFLOAT16 if cheap else Operands.FLOAT32
 
 
-def tiles_of(inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec) -> list[Tile]:
-    """The products of the lowering that a specification names."""
-    return choose(spec.lowering)(inputs, columns, tiling, window)
+class Tiles:
+    """The products of the lowering that a specification names; their gradients take turns where they are many."""
 
-
-class InTurn:
-    """Tiles whose gradients are computed one after the other where they are many."""
-
-    def __init__(self, tiles: list[Tile]):
-        self._tiles, self._number = tiles, None
+    def __init__(self, inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec):
+        self._tiles = choose(spec.lowering)(inputs, columns, tiling, window)
+        sums = inputs.shape[0] * positions(inputs.shape[1:-1], tiling.kernel_size, window) * tiling.groups
+        self.many = len(self._tiles) >= MANY_TILES and 4 * sums * columns.digits.shape[-1] >= LARGE
+        self._number: Array | None = None
 
     def __len__(self) -> int:
         return len(self._tiles)
@@ -186,7 +185,7 @@ class InTurn:
 
     def after(self, result: Array) -> Array:
         """A tile's result, unchanged: its gradient waits for those of the tiles after it."""
-        if len(self._tiles) < MANY_TILES:
+        if not self.many:
             return result
         result, self._number = turn(result)
         return result
@@ -249,7 +248,7 @@ def array_product(inputs: Array, columns: Columns, tiling: Tiling, window: Windo
     Returns:
       In parts, each (B, OH, OW, r M) float32 for `r` successive read groups; differentiable in inputs and columns.
     """
-    tiles = InTurn(tiles_of(inputs, columns, tiling, window, spec))
+    tiles = Tiles(inputs, columns, tiling, window, spec)
     parts: list[Array] = []
     for tile in tiles:
         sums = _multiplied(Multiplication.of(tile, tiling, spec), tile.inputs, tile.columns.digits, tile.columns.codes)
