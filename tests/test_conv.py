@@ -203,5 +203,30 @@ def test_recomputation_takes_less_memory() -> None:
     assert temporary(Residuals.INPUTS) < 0.6 * temporary(Residuals.PSUMS)
 
 
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere tiles take no turns")
+def test_memory_grows_with_tiles_by_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In XLA's own account: by 16 bits for each partial sum, and by nothing where these are computed again."""
+    monkeypatch.setattr(lowering, "LARGE", 0)
+    monkeypatch.setattr(lowering, "MANY_TILES", 3)
+    x, kernel = jnp.ones((32, 8, 8, 48)), jnp.ones((3, 3, 48, 64))
+    steps = steps_lib.Steps(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
+
+    def temporary(tiles: int, residuals: Residuals) -> int:
+        layer = spec(weight={"bits": 2, "cell_bits": 1}, array={"rows": 9 * 48 // tiles, "columns": 128})
+        layer = dataclasses.replace(layer, residuals=residuals)
+
+        def loss(x: Any, kernel: Any, steps: Any) -> Any:
+            return jnp.sum(jnp.square(conv.cim_conv(x, kernel, steps, layer)))
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=compiler_options())
+        return compiled.lower(x, kernel, steps).compile().memory_analysis().temp_size_in_bytes
+
+    sums_of_a_tile = 32 * 8 * 8 * 2 * 64
+    for residuals, each in ((Residuals.PSUMS, 2), (Residuals.INPUTS, 0)):
+        growth = temporary(6, residuals) - temporary(3, residuals)
+        assert growth <= 3 * sums_of_a_tile * (each + 0.5), residuals
+
+
 def test_a_lowering_can_be_forced() -> None:
     assert {choose(name) for name in LOWERINGS} == set(LOWERINGS.values())

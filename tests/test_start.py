@@ -94,6 +94,27 @@ def test_with_an_offset_every_code_is_used_on_one_sided_psums() -> None:
         assert codes.tolist() == list(range(8)), name
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("window")][::2], ids=lambda case: case.name
+)
+def test_the_positions_looked_at_have_the_partial_sums_that_all_have(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are computed alone, from what the kernel meets there."""
+    monkeypatch.setattr(start, "SAMPLES", 7)
+    x, kernel, steps = draw(case)
+    tiling = tile(case.kernel_shape, case.spec)
+    window = window_lib.resolve(case.x_shape[1:3], case.kernel_shape[:2], **case.window)
+    inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
+    every = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiling, window, case.spec)
+    sampled, window = start._sampled_inputs(inputs, tiling, window)
+    assert sampled.codes.shape[0] == 7 < every.columns.shape[1]
+    some = conv.partial_sums(sampled, jnp.asarray(kernel), steps, tiling, window, case.spec)
+    np.testing.assert_array_equal(some.columns, start._sampled(every.columns))
+    if every.reference is not None:
+        np.testing.assert_array_equal(some.reference, start._sampled(every.reference))
+
+
 @pytest.mark.parametrize("granularity", ["layer", "array", "column"])
 @pytest.mark.parametrize("offset", [False, True])
 def test_every_group_is_fitted_on_its_own_psums_by_weight(granularity: str, offset: bool) -> None:

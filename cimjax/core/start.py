@@ -32,7 +32,7 @@ from cimjax.core.steps import (
     sum_over_groups,
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
-from cimjax.core.window import Window
+from cimjax.core.window import Window, positions, seen_at, without_padding
 from cimjax.planes import CodeRange
 from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepStart
 
@@ -80,6 +80,7 @@ def calibrated(
     units = offset_units(tiling, spec)
     steps = real_steps(stored, gradient_factors(tiling, spec, 1, 1), units, spec)
     inputs = conv.quantize_activation(x, steps.activation, spec.activation)
+    inputs, window = _sampled_inputs(inputs, tiling, window)
     psums = conv.partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
     step, offset = psum_steps(psums.columns, steps, tiling, spec)
     psum, zeta = stored_adc_steps(step, offset, units.offset, spec)
@@ -208,9 +209,20 @@ def reference_steps(sums: Array, spec: CIMSpec) -> tuple[Array, Array | None]:
     return fit(values, weight, ranges_of_reference(spec), same, spec)
 
 
+def _sampled_inputs(inputs: Codes, tiling: Tiling, window: Window) -> tuple[Codes, Window]:
+    """What drives the rows at the positions that `_sampled` would choose, and how the kernel meets it."""
+    codes = inputs.codes
+    count = codes.shape[0] * positions(codes.shape[1:-1], tiling.kernel_size, window)
+    if count <= SAMPLES:
+        return inputs, window
+    seen = seen_at(codes, _chosen(count), tiling.kernel_size, window)
+    return Codes(seen, inputs.step, inputs.spec), without_padding(len(tiling.kernel_size))
+
+
 def _sampled(values: Array) -> Array:
     """At most `SAMPLES` positions, spread over images and pixels: (T, M, *columns) -> (T, S, *columns)."""
-    if values.shape[1] <= SAMPLES:
-        return values
-    chosen = np.sort(np.random.default_rng(0).permutation(values.shape[1])[:SAMPLES])
-    return jnp.take(values, chosen, axis=1)
+    return values if values.shape[1] <= SAMPLES else jnp.take(values, _chosen(values.shape[1]), axis=1)
+
+
+def _chosen(count: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(count)[:SAMPLES])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 # What `flax.linen.Conv` accepts for strides and dilations, and for padding.
@@ -99,6 +100,30 @@ def shifted(x: Array, kernel_size: tuple[int, ...], window: Window) -> list[Arra
         last = [start + span for start, span in zip(first, spans, strict=True)]
         parts.append(lax.slice(padded, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *window.strides, 1)))
     return parts
+
+
+def seen_at(x: Array, places: np.ndarray, kernel_size: tuple[int, ...], window: Window) -> Array:
+    """What a kernel meets at some output positions: (S, kh, kw, C), to be convolved by `without_padding`.
+
+    Args:
+      x: (N, H, W, C).
+      places: (S,) int, positions in `N OH OW`.
+    """
+    edges = [(low, high, gap - 1) for (low, high), gap in zip(window.padding, window.input_dilation, strict=True)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    image, *corner = np.unravel_index(places, (x.shape[0], *output_size(x.shape[1:-1], kernel_size, window)))
+    axes = len(kernel_size)
+    index = [image.reshape(-1, *[1] * axes)]
+    for axis, size in enumerate(kernel_size):
+        inside = np.arange(size).reshape(*[1] * (axis + 1), -1, *[1] * (axes - axis - 1))
+        first = (corner[axis] * window.strides[axis]).reshape(-1, *[1] * axes)
+        index.append(first + inside * window.kernel_dilation[axis])
+    return padded[tuple(index)]
+
+
+def without_padding(axes: int) -> Window:
+    """A kernel that stands still on an input of its own size."""
+    return Window((1,) * axes, ((0, 0),) * axes, (1,) * axes, (1,) * axes)
 
 
 def positions(input_size: tuple[int, ...], kernel_size: tuple[int, ...], window: Window) -> int:
