@@ -188,21 +188,24 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
     return lsq.quantize(tiled, step, spec.weight.code_range)
 
 
-def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> tuple[Array, Array]:
+def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
     """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
 
     Returns:
-      (K, kh, kw, R, c, O) float32, and the codes that they are made of, as `quantize_weight` gives them.
+      (K, kh, kw, R, c, O) float32.
 
     Raises:
       ValueError: with `spec.variation` and no `key`.
     """
-    codes = quantize_weight(kernel, step, tiling, spec)
+    return _stored_digits(quantize_weight(kernel, step, tiling, spec), tiling, spec, key)
+
+
+def _stored_digits(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | None) -> Array:
     # Undriven or foreign rows hold digit 0, which is not code 0 in every encoding.
     digits = jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)
-    if spec.variation is not None:
-        digits = variation.vary(digits, _required(key), tiling, spec.variation)
-    return digits, codes
+    if spec.variation is None:
+        return digits
+    return variation.vary(digits, _required(key), tiling, spec.variation)
 
 
 def partial_sums(
@@ -303,8 +306,8 @@ def _stored_columns(
     kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
 ) -> tuple[Columns, Array | None]:
     """What the columns of every read group hold, and its dummy column (kh, kw, R, c, 1), if it has one."""
-    digits, codes = store(kernel, steps.weight, tiling, spec, variation_key)
-    columns = Columns(_by_column(digits))
+    codes = quantize_weight(kernel, steps.weight, tiling, spec)
+    columns = Columns(_by_column(_stored_digits(codes, tiling, spec, variation_key)))
     if spec.variation is None and not spec.weight.step_per_plane:
         stored = jnp.where(tiling.stored[..., None], encoding.of_sign(codes, spec.weight), 0)
         columns = columns._replace(codes=_by_column(stored), shares=encoding.shares(spec.weight))
