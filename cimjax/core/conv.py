@@ -1,7 +1,7 @@
 """The array layer: a convolution (or matrix product) as the memory arrays and their ADCs compute it.
 
-`cim_conv` and `cim_dense` run the numbered steps of the computation, each one function: quantize the activation,
-quantize and encode the weight, multiply in the arrays, convert by ADC, dequantize and add.
+`cim_conv` and `cim_dense` run the steps of the computation: quantize the activation, quantize and encode the weight,
+then, in one function (`cimjax.core.digitise`), multiply in the arrays, convert by ADC, dequantize and add.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def cim_dense(
     """
     inputs = quantize_activation(x, steps.activation, spec.activation)
     leading = inputs.codes.shape[:-1]
-    flat = Codes(inputs.codes.reshape(math.prod(leading), -1), inputs.step, inputs.spec)
+    flat = Codes(inputs.codes.reshape(math.prod(leading), inputs.codes.shape[-1]), inputs.step, inputs.spec)
     y = cim_conv(flat, kernel, steps, spec, padding=(), variation_key=variation_key)
-    return y.reshape(*leading, -1)
+    return y.reshape(*leading, y.shape[-1])
 
 
 def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: ActivationSpec) -> Codes:
@@ -230,12 +230,13 @@ def partial_sums(
     parts = _product(inputs.codes, kernel, steps, tiling, window, spec, variation_key)
     slices, planes = len(spec.activation.slices), len(spec.weight.planes)
     columns = whole(jnp.concatenate([part.columns for part in parts], axis=-1), spec)
-    columns = columns.reshape(slices, -1, tiling.groups, planes, tiling.features)
+    count = math.prod(columns.shape[:-1]) // slices
+    columns = columns.reshape(slices, count, tiling.groups, planes, tiling.features)
     references = [part.reference for part in parts if part.reference is not None]
     if not references:
         return PartialSums(columns, None)
     reference = whole(jnp.concatenate(references, axis=-1), spec)
-    return PartialSums(columns, reference.reshape(slices, -1, tiling.groups))
+    return PartialSums(columns, reference.reshape(slices, count, tiling.groups))
 
 
 def _digitised(
@@ -326,7 +327,7 @@ def _with_ones(columns: Columns, ones: Array | None) -> Columns:
 
 def _stacked(slices: Array) -> Array:
     """Slices (T, N, H, W, C) in the batch."""
-    return slices.reshape(-1, *slices.shape[2:])
+    return slices.reshape(slices.shape[0] * slices.shape[1], *slices.shape[2:])
 
 
 def _by_column(values: Array) -> Array:
@@ -337,8 +338,9 @@ def _by_column(values: Array) -> Array:
 
 def _split_reference(sums: Array, columns: int) -> Part:
     """Apart: the columns of each group, and its last one, which sums the inputs."""
-    by_group = sums.reshape(*sums.shape[:-1], -1, columns)
-    return Part(by_group[..., :-1].reshape(*sums.shape[:-1], -1), by_group[..., -1])
+    groups = sums.shape[-1] // columns
+    by_group = sums.reshape(*sums.shape[:-1], groups, columns)
+    return Part(by_group[..., :-1].reshape(*sums.shape[:-1], groups * (columns - 1)), by_group[..., -1])
 
 
 def _whole_product(

@@ -42,7 +42,7 @@ class Conversion(NamedTuple):
 
     @classmethod
     def of(cls, index: int, tiling: Tiling, spec: CIMSpec) -> Conversion:
-        """That of slice `index` by the ADCs of a specification that has some."""
+        """That of slice `index` by the ADCs of a specification."""
         return cls(spec.adc_ranges[index], tiling.features, spec.adc.gradient_margin if spec.adc else 0.0)
 
     def bounds(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -57,19 +57,26 @@ class Conversion(NamedTuple):
         return q_min.astype(np.float32), q_max.astype(np.float32), sign if sign.any() else None
 
 
-class Parameters(NamedTuple):
-    """What every column's ADC and its result are scaled by, (r K O,) float32.
+class Scales(NamedTuple):
+    """What every column's ADC and its result are scaled by, float32 of one shape: (R, K O) or, of a part, (r K O,).
 
-    step, offset: in psum units; the offset None where there is none.
-    weight: what a partial sum counts.
+    step: in psum units, > 0; None behind an ideal ADC.
+    offset: the partial sum of code 0; None where there is none.
+    weight: what a partial sum counts, `g_t f_k s_w`.
     """
 
-    step: Array
-    offset: Array | None
-    weight: Array
+    step: Any
+    offset: Any
+    weight: Any
+
+    def split(self, parts: int) -> list[Scales]:
+        """Those of each of so many successive parts with as many read groups each."""
+        # Not slices: their gradients would each be padded to all groups and added up.
+        each = [[None] * parts if values is None else jnp.split(values, parts) for values in self]
+        return [Scales(*of) for of in zip(*each, strict=True)]
 
 
-def converted(conversion: Conversion, psums: Array, of: Parameters) -> Array:
+def converted(conversion: Conversion, psums: Array, of: Scales) -> Array:
     """`sum over groups and planes of weight * P^`, where `P^ = s p + z`, `p = clip(floor((P - z) / s + 0.5), ...)`.
 
     Args:
@@ -83,10 +90,8 @@ def converted(conversion: Conversion, psums: Array, of: Parameters) -> Array:
     return total if of.offset is None else total + over_columns(of.offset * of.weight, conversion.features)
 
 
-def kept(psums: Array, integers: bool) -> Array:
-    """Partial sums as they are kept for `gradients`: as 16-bit integers if they are such."""
-    if not integers:
-        return psums
+def as_small_integers(psums: Array) -> Array:
+    """Partial sums that are integers as 16 bits each."""
     if jax.default_backend() != "cpu":
         return psums.astype(jnp.int16)
     # With 2^23 + 2^22 added, the last bits of a float32 number are the integer: much quicker than a conversion, which
@@ -99,69 +104,49 @@ def fit_small_integers(tiling: Tiling, spec: CIMSpec) -> bool:
     return spec.variation is None and tiling.largest_psum(spec) <= _SMALL_INTEGERS
 
 
-def gradients(
-    conversion: Conversion, kept: Array, of: Parameters, gradient: Array, known: Array
-) -> tuple[Array, Parameters]:
-    """Gradients of `converted` to partial sums and parameters.
+def gradients(conversion: Conversion, kept: Array, of: Scales, gradient: Array, known: Array) -> tuple[Array, Scales]:
+    """LSQ's gradients of `converted` to partial sums and scales (Esser et al. 2020, eq. 3, with an offset).
+
+    With `g` of the result at each column: to a partial sum `w g` inside the ladder; to a step `w g (p - u)` inside and
+    `w g p` outside; to an offset `w g` outside; to a weight `g P^`; the last three summed over positions. A sign has no
+    `u` in the gradient to its step.
 
     Args:
-      kept: partial sums, (..., r K O), as float32 or small integers.
-      gradient: of the result, (..., O) float32.
+      kept: partial sums (..., r K O), as float32 or small integers.
+      gradient: (..., O) float32.
       known: for `schedule.apart`.
+
+    Returns:
+      The gradient to partial sums, (..., r K O) float32, and those to scales, (r K O,).
     """
     bounds, count = conversion.bounds(kept.shape[-1]), kept.shape[-1] // conversion.features
     of_columns = jnp.concatenate([gradient] * count, axis=-1)
 
-    def passed(of_columns: Array, kept: Array, of: Parameters) -> Array:
+    def passed(of_columns: Array, kept: Array, of: Scales) -> Array:
         u = lsq.in_steps(kept.astype(jnp.float32), of.step, of.offset)
         return jnp.where(lsq.passes_gradient(u, bounds, conversion.margin), of_columns * of.weight, 0.0)
 
     to_psums = apart(passed, of_columns, kept, of, known=known, like=of_columns)
     psums = kept.astype(jnp.float32)
-    of_codes = _over_positions(of_columns * _codes(conversion, psums, of))
-    # To a step in all `p - u` inside the ladder and `p` outside; `u` comes from what has passed already.
-    of_u = _over_positions(to_psums * (psums if of.offset is None else psums - of.offset)) / of.step
-    # A sign has no `u` in its gradient.
-    to_step = of.weight * of_codes - (of_u if bounds[2] is None else jnp.where(bounds[2], 0.0, of_u))
+    from_offset = psums if of.offset is None else psums - of.offset
+    # Outside what has passed is 0, so that no huge `u` there needs to be selected away.
+    rest = to_psums * lsq.in_steps(psums, of.step, of.offset)
+    of_u = _over_positions(to_psums * from_offset) / of.step
+    if bounds[2] is not None:
+        rest, of_u = jnp.where(bounds[2], 0.0, rest), jnp.where(bounds[2], 0.0, of_u)
+    # Small terms are added up: the difference of the sums of codes and of `u` would lose what matters.
+    to_step = _over_positions(of_columns * (of.weight * _codes(conversion, psums, of)) - rest)
+    of_codes = (to_step + of_u) / of.weight
     if of.offset is None:
-        return to_psums, Parameters(to_step, None, of.step * of_codes)
+        return to_psums, Scales(to_step, None, of.step * of_codes)
+    to_offset = of.weight * _over_positions(jnp.where(to_psums == 0, of_columns, 0.0))
     of_all = jnp.concatenate([_over_positions(gradient)] * count)
-    to_offset = of.weight * of_all - _added(to_psums)
-    return to_psums, Parameters(to_step, to_offset, of.step * of_codes + of.offset * of_all)
+    return to_psums, Scales(to_step, to_offset, of.step * of_codes + of.offset * of_all)
 
 
-def _codes(conversion: Conversion, psums: Array, of: Parameters) -> Array:
+def _codes(conversion: Conversion, psums: Array, of: Scales) -> Array:
     u = lsq.in_steps(psums, of.step, of.offset)
     return lsq.round_to_codes(u, psums, of.offset, conversion.bounds(psums.shape[-1]), half_up=True)
-
-
-class Gradients(NamedTuple):
-    """What each column and position adds to a gradient; those to step and offset are still to be multiplied by what
-    the column counts."""
-
-    psums: Array
-    step: Array
-    offset: Array
-
-
-def terms(
-    gradient: Array, u: Array, codes: Array, bounds: tuple[Any, Any, Any], margin: float, weight: Array
-) -> Gradients:
-    """LSQ's gradients of `weight P^` at every column and position, as they are in registers.
-
-    Args:
-      gradient: of the output, for each column (..., K O).
-      u, codes: distance from the offset in steps, and codes.
-      bounds, margin: as for `lsq.passes_gradient`.
-      weight: what a column counts.
-    """
-    inside = lsq.passes_gradient(u, bounds, margin)
-    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
-    sign = bounds[2]
-    rest = jnp.where(inside if sign is None else jnp.logical_and(inside, np.logical_not(sign)), u, 0.0)
-    return Gradients(
-        jnp.where(inside, gradient * weight, 0.0), gradient * (codes - rest), jnp.where(inside, 0.0, gradient)
-    )
 
 
 def _over_positions(values: Array) -> Array:
@@ -169,19 +154,12 @@ def _over_positions(values: Array) -> Array:
     if jax.default_backend() != "cpu" or not values.size:
         return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
     # XLA's CPU backend writes its operand to memory before it sums: a part of it after some additions, which a matrix
-    # product keeps apart from the sum.
+    # product keeps apart from the sum. A product with two rows, for that with one would be compiled anew each time.
     parts = math.gcd(values.shape[0], _PARTS)
     size = values.shape[0] // parts
-    return _added(functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts))))
-
-
-def _added(values: Array) -> Array:
-    """As `_over_positions`, of what is in memory or should be."""
-    if jax.default_backend() != "cpu" or not values.size:
-        return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
-    flat = values.reshape(-1, values.shape[-1])
-    # A product with two rows, for that with one would be compiled anew each time.
-    return jnp.matmul(jnp.ones((2, flat.shape[0])), flat, precision=lax.Precision.HIGHEST)[0]
+    few = functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts)))
+    few = few.reshape(-1, few.shape[-1])
+    return jnp.matmul(jnp.ones((2, few.shape[0])), few, precision=lax.Precision.HIGHEST)[0]
 
 
 def over_columns(values: Array, features: int) -> Array:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from cimjax.core import conversion as conversion_lib
-from cimjax.core.conversion import Conversion, Parameters
+from cimjax.core.conversion import Conversion, Scales
 from cimjax.core.lowering import Columns, Multiplication, Tiles
-from cimjax.core.readout import Scales, of_slice, whole
+from cimjax.core.readout import of_slice, whole
 from cimjax.core.schedule import after, apart
 from cimjax.core.tiling import Tiling
 from cimjax.core.window import Window
@@ -45,12 +45,12 @@ def digitised(
       (T N, OH, OW, R), before any ADC; None where there are none.
     """
     conversions = tuple(Conversion.of(index, tiling, spec) for index in range(len(spec.activation.slices)))
-    counts = tuple(float(part.significance) for part in spec.activation.slices)
+    significances = tuple(float(part.significance) for part in spec.activation.slices)
     tiles = Tiles(inputs, columns, tiling, window, spec)
     total: Array | None = None
     references = list[Array]()
-    for tile, of in zip(tiles, _of_tiles(scales, len(tiles)), strict=True):
-        reading = Reading(Multiplication.of(tile, tiling, spec), conversions, counts, spec, tiling, tiles.many)
+    for tile, of in zip(tiles, scales.split(len(tiles)), strict=True):
+        reading = Reading(Multiplication.of(tile, tiling, spec), conversions, significances, spec, tiling, tiles.many)
         digits, codes = tile.columns.digits, tile.columns.codes
         total, reference = _digitised(reading, total, tile.inputs, digits, codes, of, scales.weight)
         total = tiles.after(total)
@@ -59,56 +59,54 @@ def digitised(
     return total, jnp.concatenate(references, axis=-1) if references else None
 
 
-def _of_tiles(scales: Scales, tiles: int) -> list[Parameters]:
-    """The scales of each of so many tiles; tiles have as many read groups, (R, K O)."""
-    # Not slices: their gradients would each be padded to all groups and added up.
-    split = [[None] * tiles if values is None else jnp.split(values, tiles) for values in scales]
-    return [Parameters(*of) for of in zip(*split, strict=True)]
-
-
 class Reading(NamedTuple):
     """What is fixed about a tile.
 
-    conversions, counts: of each slice, its ADCs and what it counts.
+    conversions, significances: of each slice, its ADCs and what it significances.
     in_turn: whether it waits for the tile before, so that the partial sums of one tile at a time are held.
     """
 
     multiplication: Multiplication
     conversions: tuple[Conversion, ...]
-    counts: tuple[float, ...]
+    significances: tuple[float, ...]
     spec: CIMSpec
     tiling: Tiling
     in_turn: bool
 
     @property
-    def planes(self) -> int:
+    def width(self) -> int:
         """Columns of a read group that hold planes, `K O`."""
         return len(self.conversions[0].ranges) * self.conversions[0].features
 
-    def columns(self, sums: Array) -> Array:
+    @property
+    def has_reference(self) -> bool:
+        """Whether each read group has a further column."""
+        return self.multiplication.columns > self.width
+
+    def psums(self, sums: Array) -> Array:
         """The planes' partial sums, (..., r K O), of a part as it was computed."""
-        return self._split(sums)[..., : self.planes].reshape(*sums.shape[:-1], -1)
+        sums = whole(sums, self.spec)
+        if not self.has_reference:
+            return sums
+        by_group = self._by_group(sums)
+        return by_group[..., : self.width].reshape(*sums.shape[:-1], by_group.shape[-2] * self.width)
 
     def reference(self, sums: Array) -> Array | None:
-        """The further column of each read group, (..., r)."""
-        if self.planes == self.multiplication.columns:
-            return None
-        return self._split(sums)[..., -1].reshape(*sums.shape[:-1], -1)
+        """The further column of each read group, (..., r), as it was computed."""
+        return self._by_group(sums)[..., -1] if self.has_reference else None
 
-    def _split(self, sums: Array) -> Array:
-        """(..., M) or (..., r, M)."""
-        sums = whole(sums, self.spec)
-        if sums.shape[-1] == self.multiplication.columns:
-            return sums
-        return sums.reshape(*sums.shape[:-1], -1, self.multiplication.columns)
+    def _by_group(self, sums: Array) -> Array:
+        columns = self.multiplication.columns
+        return sums.reshape(*sums.shape[:-1], sums.shape[-1] // columns, columns)
 
-    def together(self, of_columns: Array, of_reference: Array | None) -> Array:
-        """Gradients of both as those of a part's sums: the inverse of `columns` and `reference`."""
+    def together(self, of_psums: Array, of_reference: Array | None) -> Array:
+        """Gradients of both as those of a part's sums: the inverse of `psums` and `reference`."""
         if of_reference is None:
-            return of_columns
-        by_group = of_columns.reshape(*of_columns.shape[:-1], -1, self.planes)
+            return of_psums
+        groups = of_reference.shape[-1]
+        by_group = of_psums.reshape(*of_psums.shape[:-1], groups, self.width)
         joined = jnp.concatenate([by_group, of_reference[..., None]], axis=-1)
-        return joined.reshape(*of_columns.shape[:-1], -1)
+        return joined.reshape(*of_psums.shape[:-1], groups * self.multiplication.columns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,7 +116,7 @@ def _digitised(
     inputs: Array,
     digits: Array,
     codes: Array | None,
-    of: Parameters,
+    of: Scales,
     known: Array,
 ) -> tuple[Array, Array | None]:
     """`before`, what the tiles before add up to, and what this one adds; and the sums of its further columns."""
@@ -132,14 +130,16 @@ def _sums(reading: Reading, before: Array | None, inputs: Array, digits: Array) 
 
 
 def _read(
-    reading: Reading, before: Array | None, parts: tuple[Array, ...], of: Parameters, known: Array
+    reading: Reading, before: Array | None, parts: tuple[Array, ...], of: Scales, known: Array
 ) -> tuple[Array, Array | None]:
-    def add(before: Array | None, parts: tuple[Array, ...], of: Parameters) -> Array:
+    def add(before: Array | None, parts: tuple[Array, ...], of: Scales) -> Array:
         total = jnp.float32(0) if before is None else before
-        for part, of_part in zip(parts, _of_parts(reading, of, len(parts)), strict=True):
+        for part, of_part in zip(parts, _of_parts(of, len(parts)), strict=True):
             for index, conversion in enumerate(reading.conversions):
-                psums = reading.columns(of_slice(part, index, len(reading.conversions)))
-                total = total + conversion_lib.converted(conversion, psums, _counting(of_part, reading.counts[index]))
+                psums = reading.psums(of_slice(part, index, len(reading.conversions)))
+                total = total + conversion_lib.converted(
+                    conversion, psums, _weighing(of_part, reading.significances[index])
+                )
         return total
 
     total = apart(add, before, parts, of, known=known, like=before) if reading.in_turn else add(before, parts, of)
@@ -147,14 +147,13 @@ def _read(
     return total, jnp.concatenate(references, axis=-1) if references else None
 
 
-def _of_parts(reading: Reading, of: Parameters, parts: int) -> list[Parameters]:
-    """Parameters (R, K O) as those of each part, (r K O,)."""
-    split = [[None] * parts if values is None else values.reshape(parts, -1) for values in of]
-    return [Parameters(*of_part) for of_part in zip(*split, strict=True)]
+def _of_parts(of: Scales, parts: int) -> list[Scales]:
+    """Scales (R, K O) as those of each part, (r K O,)."""
+    return [jax.tree.map(lambda values: values.reshape(-1), part) for part in of.split(parts)]
 
 
-def _counting(of: Parameters, count: float) -> Parameters:
-    return of if count == 1 else of._replace(weight=count * of.weight)
+def _weighing(of: Scales, significance: float) -> Scales:
+    return of if significance == 1 else of._replace(weight=significance * of.weight)
 
 
 def _digitised_forward(
@@ -163,49 +162,57 @@ def _digitised_forward(
     inputs: Array,
     digits: Array,
     codes: Array | None,
-    of: Parameters,
+    of: Scales,
     known: Array,
 ) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
     parts = _sums(reading, before, inputs, digits)
-    kept = None if reading.spec.residuals == Residuals.INPUTS else _kept(reading, parts, known)
+    # The sums of further columns are kept anyway, and would be computed for that.
+    again = reading.spec.residuals == Residuals.INPUTS and not reading.has_reference
+    kept = None if again else _kept(reading, parts, known)
     residuals = (before is not None, inputs, digits, codes, of, kept, known)
     return _read(reading, before, parts, of, known), residuals
 
 
 def _kept(reading: Reading, parts: tuple[Array, ...], known: Array) -> list[list[Array]]:
     """The planes' partial sums of every part and slice, as they are kept for the backward pass."""
-    integers = conversion_lib.fit_small_integers(reading.tiling, reading.spec)
     slices = len(reading.conversions)
+    by_slice = [[of_slice(part, index, slices) for index in range(slices)] for part in parts]
+    if not conversion_lib.fit_small_integers(reading.tiling, reading.spec):
+        return [[reading.psums(sums) for sums in part] for part in by_slice]
 
     def keep(sums: Array) -> Array:
-        return conversion_lib.kept(reading.columns(sums), integers)
+        return conversion_lib.as_small_integers(reading.psums(sums))
 
     # Apart, because XLA would keep the numbers that these are made of instead.
-    return [[apart(keep, of_slice(part, index, slices), known=known) for index in range(slices)] for part in parts]
+    return [[apart(keep, sums, known=known) for sums in part] for part in by_slice]
 
 
 def _digitised_backward(
     reading: Reading, residuals: tuple[Any, ...], gradient: tuple[Array, Array | None]
-) -> tuple[Array | None, Array, Array | None, Array | None, Parameters, None]:
+) -> tuple[Array | None, Array, Array | None, Array | None, Scales, None]:
     follows, inputs, digits, codes, of, kept, known = residuals
     of_total, of_references = gradient
     if kept is None:
         # Otherwise all partial sums would be computed early, and held.
         kept = _kept(reading, reading.multiplication.sums(after(inputs, of_total), digits), known)
     references = [None] * len(kept) if of_references is None else jnp.split(of_references, len(kept), axis=-1)
-    of_sums, to_parameters = [], []
-    for of_part, of_reference, slices in zip(_of_parts(reading, of, len(kept)), references, kept, strict=True):
+    of_sums, to_scales = [], []
+    for of_part, of_reference, slices in zip(_of_parts(of, len(kept)), references, kept, strict=True):
         to_slices, added = [], None
-        for conversion, count, psums in zip(reading.conversions, reading.counts, slices, strict=True):
-            to_psums, to_part = conversion_lib.gradients(conversion, psums, _counting(of_part, count), of_total, known)
+        for conversion, significance, psums in zip(reading.conversions, reading.significances, slices, strict=True):
+            to_psums, to_part = conversion_lib.gradients(
+                conversion, psums, _weighing(of_part, significance), of_total, known
+            )
             to_slices.append(to_psums)
-            to_part = _counting(to_part, count)
+            to_part = _weighing(to_part, significance)
             added = to_part if added is None else jax.tree.map(jnp.add, added, to_part)
         to_psums = to_slices[0] if len(to_slices) == 1 else jnp.concatenate(to_slices)
         of_sums.append(reading.together(to_psums, of_reference))
-        to_parameters.append(jax.tree.map(lambda values: values.reshape(-1, reading.planes), added))
+        to_scales.append(
+            jax.tree.map(lambda values: values.reshape(values.shape[0] // reading.width, reading.width), added)
+        )
     to_inputs, to_digits, to_codes = reading.multiplication.gradients(inputs, digits, codes, tuple(of_sums))
-    added_up = jax.tree.map(lambda *values: jnp.concatenate(values), *to_parameters)
+    added_up = jax.tree.map(lambda *values: jnp.concatenate(values), *to_scales)
     return of_total if follows else None, to_inputs, to_digits, to_codes, added_up, None
 
 

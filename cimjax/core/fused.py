@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cimjax.core import lsq
-from cimjax.core.conversion import Conversion, terms
+from cimjax.core.conversion import Conversion
 from cimjax.core.convolution import convolve, sum_type
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, output_size
@@ -336,7 +336,36 @@ def _backward_kernel(
         at = (number, plane * sizes.padded_outputs + outputs)
         zero = triton.load(offset.at[at])
         u, codes, bounds = _codes(conversion, plane, psums, triton.load(reciprocal.at[at]), zero)
-        added = terms(of_outputs, u, codes, bounds, conversion.margin, triton.load(weight.at[at]))
+        added = _terms(of_outputs, u, codes, bounds, conversion.margin, triton.load(weight.at[at]))
         to_psums[:, plane, :] = added.psums
         for index, values in enumerate((added.step, added.offset, of_outputs * codes)):
             sums[0, index, plane, :] = jnp.sum(values, axis=0)
+
+
+class _Gradients(NamedTuple):
+    """What each column and position adds to a gradient; those to step and offset are still to be multiplied by what
+    the column counts."""
+
+    psums: Array
+    step: Array
+    offset: Array
+
+
+def _terms(
+    gradient: Array, u: Array, codes: Array, bounds: tuple[Any, Any, Any], margin: float, weight: Array
+) -> _Gradients:
+    """LSQ's gradients of `weight P^` at every column and position.
+
+    Args:
+      gradient: of the output, for each column (..., K O).
+      u, codes: distance from the offset in steps, and codes.
+      bounds, margin: as for `lsq.passes_gradient`.
+      weight: what a column counts.
+    """
+    inside = lsq.passes_gradient(u, bounds, margin)
+    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
+    sign = bounds[2]
+    rest = jnp.where(inside if sign is None else jnp.logical_and(inside, np.logical_not(sign)), u, 0.0)
+    return _Gradients(
+        jnp.where(inside, gradient * weight, 0.0), gradient * (codes - rest), jnp.where(inside, 0.0, gradient)
+    )

@@ -29,8 +29,9 @@ from cimjax.spec import CIMSpec, Lowering, Operands
 MANY_TILES = 8
 LARGE = 2**26
 
-# The sums of columns of inputs and digits (kh, kw, r, c, m), linear in both, for any `m`: in parts, each
-# (B, OH, OW, r' m) float32 for `r'` successive read groups of the `r`; exact while they stay below 2^24.
+# The sums of columns of inputs and digits (kh, kw, r, c, m) of one dtype (float32, bfloat16, float16 or int8), linear
+# in both, for any `m`: in parts, each (B, OH, OW, r' m) float32 for `r'` successive read groups of the `r`; exact while
+# they stay below 2^24.
 Product = Callable[[Array, Array], tuple[Array, ...]]
 
 
@@ -119,20 +120,21 @@ def conv_per_tile(inputs: Array, columns: Columns, tiling: Tiling, window: Windo
 def patches(inputs: Array, columns: Columns, tiling: Tiling, window: Window) -> list[Tile]:
     """One batch of matrix products over read groups, on what each output position sees: `im2col` written to memory."""
 
-    def product(seen: Array, digits: Array) -> tuple[Array, ...]:
-        groups, channels, count = digits.shape[-3:]
-        *places, area, _ = seen.shape
+    def product(inputs: Array, digits: Array) -> tuple[Array, ...]:
+        *kernel_size, groups, channels, count = digits.shape
+        area = math.prod(kernel_size)
+        seen = jnp.stack(shifted(inputs, tuple(kernel_size), window), axis=-2)
+        places = seen.shape[:-2]
         sums = lax.dot_general(
             seen.reshape(math.prod(places), area, groups, channels),
             digits.reshape(area, groups, channels, count),
             (((1, 3), (0, 2)), ((2,), (1,))),
             precision=lax.Precision.HIGHEST,
-            preferred_element_type=sum_type(seen.dtype),
+            preferred_element_type=sum_type(inputs.dtype),
         ).astype(jnp.float32)
         return tuple(part.reshape(*places, count) for part in sums)
 
-    seen = jnp.stack(shifted(tile_inputs(inputs, tiling), tiling.kernel_size, window), axis=-2)
-    return [Tile(seen, columns, product)]
+    return [Tile(tile_inputs(inputs, tiling), columns, product)]
 
 
 LOWERINGS: dict[Lowering, ArrayProduct] = {
@@ -161,12 +163,16 @@ def choose_operands(spec: CIMSpec) -> Operands:
 
 
 class Tiles:
-    """The products of the lowering that a specification names; their gradients take turns where they are many."""
+    """The products of the lowering that a specification names.
+
+    many: whether they take turns (on CPU): their gradients by `after`, and forwards if the caller lets them.
+    """
 
     def __init__(self, inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec):
         self._tiles = choose(spec.lowering)(inputs, columns, tiling, window)
         sums = inputs.shape[0] * positions(inputs.shape[1:-1], tiling.kernel_size, window) * tiling.groups
-        self.many = len(self._tiles) >= MANY_TILES and 4 * sums * columns.digits.shape[-1] >= LARGE
+        large = 4 * sums * columns.digits.shape[-1] >= LARGE
+        self.many = jax.default_backend() == "cpu" and len(self._tiles) >= MANY_TILES and large
         self._number: Array | None = None
 
     def __len__(self) -> int:
@@ -232,14 +238,14 @@ class Multiplication(NamedTuple):
         assert self.shares is not None
         by_group = gradient
         if gradient.shape[-1] != self.columns:
-            by_group = gradient.reshape(*gradient.shape[:-1], -1, self.columns)
+            by_group = gradient.reshape(*gradient.shape[:-1], gradient.shape[-1] // self.columns, self.columns)
         planes = [by_group[..., k * self.features : (k + 1) * self.features] for k in range(len(self.shares[0]))]
         rows = [
             functools.reduce(jnp.add, (share * plane for share, plane in zip(row, planes, strict=True) if share))
             for row in self.shares
         ]
         joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=-1)
-        return joined.reshape(*gradient.shape[:-1], -1)
+        return joined.reshape(*gradient.shape[:-1], math.prod(joined.shape[gradient.ndim - 1 :]))
 
 
 def array_product(inputs: Array, columns: Columns, tiling: Tiling, window: Window, spec: CIMSpec) -> tuple[Array, ...]:

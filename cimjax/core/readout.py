@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from cimjax.core import lsq
-from cimjax.core.conversion import over_columns
+from cimjax.core.conversion import Scales, over_columns
 from cimjax.core.schedule import columns_once
 from cimjax.core.steps import Steps, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
@@ -74,17 +74,8 @@ def _rounded_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return _rounded(primals[0]), tangents[0]
 
 
-class Scales(NamedTuple):
-    """What every column's ADC and its result are scaled by, (R, K O): step and offset (or None), and the weight
-    `f_k s_w` that a partial sum counts."""
-
-    step: Array | None
-    offset: Array | None
-    weight: Array
-
-
 def scales_of(steps: Steps, tiling: Tiling, spec: CIMSpec) -> Scales:
-    """The scales of all columns; without slices and planes where these are undivided."""
+    """The scales of all columns, (R, K O), but for what a slice counts; without planes where these are undivided."""
     planes = (1,) if spec.undivided else tuple(p.significance for p in spec.weight.planes)
 
     def by_group(values: Array) -> Array:
@@ -122,7 +113,7 @@ def read_reference(sums: Array, groups: slice, steps: Steps, tiling: Tiling, spe
 
 def of_slice(sums: Array, index: int, slices: int) -> Array:
     """One of the slices that are stacked in the batch."""
-    return sums if slices == 1 else sums.reshape(slices, -1, *sums.shape[1:])[index]
+    return sums if slices == 1 else sums.reshape(slices, sums.shape[0] // slices, *sums.shape[1:])[index]
 
 
 def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, steps: Steps, spec: CIMSpec) -> Array:

@@ -64,6 +64,9 @@ def apart(function: Callable[..., Array], *operands: Any, known: Array, like: Ar
       function: of arrays; not differentiated through here.
       known: any real array that exists by then, preferably the same for several calls.
       like: something of the result's shape and dtype, if there is such: it spares compilation.
+
+    Returns:
+      The function's result. Where `jax.vmap` maps over `known`, both branches run: the same result, but not apart.
     """
     if jax.default_backend() != "cpu" or not known.size:
         return function(*operands)
@@ -115,5 +118,6 @@ def _columns_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 def _zero(values: Any) -> Array:
-    """0, but nothing that a compiler knows: NaN where the first of the values is."""
-    return jnp.minimum(jnp.abs(values.reshape(-1)[0]), 0)
+    """0, but nothing that a compiler knows."""
+    least = jnp.minimum(jnp.abs(values.reshape(-1)[0]), 0)
+    return jnp.where(jnp.isnan(least), jnp.zeros_like(least), least)
