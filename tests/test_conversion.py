@@ -38,7 +38,7 @@ def test_the_gradient_to_a_step_is_small_and_right_where_nothing_is_clipped(bits
     rounded = np.floor(u + np.float32(0.5)).astype(np.float64)
     difference = rounded - u.astype(np.float64)
     want = np.sum(weight * gradient.astype(np.float64) * difference, axis=(0, 1, 2))
-    np.testing.assert_allclose(to.step, want, atol=(1e-5 if bits < 12 else 1e-3) * np.max(np.abs(want)) * 2**bits / 8)
+    np.testing.assert_allclose(to.step, want, atol=1e-5 * np.max(np.abs(want)) * 2**bits / 8)
     np.testing.assert_array_equal(to.offset, 0)
     np.testing.assert_array_equal(to_psums, weight * gradient)
     read = step.astype(np.float64) * rounded + offset

@@ -62,7 +62,7 @@ def digitised(
 class Reading(NamedTuple):
     """What is fixed about a tile.
 
-    conversions, significances: of each slice, its ADCs and what it significances.
+    conversions, significances: of each slice, its ADCs and what it counts.
     in_turn: whether it waits for the tile before, so that the partial sums of one tile at a time are held.
     """
 
@@ -166,7 +166,7 @@ def _digitised_forward(
     known: Array,
 ) -> tuple[tuple[Array, Array | None], tuple[Any, ...]]:
     parts = _sums(reading, before, inputs, digits)
-    # The sums of further columns are kept anyway, and would be computed for that.
+    # With further columns their sums are needed anyway, and with them this product: another one would come on top.
     again = reading.spec.residuals == Residuals.INPUTS and not reading.has_reference
     kept = None if again else _kept(reading, parts, known)
     residuals = (before is not None, inputs, digits, codes, of, kept, known)
