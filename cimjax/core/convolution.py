@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from cimjax.core.schedule import apart
-from cimjax.core.window import Window, positions, shifted
+from cimjax.core.window import Window, shifted
 
 # On CPU the gradient to the input is a matrix product where a kernel has at least so many times as many output as input
 # channels, and meets at least so many positions; see `docs/speed.md`.
@@ -32,16 +34,40 @@ def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> A
     Returns:
       (N, OH, OW, O) float32; integer sums are exact below 2^24.
     """
-    if groups == 1 and jax.default_backend() == "cpu" and kernel.shape[-1] >= WIDENING * kernel.shape[-2]:
-        met = inputs.shape[0] * positions(inputs.shape[1:-1], kernel.shape[:-2], window)
-        if met >= POSITIONS:
-            return _convolve_widening(window, inputs, kernel)
+    if jax.default_backend() == "cpu" and groups == 1:
+        return _convolve_on_cpu(window, inputs, kernel)
     return _convolve(window, groups, inputs, kernel)
 
 
 def sum_type(operands: DTypeLike) -> DTypeLike:
     """What sums of such products are added up in."""
     return jnp.int32 if jnp.issubdtype(operands, jnp.integer) else jnp.float32
+
+
+def conv_general_dilated(inputs: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """`lax.conv_general_dilated` with quicker gradients on CPU, for the argument of that name of `flax.linen.Conv`.
+
+    On CPU it has gradients, and derivatives of these, but no forward-mode derivative of its own.
+
+    Args:
+      inputs, kernel: as `dimension_numbers` says.
+      *args, **options: those of `lax.conv_general_dilated`; no arrays.
+    """
+
+    def convolution(inputs: Array, kernel: Array) -> Array:
+        return lax.conv_general_dilated(inputs, kernel, *args, **options)
+
+    if jax.default_backend() != "cpu":
+        return convolution(inputs, kernel)
+    differentiated = jax.custom_vjp(convolution)
+
+    def backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+        inputs, kernel = kept
+        (to_inputs,) = jax.linear_transpose(lambda x: convolution(x, kernel), inputs)(gradient)
+        return to_inputs, _to_kernel(convolution, inputs, kernel, gradient)
+
+    differentiated.defvjp(lambda *operands: (convolution(*operands), operands), backward)
+    return differentiated(inputs, kernel)
 
 
 def _convolve(window: Window, groups: int, inputs: Array, kernel: Array) -> Array:
@@ -61,30 +87,40 @@ def _convolve(window: Window, groups: int, inputs: Array, kernel: Array) -> Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_widening(window: Window, inputs: Array, kernel: Array) -> Array:
+def _convolve_on_cpu(window: Window, inputs: Array, kernel: Array) -> Array:
     return _convolve(window, 1, inputs, kernel)
 
 
-def _widening_forward(window: Window, inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(window: Window, inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return _convolve(window, 1, inputs, kernel), (inputs, kernel)
 
 
-def _widening_backward(window: Window, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(window: Window, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = kept
+    to_kernel = _to_kernel(functools.partial(_convolve, window, 1), inputs, kernel, gradient)
+    return _to_inputs(window, inputs, kernel, gradient), to_kernel
+
+
+_convolve_on_cpu.defvjp(_forward, _backward)
+
+
+def _to_inputs(window: Window, inputs: Array, kernel: Array, gradient: Array) -> Array:
     flat, by_place = gradient.reshape(-1, gradient.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
-    if flat.shape[0] * by_place.shape[0] <= PLACES:
-        given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
-        given = given.reshape(*gradient.shape[:-1], -1, inputs.shape[-1])
+    widens = kernel.shape[-1] >= WIDENING * kernel.shape[-2]
+    if not widens or flat.shape[0] < POSITIONS or flat.shape[0] * by_place.shape[0] > PLACES:
+        return jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)[0]
+    given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
+    given = given.reshape(*gradient.shape[:-1], -1, inputs.shape[-1])
 
-        def add(given: Array) -> Array:
-            places = [given[..., place, :] for place in range(given.shape[-2])]
-            return jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)[0]
+    def add(given: Array) -> Array:
+        places = [given[..., place, :] for place in range(given.shape[-2])]
+        return jax.linear_transpose(lambda x: shifted(x, kernel.shape[:-2], window), inputs)(places)[0]
 
-        to_inputs = apart(add, given, known=kernel)
-    else:
-        (to_inputs,) = jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)
-    (to_kernel,) = jax.linear_transpose(lambda k: _convolve(window, 1, inputs, k), kernel)(gradient)
-    return to_inputs, to_kernel
+    return apart(add, given, known=kernel)
 
 
-_convolve_widening.defvjp(_widening_forward, _widening_backward)
+def _to_kernel(convolution: Callable[[Array, Array], Array], inputs: Array, kernel: Array, gradient: Array) -> Array:
+    # XLA transposes the inputs for it, and would compute them again for that, element by element.
+    written = apart(lambda inputs: inputs, inputs, known=kernel)
+    (to_kernel,) = jax.linear_transpose(lambda kernel: convolution(written, kernel), kernel)(gradient)
+    return to_kernel

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from cimjax.core.lsq import Codes
-from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, shared_input
+from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv, shared_input
 
 
 class ResNet(nn.Module):
@@ -40,7 +40,7 @@ class ResNet(nn.Module):
     """
 
     classes: int
-    conv: ConvMaker = nn.Conv
+    conv: ConvMaker = plain_conv
     rules: Rules = ()
     blocks: Sequence[int] = (3, 3, 3)
     widths: Sequence[int] = (16, 32, 64)
@@ -66,7 +66,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits (N, classes) of images (N, H, W, C), float32."""
         widths = [round(self.width * width) for width in self.widths]
-        stem = conv_for(self, "stem", nn.Conv, self.rules)
+        stem = conv_for(self, "stem", plain_conv, self.rules)
         if self.small_images:
             x = stem(widths[0], (3, 3), strides=(self.stem_stride,) * 2, padding=((1, 1), (1, 1)), use_bias=False)(x)
         else:

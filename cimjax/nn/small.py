@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for
+from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv
 
 
 class SmallNet(nn.Module):
@@ -16,14 +16,15 @@ class SmallNet(nn.Module):
     `conv2` (stride 2, twice the width), `conv3`, `classifier`.
 
     classes: outputs.
-    conv: builds the array layers, `functools.partial(CIMConv, spec=spec)` or `flax.linen.Conv`.
+    conv: builds the array layers, `functools.partial(CIMConv, spec=spec)` or `flax.linen.Conv`; by default the latter
+      with quicker gradients on CPU.
     rules: layers that differ.
     width: channels of the first two convolutions.
     axis_name: the mapped axis over which batch statistics are averaged, if any.
     """
 
     classes: int
-    conv: ConvMaker = nn.Conv
+    conv: ConvMaker = plain_conv
     rules: Rules = ()
     width: int = 16
     axis_name: str | None = None
@@ -33,7 +34,7 @@ class SmallNet(nn.Module):
         """Logits (N, classes) of images (N, H, W, C), float32."""
         plan = [("stem", 1, 1), ("conv1", 1, 1), ("conv2", 2, 2), ("conv3", 2, 1)]
         for name, widths, stride in plan:
-            make = conv_for(self, name, nn.Conv if name == "stem" else self.conv, self.rules)
+            make = conv_for(self, name, plain_conv if name == "stem" else self.conv, self.rules)
             x = make(widths * self.width, (3, 3), strides=(stride, stride), padding="SAME", use_bias=False)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
             x = nn.relu(x)
