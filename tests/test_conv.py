@@ -32,6 +32,7 @@ PART = [case for index, case in enumerate(CASES) if index % 6 == 0 or case.name.
 # Operands and residuals do not know of windows.
 FEW = CASES[3::20]
 CHEAP = (Operands.BFLOAT16, Operands.FLOAT16, Operands.INT8)
+written_out = convolution._written_out
 
 
 def changed(case: Case, **fields: Any) -> Case:
@@ -100,13 +101,28 @@ def test_the_fused_kernel_is_refused_where_it_cannot_run(monkeypatch: pytest.Mon
 )
 def test_gradients_by_matrix_products_equal_the_oracle(index: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which are for many positions, where they pay; every other time they would write too much."""
+    monkeypatch.setattr(convolution, "FEW", 0)
     monkeypatch.setattr(convolution, "POSITIONS", 1)
     monkeypatch.setattr(convolution, "WIDENING", 0)
     monkeypatch.setattr(convolution, "PLACES", convolution.PLACES * (index % 4 == 0))
     used = []
     monkeypatch.setattr(convolution, "shifted", lambda *args: used.append(1) or shifted(*args))
-    assert_equals_oracle(case)
+    assert_equals_oracle(changed(case, lowering=Lowering.CONV_PER_TILE))
     assert bool(used) == (index % 4 == 0)
+
+
+@pytest.mark.usefixtures("traced_anew")
+@pytest.mark.parametrize("few", [0, 10_000])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name.startswith("window")][1::2], ids=lambda case: case.name
+)
+def test_convolutions_written_out_equal_the_oracle(case: Case, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are for kernels of few weights; and those of few weights that are not."""
+    used = []
+    monkeypatch.setattr(convolution, "FEW", few)
+    monkeypatch.setattr(convolution, "_written_out", lambda *args: used.append(1) or written_out(*args))
+    assert_equals_oracle(changed(case, lowering=Lowering.CONV_PER_TILE))
+    assert bool(used) == (few > 0)
 
 
 @pytest.mark.usefixtures("traced_anew")

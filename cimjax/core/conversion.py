@@ -24,8 +24,9 @@ from cimjax.spec import CIMSpec
 _SMALL_INTEGERS = 2**15 - 1
 # Sums of at most so many columns are written out.
 _UNROLLED = 8
-# Parts of a batch that are added up before sums over positions.
+# Parts of a batch that are added up before sums over positions; fewer where each takes many operations.
 _PARTS = 8
+_LONG_PARTS = 4
 
 
 class Conversion(NamedTuple):
@@ -135,7 +136,7 @@ def gradients(conversion: Conversion, kept: Array, of: Scales, gradient: Array, 
     if bounds[2] is not None:
         rest, of_u = jnp.where(bounds[2], 0.0, rest), jnp.where(bounds[2], 0.0, of_u)
     # Small terms are added up: the difference of the sums of codes and of `u` would lose what matters.
-    to_step = _over_positions(of_columns * (of.weight * _codes(conversion, psums, of)) - rest)
+    to_step = _over_positions(of_columns * (of.weight * _codes(conversion, psums, of)) - rest, _LONG_PARTS)
     of_codes = (to_step + of_u) / of.weight
     if of.offset is None:
         return to_psums, Scales(to_step, None, of.step * of_codes)
@@ -149,13 +150,13 @@ def _codes(conversion: Conversion, psums: Array, of: Scales) -> Array:
     return lsq.round_to_codes(u, psums, of.offset, conversion.bounds(psums.shape[-1]), half_up=True)
 
 
-def _over_positions(values: Array) -> Array:
+def _over_positions(values: Array, parts: int = _PARTS) -> Array:
     """Sum over all axes but the last."""
     if jax.default_backend() != "cpu" or not values.size:
         return jnp.sum(values, axis=tuple(range(values.ndim - 1)))
     # XLA's CPU backend writes its operand to memory before it sums: a part of it after some additions, which a matrix
     # product keeps apart from the sum. A product with two rows, for that with one would be compiled anew each time.
-    parts = math.gcd(values.shape[0], _PARTS)
+    parts = math.gcd(values.shape[0], parts)
     size = values.shape[0] // parts
     few = functools.reduce(jnp.add, (values[i * size : (i + 1) * size] for i in range(parts)))
     few = few.reshape(-1, few.shape[-1])

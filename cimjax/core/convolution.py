@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,11 @@ from jax.typing import DTypeLike
 from cimjax.core.schedule import apart
 from cimjax.core.window import Window, shifted
 
-# On CPU the gradient to the input is a matrix product where a kernel has at least so many times as many output as input
-# channels, and meets at least so many positions; see `docs/speed.md`.
+# On CPU, see `docs/speed.md`: a convolution is written out as a sum of products where a kernel has at most so many
+# weights for each output channel.
+FEW = 27
+# The gradient to the input is a matrix product where a kernel has at least so many times as many output as input
+# channels, and meets at least so many positions.
 WIDENING = 3
 POSITIONS = 2048
 # It writes what each place of the kernel gives to each position: only up to so many numbers.
@@ -88,11 +92,20 @@ def _convolve(window: Window, groups: int, inputs: Array, kernel: Array) -> Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve_on_cpu(window: Window, inputs: Array, kernel: Array) -> Array:
-    return _convolve(window, 1, inputs, kernel)
+    weights = math.prod(kernel.shape[:-1])
+    if not 0 < weights <= FEW or inputs.dtype != jnp.float32:
+        return _convolve(window, 1, inputs, kernel)
+    return apart(functools.partial(_written_out, window), inputs, kernel, known=kernel)
+
+
+def _written_out(window: Window, inputs: Array, kernel: Array) -> Array:
+    size, channels = kernel.shape[:-2], range(kernel.shape[-2])
+    places = zip(shifted(inputs, size, window), kernel.reshape(-1, *kernel.shape[-2:]), strict=True)
+    return functools.reduce(jnp.add, (seen[..., c : c + 1] * weights[c] for seen, weights in places for c in channels))
 
 
 def _forward(window: Window, inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(window, 1, inputs, kernel), (inputs, kernel)
+    return _convolve_on_cpu(window, inputs, kernel), (inputs, kernel)
 
 
 def _backward(window: Window, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
