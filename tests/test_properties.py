@@ -14,7 +14,7 @@ import pytest
 from cases import CASES, ENCODINGS, GRANULARITIES, SLICES, TILINGS, Case, draw, spec
 from jax import lax
 
-from cimjax.core import adc, conv, encoding, lsq
+from cimjax.core import adc, cells, conv, encoding, lsq
 from cimjax.core import steps as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.lsq import Codes
@@ -57,7 +57,7 @@ def test_psums_and_recombined_sums_equal_integer_convolutions(weight: str, tilin
     tiled = tile(case.kernel_shape, case.spec)
     inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
     psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
-    codes = np.asarray(conv.quantize_weight(jnp.asarray(kernel), steps.weight, tiled, case.spec))
+    codes = np.asarray(cells.quantize_weight(jnp.asarray(kernel), steps.weight, tiled, case.spec))
     digits = np.asarray(encoding.encode(jnp.asarray(codes), case.spec.weight))
     slices = np.asarray(encoding.slice_codes(inputs.codes, case.spec.activation))
     pairs = [(t, r) for t in range(len(slices)) for r in range(tiled.groups)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import ENCODINGS, TILINGS, Case, draw, spec
 
-from cimjax.core import conv, variation
+from cimjax.core import cells, conv, variation
 from cimjax.core.tiling import tile
 from cimjax.spec import VariationSpec
 
@@ -22,9 +22,9 @@ def stored(case: Case, on: str, sigma: float = 0.3) -> tuple[np.ndarray, np.ndar
     """Digits without and with variation."""
     _, kernel, steps = draw(case)
     tiling = tile(case.kernel_shape, case.spec)
-    ideal = conv.store(jnp.asarray(kernel), steps.weight, tiling, case.spec)
+    ideal = cells.store(jnp.asarray(kernel), steps.weight, tiling, case.spec)
     varied = dataclasses.replace(case.spec, variation=VariationSpec(sigma=sigma, on=on))
-    return np.asarray(ideal), np.asarray(conv.store(jnp.asarray(kernel), steps.weight, tiling, varied, KEY))
+    return np.asarray(ideal), np.asarray(cells.store(jnp.asarray(kernel), steps.weight, tiling, varied, KEY))
 
 
 BIG = Case("", spec(array={"rows": 64, "columns": 64}), kernel_shape=(3, 3, 40, 60))

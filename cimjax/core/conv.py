@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.core import encoding, lsq, variation
+from cimjax.core import encoding, lsq
 from cimjax.core import window as window_lib
+from cimjax.core.cells import quantize_weight, stored_columns, with_ones
 from cimjax.core.conversion import Conversion
 from cimjax.core.digitise import digitised
 from cimjax.core.lowering import Columns, array_product, choose_operands
@@ -24,10 +25,10 @@ from cimjax.core.lsq import Codes
 from cimjax.core.readout import Part, add_up, read_reference, scales_of, whole
 from cimjax.core.recompute import recomputed
 from cimjax.core.schedule import codes_once
-from cimjax.core.steps import Steps, expand_weight, require_shapes
-from cimjax.core.tiling import Tiling, tile, tile_kernel
+from cimjax.core.steps import Steps, require_shapes
+from cimjax.core.tiling import Tiling, tile
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Lowering, Reference, Residuals
+from cimjax.spec import ActivationSpec, CIMSpec, Lowering, Residuals
 
 
 class PartialSums(NamedTuple):
@@ -167,47 +168,6 @@ def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: Activati
     return Codes(lsq.quantize(x, step, spec.code_range), step, spec)
 
 
-def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -> Array:
-    """Weight codes in the layout of the arrays: `q = clip(rint(w / s_w), q_min, q_max)` (the paper's eq. 1).
-
-    Args:
-      kernel: (kh, kw, C, O) real.
-      step: at weight granularity, > 0.
-
-    Returns:
-      (kh, kw, R, c, O) float32; with a step per plane (K, kh, kw, R, c, O).
-    """
-    tiled = tile_kernel(kernel, tiling)
-    per_plane = jnp.moveaxis(expand_weight(step, tiling), 1, 0)
-    per_plane = jnp.expand_dims(per_plane, (*range(1, 1 + len(tiling.kernel_size)), -2))
-    if spec.weight.step_per_plane:
-        # One step for all planes still quantizes once for each, as `encode` expects.
-        step = jnp.broadcast_to(per_plane, (len(spec.weight.planes), *per_plane.shape[1:]))
-    else:
-        step = per_plane[0]
-    return lsq.quantize(tiled, step, spec.weight.code_range)
-
-
-def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
-    """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
-
-    Returns:
-      (K, kh, kw, R, c, O) float32.
-
-    Raises:
-      ValueError: with `spec.variation` and no `key`.
-    """
-    return _stored_digits(quantize_weight(kernel, step, tiling, spec), tiling, spec, key)
-
-
-def _stored_digits(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | None) -> Array:
-    # Undriven or foreign rows hold digit 0, which is not code 0 in every encoding.
-    digits = jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)
-    if spec.variation is None:
-        return digits
-    return variation.vary(digits, _required(key), tiling, spec.variation)
-
-
 def partial_sums(
     inputs: Codes,
     kernel: Array,
@@ -249,7 +209,7 @@ def _digitised(
     variation_key: Array | None,
 ) -> Array:
     """All columns through their ADCs; the reference's sums through theirs, or exactly."""
-    columns = _with_ones(*_stored_columns(kernel, steps, tiling, spec, variation_key))
+    columns = with_ones(*stored_columns(kernel, steps, tiling, spec, variation_key))
     inputs = _stacked(encoding.slice_codes(codes, spec.activation))
     total, sums = digitised(inputs, columns, scales_of(steps, tiling, spec), tiling, window, spec)
     if sums is None:
@@ -267,8 +227,8 @@ def _product(
     variation_key: Array | None,
 ) -> list[Part]:
     """All columns: the array product of every slice with every plane, not yet freed from rounding (`whole`)."""
-    columns, ones = _stored_columns(kernel, steps, tiling, spec, variation_key)
-    columns = _with_ones(columns, ones)
+    columns, ones = stored_columns(kernel, steps, tiling, spec, variation_key)
+    columns = with_ones(columns, ones)
     parts = array_product(_stacked(encoding.slice_codes(codes, spec.activation)), columns, tiling, window, spec)
     return [Part(sums, None) if ones is None else _split_reference(sums, columns.digits.shape[-1]) for sums in parts]
 
@@ -286,7 +246,7 @@ def _fused(
     # Pallas takes a while to import, and is not on every platform.
     from cimjax.core import fused
 
-    columns, ones = _stored_columns(kernel, steps, tiling, spec, variation_key)
+    columns, ones = stored_columns(kernel, steps, tiling, spec, variation_key)
     slices = encoding.slice_codes(codes, spec.activation)
     scales, operands, total = scales_of(steps, tiling, spec), choose_operands(spec), jnp.float32(0)
     if scales.step is None:
@@ -303,37 +263,9 @@ def _fused(
     return total
 
 
-def _stored_columns(
-    kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
-) -> tuple[Columns, Array | None]:
-    """What the columns of every read group hold, and its dummy column (kh, kw, R, c, 1), if it has one."""
-    codes = quantize_weight(kernel, steps.weight, tiling, spec)
-    columns = Columns(_by_column(_stored_digits(codes, tiling, spec, variation_key)))
-    if spec.variation is None and not spec.weight.step_per_plane:
-        stored = jnp.where(tiling.stored[..., None], encoding.of_sign(codes, spec.weight), 0)
-        columns = columns._replace(codes=_by_column(stored), shares=encoding.shares(spec.weight))
-    if spec.weight.encoding != Encoding.OFFSET:
-        return columns, None
-    ones = jnp.asarray(tiling.stored, jnp.float32)
-    if spec.variation is not None and spec.weight.reference == Reference.ADC:
-        ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
-    return columns, ones[..., None]
-
-
-def _with_ones(columns: Columns, ones: Array | None) -> Columns:
-    """With each group's dummy column, if it has one, as its last."""
-    return columns if ones is None else columns._replace(digits=jnp.concatenate([columns.digits, ones], axis=-1))
-
-
 def _stacked(slices: Array) -> Array:
     """Slices (T, N, H, W, C) in the batch."""
     return slices.reshape(slices.shape[0] * slices.shape[1], *slices.shape[2:])
-
-
-def _by_column(values: Array) -> Array:
-    """Planes (or the like) side by side: (K, kh, kw, R, c, O) to (kh, kw, R, c, K O)."""
-    columns = jnp.moveaxis(values, 0, -2)
-    return columns.reshape(*columns.shape[:-2], -1)
 
 
 def _split_reference(sums: Array, columns: int) -> Part:
@@ -349,9 +281,3 @@ def _whole_product(
     """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same sums."""
     weights = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)
     return [Part(sums, None) for sums in array_product(codes, Columns(weights), tiling, window, spec)]
-
-
-def _required(key: Array | None) -> Array:
-    if key is None:
-        raise ValueError("`variation_key` is None but the specification has `variation`; give a random key.")
-    return key
