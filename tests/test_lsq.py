@@ -96,6 +96,13 @@ def test_the_sign_quantizer_gives_plus_one_at_zero_and_minus_one_just_below() ->
     np.testing.assert_array_equal(codes, [1, 1, 1, -1, -1])
 
 
+@pytest.mark.parametrize("name", RANGES)
+def test_what_is_no_number_has_no_code(name: str) -> None:
+    """So that a run that has gone wrong says so, instead of training on."""
+    assert jnp.isnan(lsq.quantize(jnp.array([jnp.nan]), 1.0, RANGES[name])).all()
+    assert jnp.isnan(lsq.quantize(jnp.array([1.0]), 1.0, RANGES[name], jnp.nan)).all()
+
+
 def test_ties_are_decided_alike_by_every_compiler() -> None:
     """A compiler that fuses the product with the sum that rounds would decide some near-ties differently."""
     rng = np.random.default_rng(0)

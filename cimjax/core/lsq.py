@@ -119,8 +119,12 @@ def round_to_codes(
     # operation that rounds once instead of twice: codes at ties are then the same on every backend.
     inside = jnp.clip(u, q_min, q_max)
     codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)
-    # The sign is that of `x - offset`: in steps a tiny negative distance could vanish.
-    return codes if sign is None else jnp.where(sign, jnp.where(_from_offset(x, offset) >= 0, 1.0, -1.0), codes)
+    if sign is None:
+        return codes
+    # That of `x - offset`: in steps a tiny negative distance could vanish. What is no number has none.
+    distance = _from_offset(x, offset)
+    of_distance = jnp.where(distance >= 0, 1.0, jnp.where(distance < 0, -1.0, distance))
+    return jnp.where(sign, of_distance, codes)
 
 
 def _from_offset(x: Array, offset: Array | None) -> Array:
