@@ -288,7 +288,7 @@ def test_least_squares_steps_are_near_the_best_and_better_than_lsqs(
     rows = jnp.asarray(kernel)
 
     def error(step: jax.Array) -> jax.Array:
-        tiled = conv.tile_kernel(rows, tiling)
+        tiled = tile_kernel(rows, tiling)
         per_group = steps_lib.expand_weight(step, tiling)[:, 0][:, None]
         return steps_of_group(jnp.square(conv.lsq.fake_quantize(tiled, per_group, codes) - tiled))
 
