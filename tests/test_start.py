@@ -15,7 +15,7 @@ from cimjax.core import adc, conv, lsq, start
 from cimjax.core import steps as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.steps import Steps
-from cimjax.core.tiling import Tiling, tile
+from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.spec import CIMSpec
 
 SAMPLES = 512
