@@ -36,6 +36,11 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
 def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
     """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
 
+    Args:
+      kernel: (kh, kw, C, O) real.
+      step: at weight granularity, > 0.
+      key: the random key of the chip.
+
     Returns:
       (K, kh, kw, R, c, O) float32.
 
@@ -56,7 +61,20 @@ def _stored_digits(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | Non
 def stored_columns(
     kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
 ) -> tuple[Columns, Array | None]:
-    """What the columns of every read group hold, and its dummy column (kh, kw, R, c, 1), if it has one."""
+    """What the columns of every read group hold, and its dummy column, if it has one.
+
+    Args:
+      kernel: (kh, kw, C, O) real.
+      steps: `weight` is used, > 0.
+      variation_key: needed with `spec.variation`.
+
+    Returns:
+      `Columns` with digits (kh, kw, R, c, K O) float32; and (kh, kw, R, c, 1) float32, or None without an `offset`
+      encoding.
+
+    Raises:
+      ValueError: with `spec.variation` and no key.
+    """
     codes = quantize_weight(kernel, steps.weight, tiling, spec)
     columns = Columns(_by_column(_stored_digits(codes, tiling, spec, variation_key)))
     if spec.variation is None and not spec.weight.step_per_plane:
@@ -71,7 +89,7 @@ def stored_columns(
 
 
 def with_ones(columns: Columns, ones: Array | None) -> Columns:
-    """With each group's dummy column, if it has one, as its last."""
+    """`stored_columns` as one: each group's dummy column, if it has one, is its last, (kh, kw, R, c, K O + 1)."""
     return columns if ones is None else columns._replace(digits=jnp.concatenate([columns.digits, ones], axis=-1))
 
 

@@ -13,15 +13,16 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from cimjax.core.schedule import apart
-from cimjax.core.window import Window, shifted
+from cimjax.core.window import Window, positions, shifted
 
-# On CPU, see `docs/speed.md`: a convolution is written out as a sum of products where a kernel has at most so many
-# weights for each output channel.
+# What is quicker on CPU, see `docs/speed.md`, and takes longer to compile, is for kernels that meet at least so many
+# positions.
+POSITIONS = 2048
+# A convolution is written out as a sum of products where a kernel has at most so many weights for each output channel.
 FEW = 27
 # The gradient to the input is a matrix product where a kernel has at least so many times as many output as input
-# channels, and meets at least so many positions.
+# channels.
 WIDENING = 3
-POSITIONS = 2048
 # It writes what each place of the kernel gives to each position: only up to so many numbers.
 PLACES = 10_000_000
 
@@ -39,7 +40,9 @@ def convolve(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> A
       (N, OH, OW, O) float32; integer sums are exact below 2^24.
     """
     if jax.default_backend() == "cpu" and groups == 1:
-        return _convolve_on_cpu(window, inputs, kernel)
+        met = inputs.shape[0] * positions(inputs.shape[1:-1], kernel.shape[:-2], window)
+        if met >= POSITIONS:
+            return _convolve_on_cpu(window, inputs, kernel)
     return _convolve(window, groups, inputs, kernel)
 
 
@@ -120,7 +123,7 @@ _convolve_on_cpu.defvjp(_forward, _backward)
 def _to_inputs(window: Window, inputs: Array, kernel: Array, gradient: Array) -> Array:
     flat, by_place = gradient.reshape(-1, gradient.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
     widens = kernel.shape[-1] >= WIDENING * kernel.shape[-2]
-    if not widens or flat.shape[0] < POSITIONS or flat.shape[0] * by_place.shape[0] > PLACES:
+    if not widens or flat.shape[0] * by_place.shape[0] > PLACES:
         return jax.linear_transpose(lambda x: _convolve(window, 1, x, kernel), inputs)(gradient)[0]
     given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
     given = given.reshape(*gradient.shape[:-1], -1, inputs.shape[-1])

@@ -75,7 +75,7 @@ def quantize(
         are rounded to the outer codes by no more than half a step.
 
     Returns:
-      Codes, float32, the shape of `x`.
+      Codes, float32, the shape of `x`; NaN where `x` or the offset is.
 
     >>> print(quantize(jnp.array([-1.0, 0.6, 9.0]), 0.5, CodeRange(0, 7, 8)))
     [0. 1. 7.]
