@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cimjax.core.compiler import compiler_options
     from cimjax.core.conv import cim_conv, cim_dense
     from cimjax.core.lsq import Codes, dequantize, fake_quantize, quantize
-    from cimjax.core.steps import Steps
+    from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
     from cimjax.nn.calibrate import calibrate
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "cimjax.spec": ("ActivationSpec", "ADCSpec", "ArraySpec", "CIMSpec", "VariationSpec", "WeightSpec"),
     "cimjax.core.lsq": ("Codes", "dequantize", "fake_quantize", "quantize"),
-    "cimjax.core.steps": ("Steps",),
+    "cimjax.core.step_sizes": ("StepSizes",),
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
     "cimjax.core.compiler": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
@@ -49,7 +49,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "calibrate",
     "cim_conv",
     "cim_dense",
-    "Steps",
+    "StepSizes",
     "Codes",
     "quantize",
     "dequantize",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import cimjax
-from cimjax.fields import nearest
+from cimjax.spec.base import nearest
 from cimjax.training.options import CIM_OPTIONS, describe_options
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cimjax.core import steps as steps_lib
-from cimjax.core.steps import Steps
+from cimjax.core import step_sizes as steps_lib
+from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import tile
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
 
@@ -162,7 +162,7 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Steps]:
+def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:
     """Random input, kernel and steps for a case, float32, from a seed."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=case.x_shape).astype(np.float32)
@@ -179,7 +179,7 @@ def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, Steps]:
         return (value * np.exp(rng.uniform(-0.5, 0.5, shape))).astype(np.float32)
 
     a, w = case.spec.activation.code_range.magnitude, case.spec.weight.code_range.magnitude
-    steps = Steps(
+    steps = StepSizes(
         activation=near(shapes.activation, 1.5 / a),
         weight=near(shapes.weight, 1.5 / w),
         psum=None,

@@ -11,7 +11,7 @@ import oracle
 from cases import Case, draw
 
 from cimjax.core import conv
-from cimjax.core.steps import Steps
+from cimjax.core.step_sizes import StepSizes
 
 TOLERANCE = 1e-5
 
@@ -36,7 +36,7 @@ def expected(case: Case, seed: int = 0) -> tuple[oracle.Forward, oracle.Grads, n
     forward = oracle.forward(
         x,
         kernel,
-        oracle.Steps(**steps._asdict()),
+        oracle.StepSizes(**steps._asdict()),
         case.spec,
         strides=case.strides,
         padding=case.padding,
@@ -59,7 +59,7 @@ def computed(
     return run(x, kernel, steps, cotangent)
 
 
-def terms(forward: oracle.Forward, cotangent: np.ndarray) -> Steps:
+def terms(forward: oracle.Forward, cotangent: np.ndarray) -> StepSizes:
     """For every step the sum of the absolute values of the terms that its gradient adds up (about), as its scale.
 
     Step gradients are differences of large terms (a code and the real number that it stands for).
@@ -86,7 +86,7 @@ def terms(forward: oracle.Forward, cotangent: np.ndarray) -> Steps:
         psum, offset = (np.sum(to_read * part, axis=(0, 1, 2, 3)) for part in (codes, 2 * np.ones_like(codes)))
     if steps.reference is not None:
         to_reference = np.sum(reference * (np.abs(forward.reference_codes) * 2 + 1), axis=(0, 1, 2, 3))
-    return Steps(2 * activation, 2 * of_weight, psum, offset, to_reference, to_reference)
+    return StepSizes(2 * activation, 2 * of_weight, psum, offset, to_reference, to_reference)
 
 
 def assert_near(got: Any, want: np.ndarray, what: str, scale: Any = None) -> None:

@@ -27,7 +27,7 @@ Pair = tuple[int, int]
 
 
 @dataclasses.dataclass
-class Steps:
+class StepSizes:
     """The real, positive float32 steps (and offsets) that all implementations receive; see `step_shapes`."""
 
     activation: np.ndarray
@@ -114,7 +114,7 @@ class Forward:
     patches: np.ndarray
     psums_read: np.ndarray
     reference_read: np.ndarray | None
-    steps: Steps
+    steps: StepSizes
     geometry: Geometry
     window: Window
 
@@ -324,7 +324,7 @@ def array_index(geo: Geometry, a: int) -> Index:
 
 
 def step_shapes(geo: Geometry) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every member of `Steps`; None for one that the specification does not have."""
+    """The shape of every member of `StepSizes`; None for one that the specification does not have."""
     weight, adc = geo.spec.weight, geo.spec.adc
     shared = {"layer": (1, 1), "array": (geo.A, geo.Ct), "column": (geo.A, geo.O)}[weight.granularity]
     psum = {"layer": (1, 1, 1), "array": (geo.R, 1, geo.Ct), "column": (geo.R, geo.K, geo.O)}
@@ -339,7 +339,7 @@ def step_shapes(geo: Geometry) -> dict[str, tuple[int, ...] | None]:
     }
 
 
-def check_steps(steps: Steps, geo: Geometry) -> None:
+def check_steps(steps: StepSizes, geo: Geometry) -> None:
     """Raise ValueError for a step that is missing, not wanted, or of the wrong shape."""
     for name, shape in step_shapes(geo).items():
         value = getattr(steps, name)
@@ -363,7 +363,7 @@ def psum_place(geo: Geometry, adc: ADCSpec, r: int, k: int, o: int) -> tuple[int
 # 3.2 Weight.
 
 
-def quantize_weights(kernel: np.ndarray, steps: Steps, geo: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize_weights(kernel: np.ndarray, steps: StepSizes, geo: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, u and digits, all (K, kh, kw, C, O); without steps per plane all planes have the same codes."""
     codes, digits = np.zeros((geo.K, *kernel.shape)), np.zeros((geo.K, *kernel.shape))
     u = np.zeros((geo.K, *kernel.shape), np.float32)
@@ -473,7 +473,7 @@ def convert(
 # 3.7 Dequantize and add.
 
 
-def add_columns(read: np.ndarray, references: np.ndarray | None, steps: Steps, geo: Geometry) -> np.ndarray:
+def add_columns(read: np.ndarray, references: np.ndarray | None, steps: StepSizes, geo: Geometry) -> np.ndarray:
     """`sum_{t,r,k} g_t f_k s_w P^`, and the constant of `offset` times the top plane's step: y before `s_a`."""
     total = np.zeros((*read.shape[1:4], geo.O))
     for t, r, o in np.ndindex(geo.T, geo.R, geo.O):
@@ -490,7 +490,7 @@ def add_columns(read: np.ndarray, references: np.ndarray | None, steps: Steps, g
 def forward(
     x: np.ndarray,
     kernel: np.ndarray,
-    steps: Steps,
+    steps: StepSizes,
     spec: CIMSpec,
     *,
     strides: Pair = (1, 1),
@@ -506,7 +506,7 @@ def forward(
         raise ValueError("the oracle does not model variation")
     geo, window = geometry(kernel.shape, spec), Window(strides, padding, dilation)
     check_steps(steps, geo)
-    steps = Steps(**{name: None if value is None else np.float32(value) for name, value in vars(steps).items()})
+    steps = StepSizes(**{name: None if value is None else np.float32(value) for name, value in vars(steps).items()})
 
     a, a_u = round_even(x, steps.activation, plain_range(spec.activation.bits, spec.activation.signed))
     slices = np.stack([part.digits for part in slice_activation(a, spec.activation)])

@@ -14,15 +14,15 @@ from cases import CASES, ENCODINGS, Case, draw, spec
 from compare import assert_equals_oracle
 
 from cimjax.core import conv, convolution, lowering
-from cimjax.core import steps as steps_lib
+from cimjax.core import step_sizes as steps_lib
 from cimjax.core.compiler import compiler_options
 from cimjax.core.lowering import LOWERINGS, choose
 from cimjax.core.recompute import smallest_type
 from cimjax.core.schedule import in_turn
 from cimjax.core.tiling import tile
 from cimjax.core.window import shifted
-from cimjax.planes import CodeRange, code_range
 from cimjax.spec import Lowering, Operands, Residuals
+from cimjax.spec.codes import CodeRange, code_range
 
 # What `auto` chooses here goes through the whole table; other lowerings, which differ in the array product only,
 # through every sixth row and all windows.
@@ -203,7 +203,7 @@ def test_recomputation_takes_less_memory() -> None:
     """In XLA's own account of six layers, of which the partial sums of one at a time are held."""
     base = spec(activation={"bits": 4}, weight={"bits": 4, "cell_bits": 1}, array={"rows": 64, "columns": 64})
     kernel, x = jnp.ones((3, 3, 32, 32)), jnp.ones((4, 16, 16, 32))
-    steps = steps_lib.Steps(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
+    steps = steps_lib.StepSizes(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
 
     def temporary(residuals: Residuals) -> int:
         one = dataclasses.replace(base, residuals=residuals)
@@ -227,7 +227,7 @@ def test_memory_grows_with_tiles_by_what_is_kept(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(lowering, "LARGE", 0)
     monkeypatch.setattr(lowering, "MANY_TILES", 3)
     x, kernel = jnp.ones((32, 8, 8, 48)), jnp.ones((3, 3, 48, 64))
-    steps = steps_lib.Steps(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
+    steps = steps_lib.StepSizes(jnp.float32(1.0), jnp.ones((1, 1)), jnp.ones((1, 1, 1)))
 
     def temporary(tiles: int, residuals: Residuals) -> int:
         layer = spec(weight={"bits": 2, "cell_bits": 1}, array={"rows": 9 * 48 // tiles, "columns": 128})

@@ -16,8 +16,8 @@ from cimjax.core import conv, conversion
 from cimjax.core import lowering as lowering_lib
 from cimjax.core.conversion import Conversion, Scales
 from cimjax.core.lowering import LOWERINGS
-from cimjax.planes import code_range
 from cimjax.spec import Lowering
+from cimjax.spec.codes import code_range
 
 
 @pytest.mark.parametrize("bits", [3, 8, 12])

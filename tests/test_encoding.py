@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cimjax.core import encoding
-from cimjax.planes import CodeRange
 from cimjax.spec import ActivationSpec, WeightSpec
+from cimjax.spec.codes import CodeRange
 
 OPTIONS = [
     {"encoding": "twos_complement"},

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cimjax.core import lsq
-from cimjax.planes import CodeRange, code_range, weight_range
+from cimjax.spec.codes import CodeRange, code_range, weight_range
 
 RANGES = {
     "unsigned-1": code_range(1, signed=False),

@@ -15,7 +15,7 @@ from cases import CASES, ENCODINGS, GRANULARITIES, SLICES, TILINGS, Case, draw, 
 from jax import lax
 
 from cimjax.core import adc, cells, conv, encoding, lsq
-from cimjax.core import steps as steps_lib
+from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.lsq import Codes
 from cimjax.core.tiling import tile
@@ -123,7 +123,7 @@ def test_equal_column_steps_equal_the_layer_step(offset: bool) -> None:
         x, kernel, _ = draw(case)
         shapes = steps_lib.shapes(tile(case.kernel_shape, case.spec), case.spec)
         values = {"activation": 0.3, "weight": 0.4, "psum": 2.5, "offset": 1.25}
-        steps = steps_lib.Steps(
+        steps = steps_lib.StepSizes(
             **{
                 name: np.full(shape, values[name], np.float32)
                 for name, shape in shapes._asdict().items()
@@ -226,11 +226,11 @@ def test_a_step_of_size_one_serves_a_whole_layer_and_gets_the_sum_of_its_gradien
     case = CASE_OF[name]
     x, kernel, _ = draw(case)
     shapes = steps_lib.shapes(tile(case.kernel_shape, case.spec), case.spec)
-    values = steps_lib.Steps(0.3, 0.4, 2.5, 1.25, 2.0, 0.5)
+    values = steps_lib.StepSizes(0.3, 0.4, 2.5, 1.25, 2.0, 0.5)
 
-    def filled(shape_of: Any) -> steps_lib.Steps:
+    def filled(shape_of: Any) -> steps_lib.StepSizes:
         pairs = zip(values, shapes, strict=True)
-        return steps_lib.Steps(
+        return steps_lib.StepSizes(
             *(None if shape is None else np.full(shape_of(shape), value, np.float32) for value, shape in pairs)
         )
 
@@ -270,7 +270,7 @@ def test_gradients_are_finite_at_any_stored_step(log_step: float) -> None:
     factors = steps_lib.gradient_factors(tiled, case.spec, 140, 20)
     units = steps_lib.offset_units(tiled, case.spec)
     for changed in ("activation", "weight", "psum"):
-        stored = steps_lib.Steps(
+        stored = steps_lib.StepSizes(
             *(
                 None if shape is None else jnp.full(shape, log_step if name == changed else 0.0)
                 for name, shape in shapes._asdict().items()

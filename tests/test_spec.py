@@ -11,8 +11,8 @@ import hypothesis.strategies as st
 import pytest
 from cases import CASES
 
-from cimjax.planes import CodeRange, Plane
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Encoding, Granularity, VariationSpec, WeightSpec
+from cimjax.spec.codes import CodeRange, Plane
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ActivationSpec, {"bits": 0}, r"`bits` is 0; give a whole number of bits from 1 to 16, or 1.5"),

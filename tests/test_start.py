@@ -12,9 +12,9 @@ import pytest
 from cases import CASES, ENCODINGS, Case, draw, spec
 
 from cimjax.core import adc, conv, lsq, start
-from cimjax.core import steps as steps_lib
+from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
-from cimjax.core.steps import Steps
+from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.spec import CIMSpec
 
@@ -38,15 +38,15 @@ def distributions() -> dict[str, np.ndarray]:
     }
 
 
-def one_column(values: np.ndarray, layer_spec: CIMSpec) -> tuple[jax.Array, Tiling, Steps]:
+def one_column(values: np.ndarray, layer_spec: CIMSpec) -> tuple[jax.Array, Tiling, StepSizes]:
     """Psums (1, M, 1, 1, 1) of a layer with a single column."""
     tiling = tile((4, 1), layer_spec)
     psums = jnp.asarray(values, jnp.float32).reshape(1, -1, 1, 1, 1)
-    return psums, tiling, Steps(activation=jnp.float32(1), weight=jnp.ones((1, 1)))
+    return psums, tiling, StepSizes(activation=jnp.float32(1), weight=jnp.ones((1, 1)))
 
 
 def error(psums: jax.Array, step: np.ndarray, offset: np.ndarray | None, tiling: Tiling, layer_spec: CIMSpec) -> float:
-    shaped = Steps(
+    shaped = StepSizes(
         psum=jnp.asarray(step, jnp.float32).reshape(1, 1, 1),
         offset=None if offset is None else jnp.asarray(offset, jnp.float32).reshape(1, 1, 1),
     )
@@ -89,7 +89,7 @@ def test_with_an_offset_every_code_is_used_on_one_sided_psums() -> None:
         psums, tiling, steps = one_column(distributions()[name], layer_spec)
         step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
         codes = np.unique(
-            np.rint((adc.convert(psums, Steps(psum=step, offset=zero), tiling, layer_spec) - zero) / step)
+            np.rint((adc.convert(psums, StepSizes(psum=step, offset=zero), tiling, layer_spec) - zero) / step)
         )
         assert codes.tolist() == list(range(8)), name
 
@@ -132,7 +132,7 @@ def test_every_group_is_fitted_on_its_own_psums_by_weight(granularity: str, offs
     weight = jnp.square(significance * steps_lib.expand_weight(jnp.asarray(steps.weight), tiling))
 
     def errors(step: jax.Array, zero: jax.Array | None) -> jax.Array:
-        rounded = adc.convert(psums, Steps(psum=step, offset=zero), tiling, layer_spec)
+        rounded = adc.convert(psums, StepSizes(psum=step, offset=zero), tiling, layer_spec)
         each = jnp.sum(weight * jnp.square(rounded - psums), axis=(0, 1))
         return steps_lib.sum_over_groups(each, step.shape, tiling)
 
@@ -167,7 +167,7 @@ def test_a_group_of_one_value_gets_a_ladder_that_can_be_stored(bits: float, code
     step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
     units = steps_lib.offset_units(tiling, layer_spec)
     log_step, zeta = steps_lib.stored_adc_steps(step, zero, units.offset, layer_spec)
-    stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=log_step, offset=zeta)
+    stored = StepSizes(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=log_step, offset=zeta)
     real = steps_lib.real_steps(stored, steps_lib.gradient_factors(tiling, layer_spec, 4, 1), units, layer_spec)
     assert error(psums, real.psum, real.offset, tiling, layer_spec) <= 1e-9 * value**2
 
@@ -240,7 +240,7 @@ def test_a_ladder_widens_around_its_middle_and_moves_in_fixed_units() -> None:
         psum, zeta = steps_lib.stored_adc_steps(
             jnp.asarray(steps.psum), jnp.asarray(steps.offset), units.offset, layer_spec
         )
-        stored = Steps(activation=jnp.zeros(()), weight=jnp.log(steps.weight), psum=psum, offset=zeta)
+        stored = StepSizes(activation=jnp.zeros(()), weight=jnp.log(steps.weight), psum=psum, offset=zeta)
         if steps.reference is not None:
             pair = (jnp.asarray(steps.reference), jnp.asarray(steps.reference_offset))
             reference, offset = steps_lib.stored_adc_steps(*pair, units.reference_offset, layer_spec)
@@ -265,7 +265,7 @@ def test_gradients_of_a_ladder_beyond_its_ends_are_the_derivatives_of_its_values
     for distance, code in ((10.0, 3), (-10.0, 0)):
 
         def converted(log_step: jax.Array, zeta: jax.Array, distance: float = distance) -> jax.Array:
-            stored = Steps(activation=jnp.zeros(()), weight=jnp.zeros((3, 5)), psum=log_step, offset=zeta)
+            stored = StepSizes(activation=jnp.zeros(()), weight=jnp.zeros((3, 5)), psum=log_step, offset=zeta)
             real = steps_lib.real_steps(stored, factors, units, layer_spec)
             psums = jax.lax.stop_gradient(real.offset + distance * real.psum)[None, None]
             return jnp.sum(adc.convert(psums, real, tiling, layer_spec))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from cimjax.analysis.timing import Program, Timing, measured, without_cache
 from cimjax.core import conv
-from cimjax.core import steps as steps_lib
+from cimjax.core import step_sizes as steps_lib
 from cimjax.core.lowering import LOWERINGS
 from cimjax.core.tiling import tile
 from cimjax.data import Dataset
@@ -179,9 +179,9 @@ def _through_arrays(spec: CIMSpec, stride: int) -> Callable[..., Any]:
     return through_arrays
 
 
-def _some_steps(spec: CIMSpec, kernel: Any) -> steps_lib.Steps:
+def _some_steps(spec: CIMSpec, kernel: Any) -> steps_lib.StepSizes:
     shapes = steps_lib.shapes(tile(kernel.shape, spec), spec)._asdict().items()
     values = {"activation": 0.2, "weight": 0.05, "psum": 8.0, "reference": 8.0}
-    return steps_lib.Steps(
+    return steps_lib.StepSizes(
         **{field: None if shape is None else jnp.full(shape, values.get(field, 0.0)) for field, shape in shapes}
     )

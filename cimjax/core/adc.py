@@ -7,13 +7,13 @@ from jax import Array
 
 from cimjax.core import lsq
 from cimjax.core.lsq import CodeRanges
-from cimjax.core.steps import Steps, expand_outputs
+from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
-from cimjax.planes import CodeRange
 from cimjax.spec import CIMSpec
+from cimjax.spec.codes import CodeRange
 
 
-def convert(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+def convert(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
     """What the ADCs make of partial sums: `P^ = s p + z`, `p = clip(floor((P - z) / s + 0.5), q_min, q_max)`.
 
     Exactly `2^bits` codes (3 for 1.5 bits); a signed 1-bit ADC gives the sign of `P - z`. The result depends on nothing

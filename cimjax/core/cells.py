@@ -7,7 +7,7 @@ from jax import Array
 
 from cimjax.core import encoding, lsq, variation
 from cimjax.core.lowering import Columns
-from cimjax.core.steps import Steps, expand_weight
+from cimjax.core.step_sizes import StepSizes, expand_weight
 from cimjax.core.tiling import Tiling, tile_kernel
 from cimjax.spec import CIMSpec, Encoding, Reference
 
@@ -59,7 +59,7 @@ def _stored_digits(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | Non
 
 
 def stored_columns(
-    kernel: Array, steps: Steps, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
+    kernel: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
 ) -> tuple[Columns, Array | None]:
     """What the columns of every read group hold, and its dummy column, if it has one.
 
@@ -78,7 +78,7 @@ def stored_columns(
     codes = quantize_weight(kernel, steps.weight, tiling, spec)
     columns = Columns(_by_column(_stored_digits(codes, tiling, spec, variation_key)))
     if spec.variation is None and not spec.weight.step_per_plane:
-        stored = jnp.where(tiling.stored[..., None], encoding.of_sign(codes, spec.weight), 0)
+        stored = jnp.where(tiling.stored[..., None], encoding.split_by_sign(codes, spec.weight), 0)
         columns = columns._replace(codes=_by_column(stored), shares=encoding.shares(spec.weight))
     if spec.weight.encoding != Encoding.OFFSET:
         return columns, None

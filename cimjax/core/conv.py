@@ -25,7 +25,7 @@ from cimjax.core.lsq import Codes
 from cimjax.core.readout import Part, add_up, read_reference, scales_of, whole
 from cimjax.core.recompute import recomputed
 from cimjax.core.schedule import codes_once
-from cimjax.core.steps import Steps, require_shapes
+from cimjax.core.step_sizes import StepSizes, require_shapes
 from cimjax.core.tiling import Tiling, tile
 from cimjax.core.window import Padding, PerAxis, Window
 from cimjax.spec import ActivationSpec, CIMSpec, Lowering, Residuals
@@ -48,7 +48,7 @@ class PartialSums(NamedTuple):
 def cim_conv(
     x: ArrayLike | Codes,
     kernel: ArrayLike,
-    steps: Steps,
+    steps: StepSizes,
     spec: CIMSpec,
     *,
     strides: PerAxis = None,
@@ -66,7 +66,7 @@ def cim_conv(
     Args:
       x: (N, H, W, C) real, quantized here with `steps.activation`; or `Codes`, quantized before.
       kernel: (kh, kw, C, O) real; any number of spatial axes.
-      steps: real steps > 0, used in float32, of the shapes that `core.steps.shapes` gives (or with every size 1).
+      steps: real steps > 0, used in float32, of the shapes that `core.step_sizes.shapes` gives (or with every size 1).
       spec: what to build.
       strides, padding, input_dilation, kernel_dilation: as for `flax.linen.Conv`; padded places are undriven rows.
       variation_key: the random key of the chip; needed with `spec.variation`.
@@ -105,15 +105,15 @@ def cim_conv(
 # Layers of equal shapes are traced once.
 @functools.partial(jax.jit, static_argnames=("window", "spec"))
 def _through_arrays(
-    codes: Array, code_step: Array, kernel: Array, steps: Steps, key: Array | None, *, window: Window, spec: CIMSpec
+    codes: Array, code_step: Array, kernel: Array, steps: StepSizes, key: Array | None, *, window: Window, spec: CIMSpec
 ) -> Array:
     """The layer between its activation's codes and their step."""
     tiling = tile(kernel.shape, spec)
     if tiling.groups > 1 or len(spec.activation.slices) > 1:
         codes = codes_once(codes, code_step, spec.activation.code_range)
 
-    def through_arrays(codes: Array, kernel: Array, steps: Steps, key: Array | None) -> Array:
-        if spec.undivided:
+    def through_arrays(codes: Array, kernel: Array, steps: StepSizes, key: Array | None) -> Array:
+        if spec.skips_decomposition:
             return add_up(_whole_product(codes, kernel, steps, tiling, window, spec), steps, tiling, spec)
         if spec.adc is None:
             return add_up(_product(codes, kernel, steps, tiling, window, spec, key), steps, tiling, spec)
@@ -130,7 +130,7 @@ def _through_arrays(
 def cim_dense(
     x: ArrayLike | Codes,
     kernel: ArrayLike,
-    steps: Steps,
+    steps: StepSizes,
     spec: CIMSpec,
     *,
     variation_key: Array | None = None,
@@ -171,7 +171,7 @@ def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: Activati
 def partial_sums(
     inputs: Codes,
     kernel: Array,
-    steps: Steps,
+    steps: StepSizes,
     tiling: Tiling,
     window: Window,
     spec: CIMSpec,
@@ -202,7 +202,7 @@ def partial_sums(
 def _digitised(
     codes: Array,
     kernel: Array,
-    steps: Steps,
+    steps: StepSizes,
     tiling: Tiling,
     window: Window,
     spec: CIMSpec,
@@ -220,7 +220,7 @@ def _digitised(
 def _product(
     codes: Array,
     kernel: Array,
-    steps: Steps,
+    steps: StepSizes,
     tiling: Tiling,
     window: Window,
     spec: CIMSpec,
@@ -236,7 +236,7 @@ def _product(
 def _fused(
     codes: Array,
     kernel: Array,
-    steps: Steps,
+    steps: StepSizes,
     tiling: Tiling,
     window: Window,
     spec: CIMSpec,
@@ -276,7 +276,7 @@ def _split_reference(sums: Array, columns: int) -> Part:
 
 
 def _whole_product(
-    codes: Array, kernel: Array, steps: Steps, tiling: Tiling, window: Window, spec: CIMSpec
+    codes: Array, kernel: Array, steps: StepSizes, tiling: Tiling, window: Window, spec: CIMSpec
 ) -> list[Part]:
     """What the columns of an ideal ADC add up to, without dividing codes into slices and planes: the same sums."""
     weights = jnp.where(tiling.stored[..., None], quantize_weight(kernel, steps.weight, tiling, spec), 0)

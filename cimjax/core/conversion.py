@@ -17,8 +17,8 @@ from jax import Array, lax
 from cimjax.core import lsq
 from cimjax.core.schedule import apart
 from cimjax.core.tiling import Tiling
-from cimjax.planes import CodeRange
 from cimjax.spec import CIMSpec
+from cimjax.spec.codes import CodeRange
 
 # The largest magnitude of a partial sum that 16 bits keep.
 _SMALL_INTEGERS = 2**15 - 1

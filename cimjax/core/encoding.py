@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from cimjax.planes import Plane
 from cimjax.spec import ActivationSpec, Encoding, Subtract, WeightSpec
+from cimjax.spec.codes import Plane
 
 
 def encode(codes: Array, spec: WeightSpec) -> Array:
@@ -36,7 +36,7 @@ def encode(codes: Array, spec: WeightSpec) -> Array:
 def shares(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
     """What a digit's gradient counts in that of its code, `alpha_k / f_k`: `G` rows of `K`, one step for all planes.
 
-    `G` is 1, or 2 where codes of either sign respond by planes of their own; `of_sign` chooses.
+    `G` is 1, or 2 where codes of either sign respond by planes of their own; `split_by_sign` chooses.
     """
     significance = [plane.significance for plane in spec.planes]
     if not _by_sign(spec):
@@ -46,7 +46,7 @@ def shares(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def of_sign(codes: Array, spec: WeightSpec) -> Array:
+def split_by_sign(codes: Array, spec: WeightSpec) -> Array:
     """Codes, once for each row of `shares`: (G, ...), each passing the gradients that are due to its sign.
 
     Through these and `shares` a code gets the gradient that `encode` gives it, without one for every digit.
@@ -55,7 +55,7 @@ def of_sign(codes: Array, spec: WeightSpec) -> Array:
 
 
 def _of_sign_forward(codes: Array, spec: WeightSpec) -> tuple[Array, Array]:
-    return of_sign(codes, spec), codes
+    return split_by_sign(codes, spec), codes
 
 
 def _of_sign_backward(spec: WeightSpec, codes: Array, gradient: Array) -> tuple[Array]:
@@ -65,7 +65,7 @@ def _of_sign_backward(spec: WeightSpec, codes: Array, gradient: Array) -> tuple[
     return (jnp.where(codes > 0, plus, jnp.where(codes < 0, minus, (plus + minus) / 2)),)
 
 
-of_sign.defvjp(_of_sign_forward, _of_sign_backward)
+split_by_sign.defvjp(_of_sign_forward, _of_sign_backward)
 
 
 def _by_sign(spec: WeightSpec) -> bool:

@@ -11,12 +11,12 @@ from jax import Array
 
 from cimjax.core import lsq
 from cimjax.core.adc import ranges_of_psums
-from cimjax.core.steps import Steps, expand_outputs
+from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
 
 
-class Health(NamedTuple):
+class ADCStatistics(NamedTuple):
     """The state of one layer's ADCs on some inputs.
 
     saturated: () the part of the conversions whose psum lies more than half a step beyond the ladder, 0 to 1.
@@ -27,7 +27,7 @@ class Health(NamedTuple):
     codes_used: Array
 
 
-def adc_health(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Health:
+def adc_health(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> ADCStatistics:
     """Look at the conversions of one layer.
 
     Args:
@@ -45,4 +45,4 @@ def adc_health(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Hea
     codes = lsq.quantize(psums, step, (q_min, q_max, size), offset, half_up=True)
     values = np.arange(int(np.min(np.asarray(q_min))), int(np.max(np.asarray(q_max))) + 1, dtype=np.float32)
     used = jax.lax.map(lambda value: jnp.any(codes == value, axis=(0, 1)), jnp.asarray(values))
-    return Health(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(used, axis=0, dtype=jnp.float32)))
+    return ADCStatistics(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(used, axis=0, dtype=jnp.float32)))

@@ -19,7 +19,7 @@ from jax import Array
 
 from cimjax.core import lsq
 from cimjax.core.lsq import CodeRanges
-from cimjax.core.steps import fixed_step
+from cimjax.core.step_sizes import fixed_step
 from cimjax.spec import ADCSpec, CIMSpec, LadderStart, StepKind
 
 # Candidate steps, as fractions of the step whose ladder just covers every partial sum.

@@ -39,8 +39,8 @@ class Columns(NamedTuple):
     """What the arrays store, and what its gradients go to.
 
     digits: (kh, kw, R, c, M) float32: what each read group stores for its `M` columns, 0 at undriven places.
-    codes: (kh, kw, R, c, G O) float32, the weight codes that the first `K O` columns are made of (`encoding.of_sign`).
-      They get the gradient, by `shares`, and the digits get none: one weight gradient instead of one for every plane.
+    codes: (kh, kw, R, c, G O) float32, the weight codes that the first `K O` columns are made of
+      (`encoding.split_by_sign`). They get the gradient, by `shares`, and the digits get none: one weight gradient instead of one for every plane.
       None where digits are differentiated themselves.
     shares: `G` rows of `K`, as `encoding.shares` gives them.
     """

@@ -1,7 +1,7 @@
 """Learned-step quantization (LSQ): codes, their custom gradients, and how a step is stored and scaled.
 
 Source: Esser et al., "Learned step size quantization", ICLR 2020, extended to steps of any broadcastable shape and to
-an offset. What shares a step is decided by `cimjax.core.steps`; starting values are in `cimjax.core.start`.
+an offset. What shares a step is decided by `cimjax.core.step_sizes`; starting values are in `cimjax.core.start`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.planes import CodeRange
 from cimjax.spec import ActivationSpec
+from cimjax.spec.codes import CodeRange
 
 # One code range, or arrays of its entries (lowest, highest, number of codes) where parts of a tensor differ.
 CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]

@@ -16,10 +16,10 @@ from jax import Array, lax
 from cimjax.core import lsq
 from cimjax.core.conversion import Scales, over_columns
 from cimjax.core.schedule import columns_once
-from cimjax.core.steps import Steps, expand_outputs, expand_weight
+from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
-from cimjax.planes import CodeRange
 from cimjax.spec import CIMSpec, Reference
+from cimjax.spec.codes import CodeRange
 
 
 class Part(NamedTuple):
@@ -33,17 +33,17 @@ class Part(NamedTuple):
     reference: Array | None
 
 
-def add_up(parts: Sequence[Part], steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+def add_up(parts: Sequence[Part], steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
     """Shift, dequantize and add what ideal ADCs pass on: `sum_{t,r,k} g_t f_k s_w P` (the paper's eqs. 2 and 3).
 
     Args:
-      parts: all read groups in order; the columns may be undivided (`spec.undivided`).
+      parts: all read groups in order; the columns may be undivided (`spec.skips_decomposition`).
       steps: `weight` is used.
 
     Returns:
       (N, OH, OW, O) float32, not yet multiplied by the activation's step.
     """
-    slices = (1,) if spec.undivided else tuple(s.significance for s in spec.activation.slices)
+    slices = (1,) if spec.skips_decomposition else tuple(s.significance for s in spec.activation.slices)
     scales = scales_of(steps, tiling, spec)
     total, first = jnp.float32(0), 0
     for part in parts:
@@ -74,9 +74,9 @@ def _rounded_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return _rounded(primals[0]), tangents[0]
 
 
-def scales_of(steps: Steps, tiling: Tiling, spec: CIMSpec) -> Scales:
+def scales_of(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Scales:
     """The scales of all columns, (R, K O), but for what a slice counts; without planes where these are undivided."""
-    planes = (1,) if spec.undivided else tuple(p.significance for p in spec.weight.planes)
+    planes = (1,) if spec.skips_decomposition else tuple(p.significance for p in spec.weight.planes)
 
     def by_group(values: Array) -> Array:
         """Values broadcastable to (R, K, O) as (R, K O)."""
@@ -90,7 +90,7 @@ def scales_of(steps: Steps, tiling: Tiling, spec: CIMSpec) -> Scales:
     )
 
 
-def read_reference(sums: Array, groups: slice, steps: Steps, tiling: Tiling, spec: CIMSpec) -> Array:
+def read_reference(sums: Array, groups: slice, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
     """What the constant of an `offset` encoding adds: `sum_{t,r} g_t s_w constant` times the sum of the inputs.
 
     Args:
@@ -116,7 +116,7 @@ def of_slice(sums: Array, index: int, slices: int) -> Array:
     return sums if slices == 1 else sums.reshape(slices, sums.shape[0] // slices, *sums.shape[1:])[index]
 
 
-def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, steps: Steps, spec: CIMSpec) -> Array:
+def _convert_reference(sums: Array, codes: CodeRange | None, groups: slice, steps: StepSizes, spec: CIMSpec) -> Array:
     """The dummy columns' sums (B, OH, OW, r) behind ADCs with a step for each read group; exact if digital."""
     if codes is None or spec.weight.reference != Reference.ADC:
         return sums

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from cimjax.core.schedule import after
-from cimjax.planes import CodeRange
+from cimjax.spec.codes import CodeRange
 
 
 def recomputed(function: Callable[..., Array], codes: Array, *operands: Any, code_range: CodeRange) -> Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cimjax.planes import CodeRange
+from cimjax.spec.codes import CodeRange
 
 
 def after(x: Array, other: Array) -> Array:

@@ -19,8 +19,8 @@ from cimjax.core import conv, lsq
 from cimjax.core.adc import ranges_of_psums, ranges_of_reference
 from cimjax.core.ladder import Grouping, fit
 from cimjax.core.lsq import Codes
-from cimjax.core.steps import (
-    Steps,
+from cimjax.core.step_sizes import (
+    StepSizes,
     expand_outputs,
     expand_weight,
     gradient_factors,
@@ -33,8 +33,8 @@ from cimjax.core.steps import (
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window, positions, seen_at, without_padding
-from cimjax.planes import CodeRange
 from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepStart
+from cimjax.spec.codes import CodeRange
 
 # Output positions that the search for a psum step looks at, at most; they are spread over images and pixels.
 SAMPLES = 1024
@@ -51,13 +51,13 @@ KINDS = ("activation", "weight", "psum")
 def calibrated(
     x: Array | Codes,
     kernel: Array,
-    stored: Steps,
+    stored: StepSizes,
     window: Window,
     spec: CIMSpec,
     *,
     kinds: tuple[str, ...] = KINDS,
     variation_key: Array | None = None,
-) -> Steps:
+) -> StepSizes:
     """Stored steps of one layer, set from its kernel and from an input: activation and weight first, then the ADC's.
 
     Args:
@@ -163,7 +163,7 @@ def _least_squares(
     return jax.lax.scan(visit, (error(step), step), jnp.asarray(STEP_SCALES, jnp.float32))[0][1]
 
 
-def psum_steps(psums: Array, steps: Steps, tiling: Tiling, spec: CIMSpec) -> tuple[Array, Array | None]:
+def psum_steps(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> tuple[Array, Array | None]:
     """Psum steps (and offsets) by `spec.adc.start`, for every group that shares a step; by default of least squared
     error of `g_t f_k s_w P^`.
 

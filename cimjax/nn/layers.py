@@ -16,17 +16,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cimjax.core import conv, lsq, start, tiling
-from cimjax.core import steps as steps_lib
+from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.health import adc_health
 from cimjax.core.lsq import Codes
-from cimjax.core.steps import Steps
+from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
 from cimjax.nn.calibrate import kinds_to_set
 from cimjax.spec import ActivationSpec, CIMSpec, StepKind
 
-# The parameter that stores each field of `Steps`.
-PARAMETERS = Steps(
+# The parameter that stores each field of `StepSizes`.
+PARAMETERS = StepSizes(
     activation="activation_log_step",
     weight="weight_log_step",
     psum="psum_log_step",
@@ -35,7 +35,7 @@ PARAMETERS = Steps(
     reference_offset="reference_offset",
 )
 
-# The collection in which layers leave the `Health` of their ADCs when it is mutable.
+# The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
 HEALTH = "health"
 
 
@@ -85,13 +85,13 @@ class ArrayLayer(nn.Module):
             self.sow(HEALTH, "adc", adc_health(psums.columns, steps, tiled, spec), reduce_fn=lambda _, new: new)
         return _output(x, kernel, stored, key, window=window, spec=spec, input_size=input_size, positions=positions)
 
-    def _declare(self, shapes: Steps, spec: CIMSpec, *, has_step: bool) -> Steps:
+    def _declare(self, shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSizes:
         """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
         if not has_step:
             shapes = shapes._replace(activation=None)
         if spec.adc is not None and spec.adc.step == StepKind.FIXED:
             shapes = shapes._replace(psum=None, reference=None)
-        return Steps(
+        return StepSizes(
             *(
                 None if shape is None else self.param(name, nn.initializers.zeros, shape, jnp.float32)
                 for name, shape in zip(PARAMETERS, shapes, strict=True)
@@ -111,7 +111,7 @@ class ArrayLayer(nn.Module):
 def _output(
     x: Array | Codes,
     kernel: Array,
-    stored: Steps,
+    stored: StepSizes,
     key: Array | None,
     *,
     window: Window,
@@ -123,7 +123,7 @@ def _output(
     return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
 
 
-def _real_steps(kernel: Array, stored: Steps, spec: CIMSpec, input_size: int, positions: int) -> Steps:
+def _real_steps(kernel: Array, stored: StepSizes, spec: CIMSpec, input_size: int, positions: int) -> StepSizes:
     tiled = tiling.tile(kernel.shape, spec)
     factors = steps_lib.gradient_factors(tiled, spec, input_size, positions)
     return steps_lib.real_steps(stored, factors, steps_lib.offset_units(tiled, spec), spec)
@@ -133,9 +133,10 @@ class CIMConv(ArrayLayer):
     """A convolution through memory arrays, in place of `flax.linen.Conv`.
 
     `kernel` (kh, kw, C, features) and `bias` (features,) are `Conv`'s, so that pretrained weights drop in. Steps are
-    stored as logarithms, offsets in fixed units (`core.steps.real_steps`): `activation_log_step` () unless the input is
-    `Codes`, `weight_log_step`, and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`,
-    `reference_offset` as the specification has them (shapes: `core.steps.Steps`). `init` sets them from its input.
+    stored as logarithms, offsets in fixed units (`core.step_sizes.real_steps`): `activation_log_step` () unless the
+    input is `Codes`, `weight_log_step`, and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`,
+    `reference_offset` as the specification has them (shapes: `core.step_sizes.StepSizes`). `init` sets them from its
+    input.
 
     features, kernel_size, strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, kernel_init,
       bias_init: as for `flax.linen.Conv`. `padding` is 'SAME', 'VALID', an integer or pairs.

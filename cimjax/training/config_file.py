@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cimjax.fields import nearest
 from cimjax.spec import CIMSpec
+from cimjax.spec.base import nearest
 from cimjax.training.options import OptionError
 
 _PACKAGE = Path(__file__).parents[1]

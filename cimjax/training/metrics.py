@@ -80,7 +80,7 @@ def mean_movement(moved: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def health_by_layer(collection: Any) -> dict[str, dict[str, float]]:
-    """The `Health` that layers left in their collection: {"conv1": {"saturated": ..., "codes_used": ...}}."""
+    """The `ADCStatistics` that layers left in their collection: {"conv1": {"saturated": ..., "codes_used": ...}}."""
     flat = flax.traverse_util.flatten_dict(dict(collection), sep="/")
     return {
         path.rsplit("/", 1)[0]: {name: float(value) for name, value in health._asdict().items()}

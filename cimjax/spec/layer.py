@@ -11,9 +11,9 @@ import dataclasses
 import enum
 import math
 
-from cimjax import planes as planes_lib
-from cimjax.fields import Spec, is_number
-from cimjax.planes import CodeRange, Plane
+from cimjax.spec import codes as codes_lib
+from cimjax.spec.base import Spec, is_number
+from cimjax.spec.codes import CodeRange, Plane
 
 
 class Granularity(enum.StrEnum):
@@ -162,14 +162,14 @@ class ActivationSpec(Spec):
     @property
     def code_range(self) -> CodeRange:
         """The activation's codes."""
-        return planes_lib.code_range(self.bits, signed=self.signed)
+        return codes_lib.code_range(self.bits, signed=self.signed)
 
     @property
     def slices(self) -> tuple[Plane, ...]:
         """The slices of a code, lowest first: significance `g_t` and digit range."""
         if self.slice_bits is None:
             return (Plane(1, self.code_range.q_min, self.code_range.q_max),)
-        split = planes_lib.twos_complement_planes if self.signed else planes_lib.unsigned_planes
+        split = codes_lib.twos_complement_planes if self.signed else codes_lib.unsigned_planes
         return split(int(self.bits), self.slice_bits)
 
 
@@ -232,19 +232,19 @@ class WeightSpec(Spec):
     @property
     def code_range(self) -> CodeRange:
         """The weight's codes."""
-        return planes_lib.weight_range(self.bits, symmetric=self.encoding == Encoding.DIFFERENTIAL)
+        return codes_lib.weight_range(self.bits, symmetric=self.encoding == Encoding.DIFFERENTIAL)
 
     @property
     def planes(self) -> tuple[Plane, ...]:
         """The planes of a code, lowest first (`differential` digital: plus planes, then minus planes)."""
         if self.encoding == Encoding.TWOS_COMPLEMENT:
-            return planes_lib.twos_complement_planes(int(self.bits), self.cell_bits)
+            return codes_lib.twos_complement_planes(int(self.bits), self.cell_bits)
         if self.encoding == Encoding.DIFFERENTIAL:
             magnitude_bits = max(1, math.floor(self.bits) - 1)
-            return planes_lib.magnitude_planes(magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG)
+            return codes_lib.magnitude_planes(magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG)
         if self.bits == 1:
             return (Plane(2, 0, 1),)
-        return planes_lib.unsigned_planes(int(self.bits), self.cell_bits)
+        return codes_lib.unsigned_planes(int(self.bits), self.cell_bits)
 
     @property
     def constant(self) -> int:
@@ -317,7 +317,7 @@ class ADCSpec(Spec):
     def code_range(self, *, signed: bool) -> CodeRange:
         """The codes for a column whose psums can be negative (`signed`) or cannot."""
         forced = self.range == ADCRange.SIGNED
-        return planes_lib.code_range(self.bits, signed=forced or (signed and not self.offset))
+        return codes_lib.code_range(self.bits, signed=forced or (signed and not self.offset))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -422,14 +422,14 @@ class CIMSpec(Spec):
         return max(0, self.array.columns - self.weight.dummy_columns) // self.weight.columns_per_output
 
     @property
-    def undivided(self) -> bool:
+    def skips_decomposition(self) -> bool:
         """Whether slices and planes only cut up exact integers that an ideal ADC puts together again unchanged."""
         return self.adc is None and self.variation is None and not self.weight.step_per_plane
 
     @property
     def largest_operand(self) -> int:
         """The largest magnitude among the integers that the array product multiplies."""
-        if self.undivided:
+        if self.skips_decomposition:
             return int(max(self.activation.code_range.magnitude, self.weight.code_range.magnitude))
         return int(max(part.magnitude for part in (*self.activation.slices, *self.weight.planes)))
 

@@ -18,7 +18,7 @@ from cimjax.core.tiling import Tiling
 from cimjax.spec import ActivationSpec, CIMSpec, Granularity, Reference, StepKind
 
 
-class Steps(NamedTuple):
+class StepSizes(NamedTuple):
     """The steps of one layer, or something of the same structure (shapes, gradient factors).
 
     `A` row tiles, `R` read groups, `K` planes, `Ct` column tiles, `O` outputs; a field is None where the layer has no
@@ -39,7 +39,7 @@ class Steps(NamedTuple):
     reference_offset: Any = None
 
 
-def shapes(tiling: Tiling, spec: CIMSpec) -> Steps:
+def shapes(tiling: Tiling, spec: CIMSpec) -> StepSizes:
     """The shape of every step that a layer has; None for those that it has not."""
     planes = len(spec.weight.planes)
     weight: tuple[int, ...] = {
@@ -50,14 +50,14 @@ def shapes(tiling: Tiling, spec: CIMSpec) -> Steps:
     if spec.weight.step_per_plane:
         weight = (tiling.arrays, planes, tiling.features)
     if spec.adc is None:
-        return Steps(activation=(), weight=weight)
+        return StepSizes(activation=(), weight=weight)
     psum: tuple[int, ...] = {
         Granularity.LAYER: (1, 1, 1),
         Granularity.ARRAY: (tiling.groups, 1, tiling.column_tiles),
         Granularity.COLUMN: (tiling.groups, planes, tiling.features),
     }[spec.adc.granularity]
     reference = (tiling.groups,) if spec.weight.reference == Reference.ADC else None
-    return Steps(
+    return StepSizes(
         activation=(),
         weight=weight,
         psum=psum,
@@ -107,7 +107,7 @@ def max_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Ar
     return jnp.moveaxis(jax.ops.segment_max(of_outputs, tiling.column_tile_of_output, shape[-1]), 0, -1)
 
 
-def require_shapes(steps: Steps, tiling: Tiling, spec: CIMSpec) -> None:
+def require_shapes(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> None:
     """Check that a layer has the steps that it needs, each of its shape, or of as many axes, all of size 1.
 
     Raises:
@@ -119,10 +119,10 @@ def require_shapes(steps: Steps, tiling: Tiling, spec: CIMSpec) -> None:
             continue
         got = None if step is None else np.shape(step)
         if got not in (shape, (1,) * len(shape)):
-            raise ValueError(f"`steps.{name}` has shape {got}; the layer needs {shape} (see `core.steps.shapes`).")
+            raise ValueError(f"`steps.{name}` has shape {got}; the layer needs {shape} (see `core.step_sizes.shapes`).")
 
 
-def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size: int) -> Steps:
+def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size: int) -> StepSizes:
     """LSQ's factor of every step's gradient: `c / sqrt(n q)` (Esser et al. 2020, section 2.2).
 
     `n`: true elements that share the step, per example for activations and partial sums; `q`: the largest `max|code|`
@@ -133,7 +133,7 @@ def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size
       output_size: output positions per example, `OH * OW`.
 
     Returns:
-      `Steps` of float32 NumPy arrays, broadcastable to the steps.
+      `StepSizes` of float32 NumPy arrays, broadcastable to the steps.
     """
     shape = shapes(tiling, spec)
     weight_count = _weights_sharing(tiling, spec)
@@ -142,7 +142,7 @@ def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size
     activation = activation_factor(input_size, spec.activation)
     weight = _factor(weight_count, spec.weight.code_range.magnitude, spec.weight.gradient_factor)
     if spec.adc is None:
-        return Steps(activation=activation, weight=weight)
+        return StepSizes(activation=activation, weight=weight)
     slices = len(spec.activation.slices)
     ranges = np.array([[codes.magnitude for codes in row] for row in spec.adc_ranges])
     magnitude = ranges.max(axis=0)[None, :, None] if spec.adc.granularity == Granularity.COLUMN else ranges.max()
@@ -151,7 +151,7 @@ def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size
     if shape.reference is not None:
         largest = max(codes.magnitude for codes in spec.reference_ranges)
         reference = _factor(np.full(1, slices * output_size), largest, spec.adc.gradient_factor)
-    return Steps(
+    return StepSizes(
         activation=activation,
         weight=weight,
         psum=psum,
@@ -192,18 +192,18 @@ def _columns_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
     return np.full((1, 1, 1), tiling.groups * planes * tiling.features)
 
 
-def offset_units(tiling: Tiling, spec: CIMSpec) -> Steps:
+def offset_units(tiling: Tiling, spec: CIMSpec) -> StepSizes:
     """What one unit of a stored offset is, in psum units: `sqrt(rows) max|a| max|d| / (2 size)`.
 
     That is about a step of a ladder of `size` codes over random partial sums. It must not follow the learned step: an
     offset of many steps would then carry the ladder away from its partial sums whenever the step moves.
 
     Returns:
-      `Steps` whose `offset` and `reference_offset` are float32 NumPy arrays broadcastable to the stored ones; None
+      `StepSizes` whose `offset` and `reference_offset` are float32 NumPy arrays broadcastable to the stored ones; None
       where there are none.
     """
     if spec.adc is None or not spec.adc.offset:
-        return Steps()
+        return StepSizes()
     inputs = max(s.magnitude for s in spec.activation.slices)
     digits = np.array([plane.magnitude for plane in spec.weight.planes])
     rows = np.sqrt(tiling.rows_of_group)
@@ -215,10 +215,10 @@ def offset_units(tiling: Tiling, spec: CIMSpec) -> Steps:
     reference = None
     if spec.weight.reference == Reference.ADC:
         reference = (rows * inputs / (2 * spec.reference_ranges[0].size)).astype(np.float32)
-    return Steps(offset=unit.astype(np.float32), reference_offset=reference)
+    return StepSizes(offset=unit.astype(np.float32), reference_offset=reference)
 
 
-def real_steps(stored: Steps, factors: Steps, units: Steps, spec: CIMSpec) -> Steps:
+def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CIMSpec) -> StepSizes:
     """Real steps and offsets of stored parameters, with their gradient factors and kinds applied.
 
     Stored are logarithms of steps, `s = exp(clip(log_step, -25, 25))`, and for an offset the middle of its ladder in
@@ -240,7 +240,7 @@ def real_steps(stored: Steps, factors: Steps, units: Steps, spec: CIMSpec) -> St
         return lsq.step_from_log(lsq.scale_gradient(log_step, factor))
 
     activation = None if stored.activation is None else learned(stored.activation, factors.activation)
-    steps = Steps(activation=activation, weight=learned(stored.weight, factors.weight))
+    steps = StepSizes(activation=activation, weight=learned(stored.weight, factors.weight))
     if spec.adc is None:
         return steps
     psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, units.offset, spec)
