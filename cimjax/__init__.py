@@ -9,27 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cimjax.core.compiler import compiler_options
     from cimjax.core.conv import cim_conv, cim_dense
     from cimjax.core.lsq import Codes, dequantize, fake_quantize, quantize
+    from cimjax.core.programs.cpu import compiler_options
     from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
-    from cimjax.nn.calibrate import calibrate
+    from cimjax.nn.calibrate import CalibrationWarning, calibrate, without_calibration
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
-    from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, VariationSpec, WeightSpec
+    from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
     from cimjax.training.loop import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "cimjax.spec": ("ActivationSpec", "ADCSpec", "ArraySpec", "CIMSpec", "VariationSpec", "WeightSpec"),
+    "cimjax.spec": (
+        "ActivationSpec",
+        "ADCSpec",
+        "ArraySpec",
+        "CIMSpec",
+        "Execution",
+        "VariationSpec",
+        "WeightSpec",
+    ),
     "cimjax.core.lsq": ("Codes", "dequantize", "fake_quantize", "quantize"),
     "cimjax.core.step_sizes": ("StepSizes",),
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
-    "cimjax.core.compiler": ("compiler_options",),
+    "cimjax.core.programs.cpu": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
-    "cimjax.nn.calibrate": ("calibrate",),
+    "cimjax.nn.calibrate": ("CalibrationWarning", "calibrate", "without_calibration"),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
     "cimjax.training.loop": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),
@@ -43,10 +51,13 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ArraySpec",
     "VariationSpec",
     "CIMSpec",
+    "Execution",
     "CIMConv",
     "CIMDense",
     "Quantize",
     "calibrate",
+    "without_calibration",
+    "CalibrationWarning",
     "cim_conv",
     "cim_dense",
     "StepSizes",

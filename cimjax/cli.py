@@ -121,12 +121,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         )
     spec, runs = cimjax.CIMSpec.from_dict(config.spec.to_dict()), arguments.runs
     if arguments.of in ("layers", "growth"):
-        of_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
-        timings = of_layer(spec, batch=config.batch_size, runs=runs)
+        bench_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
+        timings = bench_layer(spec, batch=config.batch_size, runs=runs)
     else:
         image, classes = images_of(config.dataset)
-        of = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
-        timings = bench.bench_steps(config, of, image=image, classes=classes, runs=runs)
+        programs = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
+        timings = bench.bench_steps(config, programs, image=image, classes=classes, runs=runs)
     about = timing.machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{arguments.config}, batch {config.batch_size}, medians of {arguments.runs} runs\n")
@@ -202,8 +202,8 @@ _COMMANDS = {
             "--of": {
                 "choices": ("steps", "programs", "layers", "growth"),
                 "default": "steps",
-                "help": "steps of full precision and of every ADC; of every lowering and residual; single layers; a "
-                "layer of more and more planes and row tiles",
+                "help": "steps of full precision and of every ADC; of every program; single layers; a layer of more "
+                "and more planes, row tiles and read groups",
             },
             "--runs": {"type": int, "default": 10, "metavar": "N", "help": "runs of each program; 10 if not given"},
             "--save": {"metavar": "FILE", "help": "write all figures as JSON"},

@@ -1,4 +1,4 @@
-"""The contract table: layers of every kind, small enough for the oracle. A new lowering or option joins by a row.
+"""The contract table: layers of every kind, small enough for the oracle. A new program or option joins by a row.
 
 A case is a specification, shapes and a window; `draw` makes random inputs and steps for it that reach codes inside,
 outside and at both ends of every quantizer.
@@ -156,10 +156,43 @@ def _cases() -> list[Case]:
         cases.append(Case(f"window-{name}", offset, **changes))
         if name != "kernel-7x7":
             cases.append(Case(f"window-{name}-twos", spec(array={"tiling": "balanced"}), **changes))
+
+    # Macros of many read groups: a loop, where layers of few are written out.
+    read = {"rows": 64, "active_rows": 5, "tiling": "im2col"}
+    bits = {"bits": 3, "slice_bits": 1}
+    for name in ("twos", "offset-adc", "diff-digital"):
+        one_adc = {"granularity": "layer", "step": "fixed", "full_scale": 7.0}
+        macro = spec(activation=bits, weight=ENCODINGS[name], adc=one_adc, array=_WIDE | read)
+        cases.append(Case(f"macro-{name}", macro))
+        macro = spec(activation=bits, weight=ENCODINGS[name], adc={"offset": True}, array=_WIDE | read)
+        cases.append(Case(f"macro-{name}-column", macro, strides=(2, 1)))
     return cases
 
 
+def features(case: Case) -> frozenset[tuple[str, Any]]:
+    """What a case is like: every option of its specification, its kernel and its window."""
+    found: dict[str, Any] = {"kernel": case.kernel_shape, "window": (case.strides, case.padding, case.dilation)}
+    for group, options in case.spec.to_dict().items():
+        if isinstance(options, dict):
+            found |= {f"{group}.{name}": value for name, value in options.items()}
+        else:
+            found[group] = options
+    return frozenset(found.items())
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A part of the table in which every pair of options occurs that occurs in the whole."""
+    pairs = {case.name: set(itertools.combinations(sorted(features(case), key=str), 2)) for case in cases}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case.name] & missing))
+        chosen.append(best)
+        missing -= pairs[best.name]
+    return sorted(chosen, key=cases.index)
+
+
 CASES = _cases()
+QUICK = pairwise(CASES)
 
 
 def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:

@@ -12,14 +12,15 @@ from cases import Case, draw
 
 from cimjax.core import conv
 from cimjax.core.step_sizes import StepSizes
+from cimjax.spec import Execution
 
 TOLERANCE = 1e-5
 
 
-def assert_equals_oracle(case: Case, seed: int = 0, options: dict[str, str] | None = None) -> None:
+def assert_equals_oracle(case: Case, seed: int = 0, options: dict[str, str] | None = None, **execution: Any) -> None:
     """The values of `cim_conv` and its gradients to the input, the kernel and every step are the oracle's."""
     forward, gradients, cotangent = expected(case, seed)
-    y, (to_x, to_kernel, to_steps) = computed(case, cotangent, seed, options)
+    y, (to_x, to_kernel, to_steps) = computed(case, cotangent, seed, options, **execution)
     assert_near(y, forward.y, "y")
     assert_near(to_x, gradients.x, "x")
     assert_near(to_kernel, gradients.kernel, "kernel")
@@ -47,13 +48,14 @@ def expected(case: Case, seed: int = 0) -> tuple[oracle.Forward, oracle.Grads, n
 
 
 def computed(
-    case: Case, cotangent: np.ndarray, seed: int = 0, options: dict[str, str] | None = None
+    case: Case, cotangent: np.ndarray, seed: int = 0, options: dict[str, str] | None = None, **execution: Any
 ) -> tuple[np.ndarray, Any]:
     x, kernel, steps = draw(case, seed)
 
     @functools.partial(jax.jit, compiler_options=options)
     def run(x: Any, kernel: Any, steps: Any, cotangent: Any) -> Any:
-        y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, case.spec, **case.window), x, kernel, steps)
+        how = Execution(**execution)
+        y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, case.spec, **case.window, execution=how), x, kernel, steps)
         return y, pull(cotangent)
 
     return run(x, kernel, steps, cotangent)

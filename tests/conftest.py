@@ -1,4 +1,7 @@
-"""Settings of the whole suite: no property test is judged by its time, and compiled programs are kept while it runs."""
+"""Settings of the whole suite: its two tiers, no time limits for properties, and compiled programs kept while it runs.
+
+`pytest` runs the quick tier, `pytest --full` everything.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,17 @@ from cimjax.training.cache import keep_compiled_programs
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run what takes long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cimjax.core.lowering import LOWERINGS
 
 from cimjax.analysis import bench, timing
 from cimjax.cli import main
-from cimjax.core.lowering import LOWERINGS
 from cimjax.spec import CIMSpec
 from cimjax.training.config_file import load_config
 

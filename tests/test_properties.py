@@ -17,6 +17,7 @@ from jax import lax
 from cimjax.core import adc, cells, conv, encoding, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
+from cimjax.core.array_mac import partial_sums
 from cimjax.core.lsq import Codes
 from cimjax.core.tiling import tile
 from cimjax.spec import CIMSpec, VariationSpec
@@ -55,8 +56,8 @@ def test_psums_and_recombined_sums_equal_integer_convolutions(weight: str, tilin
     case = integer_case(weight, tiling, activation)
     x, kernel, steps = draw(case)
     tiled = tile(case.kernel_shape, case.spec)
-    inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
-    psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
+    inputs = lsq.quantize_activation(x, steps.activation, case.spec.activation)
+    psums = partial_sums(inputs.codes, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
     codes = np.asarray(cells.quantize_weight(jnp.asarray(kernel), steps.weight, tiled, case.spec))
     digits = np.asarray(encoding.encode(jnp.asarray(codes), case.spec.weight))
     slices = np.asarray(encoding.slice_codes(inputs.codes, case.spec.activation))
@@ -145,8 +146,8 @@ def test_an_image_does_not_depend_on_its_batch(name: str) -> None:
 
     @jax.jit
     def run(x: Any) -> tuple[jax.Array, jax.Array]:
-        inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
-        psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
+        inputs = lsq.quantize_activation(x, steps.activation, case.spec.activation)
+        psums = partial_sums(inputs.codes, jnp.asarray(kernel), steps, tiled, resolve(case), case.spec)
         digitised = adc.convert(psums.columns, steps, tiled, case.spec)
         step = steps_lib.expand_outputs(jnp.asarray(steps.psum), tiled)
         zero = 0.0 if steps.offset is None else steps_lib.expand_outputs(jnp.asarray(steps.offset), tiled)
@@ -181,7 +182,7 @@ def test_nothing_is_compiled_again_for_new_numbers_or_an_equal_specification() -
 def test_codes_take_the_place_of_a_real_input_and_its_step() -> None:
     case = CASE_OF["slices-sliced-twos-wide-top"]
     x, kernel, steps = draw(case)
-    codes = conv.quantize_activation(x, steps.activation, case.spec.activation)
+    codes = lsq.quantize_activation(x, steps.activation, case.spec.activation)
     assert isinstance(codes, Codes)
     from_codes = conv.cim_conv(codes, kernel, steps._replace(activation=None), case.spec)
     chex.assert_trees_all_equal(from_codes, conv.cim_conv(x, kernel, steps, case.spec))
@@ -207,7 +208,7 @@ def test_one_and_three_spatial_axes_work_as_two() -> None:
         case = Case("", layer_spec, x_shape=(2, *(4,) * axes, 3), kernel_shape=(*(2,) * axes, 3, 5))
         x, kernel, steps = draw(case)
         y = conv.cim_conv(x, kernel, steps._replace(psum=None), dataclasses.replace(layer_spec, adc=None))
-        a = conv.quantize_activation(x, steps.activation, layer_spec.activation).value
+        a = lsq.quantize_activation(x, steps.activation, layer_spec.activation).value
         assert y.shape == (2, *(4,) * axes, 5)
         assert np.isfinite(y).all() and float(jnp.abs(a).max()) > 0
 

@@ -64,11 +64,6 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ADCSpec, {"gradient_margin": -0.5}, r"`gradient_margin` is -0.5; give a finite number of at least 0"),
     (ADCSpec, {"start": "mean"}, r"`start` is 'mean'"),
     (WeightSpec, {"start": "range"}, r"`start` is 'range'"),
-    (CIMSpec, {"lowering": "cuda"}, r"`lowering` is 'cuda'"),
-    (CIMSpec, {"residuals": "none"}, r"`residuals` is 'none'"),
-    (CIMSpec, {"operands": "int4"}, r"`operands` is 'int4'"),
-    (CIMSpec, {"operands": "int8", "activation": ActivationSpec(bits=8)}, "digits reach 255, beyond its 127"),
-    (CIMSpec, {"operands": "int8", "variation": VariationSpec(sigma=0.1)}, "hold real numbers"),
     (CIMSpec, {"array": ArraySpec(columns=2)}, r"`columns` is 2 but one output needs 3 columns \(2 planes"),
     (
         CIMSpec,

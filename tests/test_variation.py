@@ -22,9 +22,10 @@ def stored(case: Case, on: str, sigma: float = 0.3) -> tuple[np.ndarray, np.ndar
     """Digits without and with variation."""
     _, kernel, steps = draw(case)
     tiling = tile(case.kernel_shape, case.spec)
-    ideal = cells.store(jnp.asarray(kernel), steps.weight, tiling, case.spec)
-    varied = dataclasses.replace(case.spec, variation=VariationSpec(sigma=sigma, on=on))
-    return np.asarray(ideal), np.asarray(cells.store(jnp.asarray(kernel), steps.weight, tiling, varied, KEY))
+    codes = cells.quantize_weight(jnp.asarray(kernel), steps.weight, tiling, case.spec)
+    varied_spec = dataclasses.replace(case.spec, variation=VariationSpec(sigma=sigma, on=on))
+    ideal, varied = cells.store(codes, tiling, case.spec), cells.store(codes, tiling, varied_spec, KEY)
+    return np.asarray(ideal.digits), np.asarray(varied.digits)
 
 
 BIG = Case("", spec(array={"rows": 64, "columns": 64}), kernel_shape=(3, 3, 40, 60))

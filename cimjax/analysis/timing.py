@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cimjax.core.compiler import compiler_options
+from cimjax.core.programs.cpu import compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Timing:
         return 1e3 * self.images / self.milliseconds
 
 
-class Program:
+class Compiled:
     """A compiled program and the arguments it runs on; a state that it gives back is what it runs on next."""
 
     def __init__(self, name: str, function: Callable[..., Any], *arguments: Any, images: int = 0, carry: bool = False):
@@ -78,7 +78,7 @@ class Program:
         return seconds
 
 
-def measured(programs: Sequence[Program], runs: int) -> list[Timing]:
+def measured(programs: Sequence[Compiled], runs: int) -> list[Timing]:
     """All programs in turns, after one run of each to warm up."""
     for program in programs:
         program.once()

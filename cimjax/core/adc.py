@@ -1,23 +1,27 @@
-"""The ADC: partial sums to codes and back, one function for every bit width, range and granularity."""
+"""The ADC (3.6 of the design): partial sums to codes and back, and how well its ladders fit."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from cimjax.core import lsq
-from cimjax.core.lsq import CodeRanges
 from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
-from cimjax.spec import CIMSpec
-from cimjax.spec.codes import CodeRange
+from cimjax.spec import CIMSpec, CodeRange, Reference
+from cimjax.spec.codes import stack_ranges
 
 
 def convert(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
-    """What the ADCs make of partial sums: `P^ = s p + z`, `p = clip(floor((P - z) / s + 0.5), q_min, q_max)`.
+    """What the ADCs make of partial sums: `P^ = s p + z`, `p = floor(clip((P - z) / s, q_min, q_max) + 0.5)`.
 
     Exactly `2^bits` codes (3 for 1.5 bits); a signed 1-bit ADC gives the sign of `P - z`. The result depends on nothing
     but the partial sum and its step: not on other images of a batch. With an ideal ADC (`spec.adc` None) `P^ = P`.
+    Source: the paper's eq. 2.
 
     Args:
       psums: (T, M, R, K, O) float32.
@@ -28,22 +32,76 @@ def convert(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Ar
     """
     if spec.adc is None:
         return psums
-    step = expand_outputs(steps.psum, tiling)
-    offset = None if steps.offset is None else expand_outputs(steps.offset, tiling)
-    return lsq.fake_quantize(psums, step, ranges_of_psums(spec), offset, half_up=True, margin=spec.adc.gradient_margin)
+    step, offset = _of_columns(steps, tiling)
+    return lsq.dequantize(adc_codes(psums, steps, tiling, spec), step, offset)
 
 
-def ranges_of_psums(spec: CIMSpec) -> CodeRanges:
-    """Code ranges, broadcastable to psums (T, M, R, K, O): they differ by slice and plane."""
-    return _as_arrays(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))
+def adc_codes(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
+    """The codes `p` that the ADCs give; arguments as for `convert`, with `spec.adc`.
+
+    Returns:
+      Codes, float32, the shape of `psums`.
+    """
+    assert spec.adc is not None
+    step, offset = _of_columns(steps, tiling)
+    margin = spec.adc.gradient_margin
+    return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=True, margin=margin)
 
 
-def ranges_of_reference(spec: CIMSpec) -> CodeRanges:
-    """Code ranges, broadcastable to reference sums (T, M, R): they differ by slice."""
-    return _as_arrays([[codes] for codes in spec.reference_ranges], (-1, 1, 1))
+def convert_reference(sums: Array, steps: StepSizes, spec: CIMSpec) -> Array:
+    """The dummy columns' sums after their own ADCs, one step for each read group; exact with a digital reference.
+
+    Args:
+      sums: (T, M, R) float32.
+      steps: `reference` > 0 and `reference_offset`, (R,).
+    """
+    if spec.adc is None or spec.weight.reference != Reference.ADC:
+        return sums
+    code_range, margin = reference_ranges(spec), spec.adc.gradient_margin
+    return lsq.fake_quantize(sums, steps.reference, code_range, steps.reference_offset, half_up=True, margin=margin)
 
 
-def _as_arrays(ranges: tuple[tuple[CodeRange, ...], ...] | list[list[CodeRange]], shape: tuple[int, ...]) -> CodeRanges:
-    table = np.asarray(ranges, np.float32)
-    q_min, q_max, size = (table[..., index].reshape(shape) for index in range(3))
-    return q_min, q_max, size
+def psum_ranges(spec: CIMSpec) -> CodeRange:
+    """The ADCs' codes, broadcastable to psums (T, M, R, K, O): they differ by slice and plane."""
+    return stack_ranges(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))
+
+
+def reference_ranges(spec: CIMSpec) -> CodeRange:
+    """The codes of the dummy columns' ADCs, broadcastable to their sums (T, M, R): they differ by slice."""
+    return stack_ranges([[codes] for codes in spec.reference_ranges], (-1, 1, 1))
+
+
+def _of_columns(steps: StepSizes, tiling: Tiling) -> tuple[Array, Array | None]:
+    """Steps and offsets, broadcastable to (R, K, O)."""
+    return expand_outputs(steps.psum, tiling), None if steps.offset is None else expand_outputs(steps.offset, tiling)
+
+
+class ADCStatistics(NamedTuple):
+    """How well the ladders of one layer's ADCs fit its partial sums on some inputs.
+
+    saturated: () the part of the conversions whose psum lies more than half a step beyond the ladder, 0 to 1.
+    codes_used: () how many different codes a column gives, mean over columns.
+    """
+
+    saturated: Array
+    codes_used: Array
+
+
+def adc_statistics(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> ADCStatistics:
+    """Look at the conversions of one layer.
+
+    Args:
+      psums: (T, M, R, K, O) float32.
+      steps: `psum` and `offset` are used.
+      spec: with an `adc`.
+    """
+    code_range = psum_ranges(spec)
+    step, offset = _of_columns(steps, tiling)
+    u = lsq.in_steps(psums, 1.0 / step, offset)
+    # A signed 1-bit ADC has two levels, one step from its middle, and reaches one step further.
+    margin = np.where(code_range.binary, np.float32(1.0), np.float32(0.5))
+    beyond = (u < code_range.q_min - margin) | (u > code_range.q_max + margin)
+    codes = adc_codes(psums, steps, tiling, spec)
+    values = np.arange(np.min(code_range.q_min), np.max(code_range.q_max) + 1, dtype=np.float32)
+    used = jax.lax.map(lambda value: jnp.any(codes == value, axis=(0, 1)), jnp.asarray(values))
+    return ADCStatistics(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(used, axis=0, dtype=jnp.float32)))

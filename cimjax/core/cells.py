@@ -1,15 +1,30 @@
-"""What the memory cells hold: quantized weights, divided into digits and laid out in arrays."""
+"""What the memory cells hold: quantized weights, divided into digits and laid out in arrays (3.2 to 3.4, 3.9)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from cimjax.core import encoding, lsq, variation
-from cimjax.core.lowering import Columns
-from cimjax.core.step_sizes import StepSizes, expand_weight
+from cimjax.core.step_sizes import expand_weight
 from cimjax.core.tiling import Tiling, tile_kernel
 from cimjax.spec import CIMSpec, Encoding, Reference
+
+
+class StoredArrays(NamedTuple):
+    """What the arrays of a layer hold; places that store nothing hold 0.
+
+    digits: (K, kh, kw, R, c, O) float32, the digits of the weight codes, varied if the specification says so.
+    reference: (kh, kw, R, c) float32, 1 in every true row: each read group's dummy column (or the digital adder that
+      stands for it); None without an `offset` encoding.
+    codes: (kh, kw, R, c, O) float32, the weight codes that were divided; with a step per plane (K, kh, kw, R, c, O).
+    """
+
+    digits: Array
+    reference: Array | None
+    codes: Array
 
 
 def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -> Array:
@@ -20,7 +35,7 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
       step: at weight granularity, > 0.
 
     Returns:
-      (kh, kw, R, c, O) float32; with a step per plane (K, kh, kw, R, c, O).
+      (kh, kw, R, c, O) float32; with a step per plane (K, kh, kw, R, c, O). Places that store nothing have code 0.
     """
     tiled = tile_kernel(kernel, tiling)
     per_plane = jnp.moveaxis(expand_weight(step, tiling), 1, 0)
@@ -30,76 +45,29 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
         step = jnp.broadcast_to(per_plane, (len(spec.weight.planes), *per_plane.shape[1:]))
     else:
         step = per_plane[0]
-    return lsq.quantize(tiled, step, spec.weight.code_range)
+    # Where nothing is stored the code is 0 also for {-1, +1}.
+    return jnp.where(tiling.stored[..., None], lsq.quantize(tiled, step, spec.weight.code_range), 0)
 
 
-def store(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> Array:
-    """What the cells hold: the digits of the weight codes, 0 where an array stores nothing, varied if asked.
+def store(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> StoredArrays:
+    """Write weight codes into the cells: encode, leave foreign and padding rows at digit 0, vary if asked.
 
     Args:
-      kernel: (kh, kw, C, O) real.
-      step: at weight granularity, > 0.
-      key: the random key of the chip.
-
-    Returns:
-      (K, kh, kw, R, c, O) float32.
+      codes: as `quantize_weight` gives them.
+      key: the random key of the chip; needed with `spec.variation`.
 
     Raises:
       ValueError: with `spec.variation` and no `key`.
     """
-    return _stored_digits(quantize_weight(kernel, step, tiling, spec), tiling, spec, key)
-
-
-def _stored_digits(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | None) -> Array:
-    # Undriven or foreign rows hold digit 0, which is not code 0 in every encoding.
+    # Rows that store nothing hold digit 0, which is not code 0 in every encoding.
     digits = jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)
-    if spec.variation is None:
-        return digits
-    return variation.vary(digits, _required(key), tiling, spec.variation)
-
-
-def stored_columns(
-    kernel: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec, variation_key: Array | None
-) -> tuple[Columns, Array | None]:
-    """What the columns of every read group hold, and its dummy column, if it has one.
-
-    Args:
-      kernel: (kh, kw, C, O) real.
-      steps: `weight` is used, > 0.
-      variation_key: needed with `spec.variation`.
-
-    Returns:
-      `Columns` with digits (kh, kw, R, c, K O) float32; and (kh, kw, R, c, 1) float32, or None without an `offset`
-      encoding.
-
-    Raises:
-      ValueError: with `spec.variation` and no key.
-    """
-    codes = quantize_weight(kernel, steps.weight, tiling, spec)
-    columns = Columns(_by_column(_stored_digits(codes, tiling, spec, variation_key)))
-    if spec.variation is None and not spec.weight.step_per_plane:
-        stored = jnp.where(tiling.stored[..., None], encoding.split_by_sign(codes, spec.weight), 0)
-        columns = columns._replace(codes=_by_column(stored), shares=encoding.shares(spec.weight))
-    if spec.weight.encoding != Encoding.OFFSET:
-        return columns, None
-    ones = jnp.asarray(tiling.stored, jnp.float32)
-    if spec.variation is not None and spec.weight.reference == Reference.ADC:
-        ones = variation.vary_reference(ones, _required(variation_key), spec.variation)
-    return columns, ones[..., None]
-
-
-def with_ones(columns: Columns, ones: Array | None) -> Columns:
-    """`stored_columns` as one: each group's dummy column, if it has one, is its last, (kh, kw, R, c, K O + 1)."""
-    return columns if ones is None else columns._replace(digits=jnp.concatenate([columns.digits, ones], axis=-1))
-
-
-def _by_column(values: Array) -> Array:
-    """Planes (or the like) side by side: (K, kh, kw, R, c, O) to (kh, kw, R, c, K O)."""
-    columns = jnp.moveaxis(values, 0, -2)
-    return columns.reshape(*columns.shape[:-2], -1)
-
-
-def _required(key: Array | None) -> Array:
-    if key is None:
-        raise ValueError("`variation_key` is None but the specification has `variation`; give a random key.")
-    return key
+    reference = None
+    if spec.weight.encoding == Encoding.OFFSET:
+        reference = jnp.asarray(tiling.stored, jnp.float32)
+    if spec.variation is not None:
+        if key is None:
+            raise ValueError("`variation_key` is None but the specification has `variation`; give a random key.")
+        digits = variation.vary(digits, key, tiling, spec.variation)
+        if reference is not None and spec.weight.reference == Reference.ADC:
+            reference = variation.vary_reference(reference, key, spec.variation)
+    return StoredArrays(digits, reference, codes)

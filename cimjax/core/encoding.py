@@ -33,7 +33,7 @@ def encode(codes: Array, spec: WeightSpec) -> Array:
     return _split(codes, spec)
 
 
-def shares(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
+def plane_gradient_weights(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
     """What a digit's gradient counts in that of its code, `alpha_k / f_k`: `G` rows of `K`, one step for all planes.
 
     `G` is 1, or 2 where codes of either sign respond by planes of their own; `split_by_sign` chooses.
@@ -47,25 +47,26 @@ def shares(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split_by_sign(codes: Array, spec: WeightSpec) -> Array:
-    """Codes, once for each row of `shares`: (G, ...), each passing the gradients that are due to its sign.
+    """Codes, once for each row of `plane_gradient_weights`: (G, ...), each passing the gradients due to its sign.
 
-    Through these and `shares` a code gets the gradient that `encode` gives it, without one for every digit.
+    Through these and `plane_gradient_weights` a code gets the gradient that `encode` gives it, without one for every
+    digit.
     """
     return jnp.broadcast_to(codes, (2 if _by_sign(spec) else 1, *codes.shape))
 
 
-def _of_sign_forward(codes: Array, spec: WeightSpec) -> tuple[Array, Array]:
+def _split_by_sign_forward(codes: Array, spec: WeightSpec) -> tuple[Array, Array]:
     return split_by_sign(codes, spec), codes
 
 
-def _of_sign_backward(spec: WeightSpec, codes: Array, gradient: Array) -> tuple[Array]:
+def _split_by_sign_backward(spec: WeightSpec, codes: Array, gradient: Array) -> tuple[Array]:
     if not _by_sign(spec):
         return (gradient[0],)
     plus, minus = gradient
     return (jnp.where(codes > 0, plus, jnp.where(codes < 0, minus, (plus + minus) / 2)),)
 
 
-split_by_sign.defvjp(_of_sign_forward, _of_sign_backward)
+split_by_sign.defvjp(_split_by_sign_forward, _split_by_sign_backward)
 
 
 def _by_sign(spec: WeightSpec) -> bool:
@@ -135,8 +136,11 @@ def _split_forward(codes: Array, spec: WeightSpec | ActivationSpec) -> tuple[Arr
 def _split_backward(spec: WeightSpec | ActivationSpec, codes: Array, gradient: Array) -> tuple[Array]:
     planes = spec.slices if isinstance(spec, ActivationSpec) else spec.planes
     if isinstance(spec, WeightSpec) and not spec.step_per_plane:
-        of_digits = [sum(share * g for share, g in zip(row, gradient, strict=True) if share) for row in shares(spec)]
-        return _of_sign_backward(spec, codes, jnp.stack(of_digits))
+        from_planes = [
+            sum(share * g for share, g in zip(row, gradient, strict=True) if share)
+            for row in plane_gradient_weights(spec)
+        ]
+        return _split_by_sign_backward(spec, codes, jnp.stack(from_planes))
     parts = [g / plane.significance for g, plane in zip(gradient, planes, strict=True)]
     if isinstance(spec, WeightSpec):
         return (jnp.stack(parts) / len(planes),)

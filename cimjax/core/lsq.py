@@ -1,14 +1,14 @@
 """Learned-step quantization (LSQ): codes, their custom gradients, and how a step is stored and scaled.
 
 Source: Esser et al., "Learned step size quantization", ICLR 2020, extended to steps of any broadcastable shape and to
-an offset. What shares a step is decided by `cimjax.core.step_sizes`; starting values are in `cimjax.core.start`.
+an offset. What shares a step is decided by `cimjax.core.step_sizes`; starting values are in `cimjax.core.calibration`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from jax.typing import ArrayLike
 
 from cimjax.spec import ActivationSpec
 from cimjax.spec.codes import CodeRange
-
-# One code range, or arrays of its entries (lowest, highest, number of codes) where parts of a tensor differ.
-CodeRanges = CodeRange | tuple[ArrayLike, ArrayLike, ArrayLike]
 
 # Bounds of a stored log-step: a step stays within exp(-25) .. exp(25), about 1e-11 .. 1e11, so that the product of an
 # activation's, a weight's and an ADC's step and of what they multiply is finite in float32.
@@ -51,7 +48,7 @@ class Codes:
 def quantize(
     x: ArrayLike,
     step: ArrayLike,
-    codes: CodeRanges,
+    code_range: CodeRange,
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,
@@ -64,11 +61,14 @@ def quantize(
     all are 0. For `{-1, +1}`: `1/step` and `-1/step` where `|u| <= 1`, and no gradient to the step. With `dequantize`
     this is LSQ (Esser et al. 2020, eq. 3).
 
+    Deviation: activations and weights round ties to even, as the paper's `round` does in its code; an ADC rounds them
+    up (`half_up`), so that its thresholds are a uniform ladder.
+
     Args:
       x: any shape, real; computed in float32.
       step: broadcastable to `x`, > 0.
-      codes: the code range; its entries (lowest code, highest code, number of codes) may be arrays broadcastable to
-        `x`, so that parts of one tensor may be signed and others unsigned.
+      code_range: the codes; its entries may be arrays broadcastable to `x`, so that parts of one tensor may be signed
+        and others unsigned.
       offset: broadcastable to `x`, the value of code 0; None is 0.
       half_up: round ties up (an ADC's uniform ladder) instead of to even.
       margin: how far beyond its codes a quantizer passes gradients, in steps; 0 is LSQ's, 1/2 reaches as far as values
@@ -80,80 +80,92 @@ def quantize(
     >>> print(quantize(jnp.array([-1.0, 0.6, 9.0]), 0.5, CodeRange(0, 7, 8)))
     [0. 1. 7.]
     """
-    q_min, q_max, size = (np.asarray(bound, np.float32) for bound in codes)
-    # Whether any part is {-1, +1} is known before tracing, so that other quantizers pay nothing for it.
-    sign = (q_min == -1) & (size == 2)
+    bounds = Bounds.of(code_range, margin)
     x, step = jnp.asarray(x, jnp.float32), jnp.asarray(step, jnp.float32)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
-    return _quantize(x, step, offset, q_min, q_max, sign if sign.any() else None, (half_up, margin))
+    return _quantize(half_up, x, step, offset, bounds)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _quantize(
-    x: Array,
-    step: Array,
-    offset: Array | None,
-    q_min: Array,
-    q_max: Array,
-    sign: Array | None,
-    kind: tuple[bool, float],
-) -> Array:
-    return round_to_codes(in_steps(x, step, offset), x, offset, (q_min, q_max, sign), half_up=kind[0])
+class Bounds(NamedTuple):
+    """What a quantizer does where: arrays that broadcast to its input, known before tracing.
+
+    q_min, q_max: the lowest and the highest code, float32.
+    sign: bool, where the code is a sign; None where there is no such part, so that others pay nothing for it.
+    low, high: the `u` between which gradients pass, ends included, float32.
+    """
+
+    q_min: Any
+    q_max: Any
+    sign: Any
+    low: Any
+    high: Any
+
+    @classmethod
+    def of(cls, code_range: CodeRange, margin: float) -> Bounds:
+        """Those of a code range, passing gradients up to `margin` beyond its codes; a sign only up to its codes."""
+        q_min, q_max, size = (np.asarray(entry, np.float32) for entry in code_range)
+        sign = CodeRange(q_min, q_max, size).binary
+        reach = np.where(sign, np.float32(0), np.float32(margin))
+        return cls(q_min, q_max, sign if sign.any() else None, q_min - reach, q_max + reach)
 
 
-def in_steps(x: Array, step: Array, offset: Array | None) -> Array:
-    """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes."""
-    return _from_offset(x, offset) * (1.0 / step)
-
-
-def round_to_codes(
-    u: Array, x: Array, offset: Array | None, bounds: tuple[ArrayLike, ArrayLike, ArrayLike | None], *, half_up: bool
-) -> Array:
-    """The codes of `x` at `u = in_steps(x, step, offset)`.
+def in_steps(x: Array, reciprocal: Array, offset: Array | None) -> Array:
+    """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes.
 
     Args:
-      bounds: lowest and highest code, and where (if anywhere) the code is the sign of `x - offset`.
+      reciprocal: `1 / step`, computed before it is broadcast: no backend may turn this into a division.
     """
-    q_min, q_max, sign = bounds
+    return _from_offset(x, offset) * reciprocal
+
+
+def round_to_codes(u: Array, x: Array, offset: Array | None, bounds: Bounds, *, half_up: bool) -> Array:
+    """The codes of `x` at `u = in_steps(x, 1 / step, offset)`; arguments as for `quantize`."""
     # Clipping first changes no code, and keeps compilers from fusing the product in `u` with the sum below into one
     # operation that rounds once instead of twice: codes at ties are then the same on every backend.
-    inside = jnp.clip(u, q_min, q_max)
+    inside = jnp.clip(u, bounds.q_min, bounds.q_max)
     codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)
-    if sign is None:
+    if bounds.sign is None:
         return codes
-    # That of `x - offset`: in steps a tiny negative distance could vanish. What is no number has none.
+    # The sign of `x - offset`: in steps a tiny negative distance could vanish. What is no number has none.
     distance = _from_offset(x, offset)
-    of_distance = jnp.where(distance >= 0, 1.0, jnp.where(distance < 0, -1.0, distance))
-    return jnp.where(sign, of_distance, codes)
+    sign_of_distance = jnp.where(distance >= 0, 1.0, jnp.where(distance < 0, -1.0, distance))
+    return jnp.where(bounds.sign, sign_of_distance, codes)
 
 
 def _from_offset(x: Array, offset: Array | None) -> Array:
     return x if offset is None else x - offset
 
 
-def passes_gradient(u: Array, bounds: tuple[ArrayLike, ArrayLike, ArrayLike | None], margin: float) -> Array:
-    """Where a quantizer passes gradients: up to `margin` beyond its codes, for a sign only up to its codes."""
-    q_min, q_max, sign = bounds
-    reach = np.float32(margin) if sign is None else np.where(np.asarray(sign), np.float32(0), np.float32(margin))
-    return jnp.logical_and(q_min - reach <= u, u <= q_max + reach)
+def passes(u: Array, bounds: Bounds) -> tuple[Array, Array]:
+    """LSQ's one gradient, from which all others follow: where a quantizer passes gradients, and the `u` that counts.
 
+    With `g` the gradient to `P^ = step code + offset` and `inside, rest` the result (Esser et al. 2020, eq. 3): `inside
+    g` goes to `x`, `(code - rest) g` to the step, and what does not go to `x` to the offset.
 
-def _quantize_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _quantize(*arguments), arguments[:-1]
-
-
-def _quantize_backward(kind: tuple[bool, float], residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
-    x, step, offset, q_min, q_max, sign = residuals
-    u = in_steps(x, step, offset)
-    inside = passes_gradient(u, (q_min, q_max, sign), kind[1])
-    to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
+    Returns:
+      bool, and float32: `u` inside, 0 outside and where the code is a sign.
+    """
+    inside = jnp.logical_and(bounds.low <= u, u <= bounds.high)
     # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
-    u_inside = jnp.where(inside, u, 0.0)
-    if sign is not None:
-        u_inside = jnp.where(sign, 0.0, u_inside)
-    to_step = sum_to_shape(-u_inside * to_x, step.shape)
+    counts = inside if bounds.sign is None else jnp.logical_and(inside, jnp.logical_not(bounds.sign))
+    return inside, jnp.where(counts, u, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quantize(half_up: bool, x: Array, step: Array, offset: Array | None, bounds: Bounds) -> Array:
+    return round_to_codes(in_steps(x, 1.0 / step, offset), x, offset, bounds, half_up=half_up)
+
+
+def _quantize_forward(half_up: bool, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _quantize(half_up, *operands), operands
+
+
+def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
+    x, step, offset, bounds = residuals
+    inside, rest = passes(in_steps(x, 1.0 / step, offset), bounds)
+    to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
     to_offset = None if offset is None else sum_to_shape(-to_x, offset.shape)
-    return sum_to_shape(to_x, x.shape), to_step, to_offset, None, None, None
+    return sum_to_shape(to_x, x.shape), sum_to_shape(-rest * to_x, step.shape), to_offset, None
 
 
 _quantize.defvjp(_quantize_forward, _quantize_backward)
@@ -177,7 +189,7 @@ def dequantize(codes: ArrayLike, step: ArrayLike, offset: ArrayLike | None = Non
 def fake_quantize(
     x: ArrayLike,
     step: ArrayLike,
-    codes: CodeRanges,
+    code_range: CodeRange,
     offset: ArrayLike | None = None,
     *,
     half_up: bool = False,
@@ -188,7 +200,27 @@ def fake_quantize(
     Gradients follow: inside `d/dx = 1`, `d/dstep = code - u`, `d/doffset = 0`; outside `0`, `code`, `1` (Esser et al.
     2020, eq. 3, with an offset). Arguments as for `quantize`.
     """
-    return dequantize(quantize(x, step, codes, offset, half_up=half_up, margin=margin), step, offset)
+    return dequantize(quantize(x, step, code_range, offset, half_up=half_up, margin=margin), step, offset)
+
+
+def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: ActivationSpec) -> Codes:
+    """Activation codes `a = clip(rint(x / s_a), q_min, q_max)`, one step for the tensor; `Codes` pass unchanged.
+
+    Args:
+      x: (N, ..., C) real, or `Codes`.
+      step: () > 0; None only for `Codes`.
+
+    Raises:
+      ValueError: for `Codes` of another specification, or a real `x` without a step.
+    """
+    if isinstance(x, Codes):
+        if (x.spec.code_range, x.spec.slices) != (spec.code_range, spec.slices):
+            raise ValueError(f"The input was quantized with {x.spec}, but the layer's `activation` is {spec}.")
+        return x
+    if step is None:
+        raise ValueError("`steps.activation` is None: a real input needs a step; give one, or give `Codes`.")
+    step = jnp.asarray(step, jnp.float32)
+    return Codes(quantize(x, step, spec.code_range), step, spec)
 
 
 @jax.custom_jvp

@@ -1,7 +1,7 @@
 """The steps of a layer: which there are, their shapes, what shares them, and LSQ's gradient factors.
 
 A step is one positive number that a whole group shares; a group is a layer, an array or a column. Quantizing with
-steps is in `cimjax.core.lsq`; their starting values are in `cimjax.core.start`.
+steps is in `cimjax.core.lsq`; their starting values are in `cimjax.core.calibration`.
 """
 
 from __future__ import annotations
@@ -236,11 +236,8 @@ def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CI
     """
     stored = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), stored)
 
-    def learned(log_step: Array, factor: Any) -> Array:
-        return lsq.step_from_log(lsq.scale_gradient(log_step, factor))
-
-    activation = None if stored.activation is None else learned(stored.activation, factors.activation)
-    steps = StepSizes(activation=activation, weight=learned(stored.weight, factors.weight))
+    weight = lsq.step_from_log(lsq.scale_gradient(stored.weight, factors.weight))
+    steps = StepSizes(real_activation_step(stored.activation, factors.activation, spec.activation), weight)
     if spec.adc is None:
         return steps
     psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, units.offset, spec)
@@ -253,6 +250,25 @@ def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CI
     return steps
 
 
+def real_activation_step(log_step: Array | None, factor: Any, spec: ActivationSpec) -> Array | None:
+    """The real step of an activation, of the kind that `spec.step` names; None where its codes come from elsewhere.
+
+    Args:
+      log_step: (), None where none is stored.
+      factor: of its gradient, from `activation_factor`.
+    """
+    if spec.step == StepKind.FIXED:
+        return jnp.float32(spec.fixed_step)
+    return None if log_step is None else _real_step(log_step, factor, spec.step)
+
+
+def _real_step(log_step: Array, factor: Any, kind: StepKind) -> Array:
+    step = lsq.step_from_log(lsq.scale_gradient(jnp.asarray(log_step, jnp.float32), factor))
+    if kind == StepKind.POWER_OF_TWO:
+        step = lsq.nearest_power_of_two(step)
+    return jax.lax.stop_gradient(step) if kind == StepKind.CALIBRATED else step
+
+
 def _adc_steps(
     log_step: Array | None, zeta: Array | None, factor: Any, unit: Any, spec: CIMSpec
 ) -> tuple[Array, Array | None]:
@@ -263,9 +279,7 @@ def _adc_steps(
         step = jnp.full((1,) * np.ndim(factor), fixed_step(spec), jnp.float32)
     else:
         assert log_step is not None
-        step = lsq.step_from_log(lsq.scale_gradient(log_step, factor))
-    if adc.step == StepKind.POWER_OF_TWO:
-        step = lsq.nearest_power_of_two(step)
+        step = _real_step(log_step, factor, adc.step)
     offset = None
     if zeta is not None:
         middle = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * unit

@@ -70,6 +70,19 @@ class Tiling:
         """(A,) int, how many rows of each row tile are used."""
         return np.bincount(self.array_of_group, weights=self.rows_of_group, minlength=self.arrays).astype(int)
 
+    @functools.cached_property
+    def of_one_group(self) -> Tiling:
+        """A single read group, as large as the largest one here, all of whose places store weights."""
+        channels = self.channels.shape[1]
+        return dataclasses.replace(
+            self,
+            in_channels=channels,
+            arrays=1,
+            array_of_group=np.zeros(1, int),
+            channels=np.arange(channels)[None],
+            stored=np.ones((*self.kernel_size, 1, channels), bool),
+        )
+
     def largest_psum(self, spec: CIMSpec) -> int:
         """The largest magnitude that a partial sum can have in the integer path: rows x input x digit."""
         inputs = max(s.magnitude for s in spec.activation.slices)

@@ -81,6 +81,12 @@ def output_size(input_size: tuple[int, ...], kernel_size: tuple[int, ...], windo
     return tuple(sizes)
 
 
+def dimension_numbers(axes: int) -> tuple[str, str, str]:
+    """The layouts of inputs, kernel and outputs of a convolution over so many spatial axes: `NHWC`, `HWIO`, `NHWC`."""
+    spatial = "".join(chr(ord("a") + axis) for axis in range(axes))
+    return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"
+
+
 def shifted(x: Array, kernel_size: tuple[int, ...], window: Window) -> list[Array]:
     """What each place of the kernel meets at every output position, 0 where the input is padded.
 

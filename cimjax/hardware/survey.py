@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from cimjax.hardware.cost import LayerCost, layer_cost
-from cimjax.nn.calibrate import NO_CALIBRATION
+from cimjax.nn.calibrate import without_calibration
 from cimjax.nn.layers import CIMConv, CIMDense
 from cimjax.spec import CIMSpec
 
@@ -68,7 +68,6 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
             found.append(Layer("/".join(module.path), kernel, spatial, spec, module.use_bias))
         return result
 
-    with nn.intercept_methods(record):
-        shapes_only = {"mutable": NO_CALIBRATION, **kwargs}
-        jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **shapes_only), *args)
+    with nn.intercept_methods(record), without_calibration():
+        jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **kwargs), *args)
     return found

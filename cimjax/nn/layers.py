@@ -5,25 +5,26 @@ They declare parameters and call `cimjax.core`. Networks made of them are elsewh
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.core import conv, lsq, start, tiling
+from cimjax.core import conv, lsq, tiling
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
-from cimjax.core.health import adc_health
+from cimjax.core.adc import adc_statistics
+from cimjax.core.array_mac import partial_sums
+from cimjax.core.calibration.report import report_input
+from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import kinds_to_set
-from cimjax.spec import ActivationSpec, CIMSpec, StepKind
+from cimjax.nn.calibrate import hand_in, kinds_to_set, put_steps, refuse_shared
+from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 
 # The parameter that stores each field of `StepSizes`.
 PARAMETERS = StepSizes(
@@ -36,13 +37,14 @@ PARAMETERS = StepSizes(
 )
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
-HEALTH = "health"
+ADC_STATISTICS = "adc_statistics"
 
 
 class Quantize(nn.Module):
     """Quantizes a tensor once for all the layers that read it: real in, `Codes` out.
 
-    Parameter `log_step` () is the logarithm of the step; it is set from the input by `init` and `calibrate`.
+    Parameter `log_step` () is the logarithm of the step, unless the specification fixes it; it is set from the input by
+    `init` and `calibrate`.
 
     spec: bits and sign of the codes; the layers that read them need the same.
     """
@@ -53,41 +55,60 @@ class Quantize(nn.Module):
     def __call__(self, x: ArrayLike) -> Codes:
         """Quantize `x` (N, ..., C); returns `Codes` of the same shape, float32."""
         x = jnp.asarray(x)
-        log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
-        if "activation" in kinds_to_set(self):
-            log_step = lsq.log_from_step(start.activation_step(x, self.spec))
-            self.put_variable("params", "log_step", log_step)
+        log_step = None
         factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
-        step = lsq.step_from_log(lsq.scale_gradient(log_step, factor))
-        return conv.quantize_activation(x, step, self.spec)
+        if self.spec.step != StepKind.FIXED:
+            log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
+            if "activation" in kinds_to_set(self):
+                refuse_shared(self, x, log_step)
+                put_steps(self, {"log_step": lsq.log_from_step(activation_step(x, self.spec))})
+                log_step = self.get_variable("params", "log_step")
+        step = steps_lib.real_activation_step(log_step, factor, self.spec)
+        if kinds_to_set(self):
+            hand_in(self, report_input(x, step, self.spec))
+        return lsq.quantize_activation(x, step, self.spec)
 
 
 class ArrayLayer(nn.Module):
     """What both layers share: the parameters of a layer's steps, and their calibration."""
 
     def through_arrays(
-        self, x: Array | Codes, kernel: Array, window: Window, *, spec: CIMSpec, input_size: int, positions: int
+        self,
+        x: Array | Codes,
+        kernel: Array,
+        window: Window,
+        *,
+        spec: CIMSpec,
+        execution: Execution,
+        input_size: int,
+        positions: int,
     ) -> Array:
         """`x` (N, H, W, C) times `kernel` (kh, kw, C, O) through the arrays; both counts are per example."""
         tiled = tiling.tile(kernel.shape, spec)
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
-        kinds = kinds_to_set(self)
-        if kinds:
-            stored = start.calibrated(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
-            for name, value in zip(PARAMETERS, stored, strict=True):
-                if value is not None:
-                    self.put_variable("params", name, value)
-        if spec.adc is not None and self.is_mutable_collection(HEALTH) and not self.is_initializing():
-            steps = _real_steps(kernel, stored, spec, input_size, positions)
-            inputs = conv.quantize_activation(x, steps.activation, spec.activation)
-            psums = conv.partial_sums(inputs, kernel, steps, tiled, window, spec, key)
-            self.sow(HEALTH, "adc", adc_health(psums.columns, steps, tiled, spec), reduce_fn=lambda _, new: new)
-        return _output(x, kernel, stored, key, window=window, spec=spec, input_size=input_size, positions=positions)
+        if kinds := kinds_to_set(self):
+            refuse_shared(self, x.codes if isinstance(x, Codes) else x, kernel)
+            found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
+            put_steps(self, dict(zip(PARAMETERS, found, strict=True)))
+            stored = StepSizes(
+                *(
+                    None if value is None else self.get_variable("params", name)
+                    for name, value in zip(PARAMETERS, found, strict=True)
+                )
+            )
+            hand_in(self, report)
+        steps = _real_steps(kernel, stored, spec, input_size, positions)
+        if spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS) and not self.is_initializing():
+            inputs = lsq.quantize_activation(x, steps.activation, spec.activation)
+            psums = partial_sums(inputs.codes, kernel, steps, tiled, window, spec, key)
+            found = adc_statistics(psums.columns, steps, tiled, spec)
+            self.sow(ADC_STATISTICS, "adc", found, reduce_fn=lambda _, new: new)
+        return conv.cim_conv(x, kernel, steps, spec, variation_key=key, execution=execution, **window._asdict())
 
     def _declare(self, shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSizes:
         """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
-        if not has_step:
+        if not has_step or spec.activation.step == StepKind.FIXED:
             shapes = shapes._replace(activation=None)
         if spec.adc is not None and spec.adc.step == StepKind.FIXED:
             shapes = shapes._replace(psum=None, reference=None)
@@ -104,23 +125,6 @@ class ArrayLayer(nn.Module):
         if not self.has_rng("variation") and not self.is_initializing():
             raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
         return self.make_rng("variation")
-
-
-# Layers of equal shapes are traced once.
-@functools.partial(jax.jit, static_argnames=("window", "spec", "input_size", "positions"))
-def _output(
-    x: Array | Codes,
-    kernel: Array,
-    stored: StepSizes,
-    key: Array | None,
-    *,
-    window: Window,
-    spec: CIMSpec,
-    input_size: int,
-    positions: int,
-) -> Array:
-    steps = _real_steps(kernel, stored, spec, input_size, positions)
-    return conv.cim_conv(x, kernel, steps, spec, variation_key=key, **window._asdict())
 
 
 def _real_steps(kernel: Array, stored: StepSizes, spec: CIMSpec, input_size: int, positions: int) -> StepSizes:
@@ -142,6 +146,7 @@ class CIMConv(ArrayLayer):
       bias_init: as for `flax.linen.Conv`. `padding` is 'SAME', 'VALID', an integer or pairs.
     feature_group_count: only 1.
     spec: what to build.
+    execution: by which program; changes no result.
     """
 
     features: int
@@ -157,6 +162,7 @@ class CIMConv(ArrayLayer):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     spec: CIMSpec = CIMSpec()
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: ArrayLike | Codes) -> Array:
@@ -184,7 +190,15 @@ class CIMConv(ArrayLayer):
             kernel_dilation=self.kernel_dilation,
         )
         positions = window_lib.positions(shape[1:-1], kernel_size, window)
-        y = self.through_arrays(x, kernel, window, spec=self.spec, input_size=math.prod(shape[1:]), positions=positions)
+        y = self.through_arrays(
+            x,
+            kernel,
+            window,
+            spec=self.spec,
+            execution=self.execution,
+            input_size=math.prod(shape[1:]),
+            positions=positions,
+        )
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.reshape(*batch, *y.shape[1:]).astype(self.dtype or _result_type(x, kernel))
@@ -195,6 +209,7 @@ class CIMDense(ArrayLayer):
 
     features, use_bias, dtype, param_dtype, kernel_init, bias_init: as for `flax.linen.Dense`.
     spec: what to build.
+    execution: by which program; changes no result.
     """
 
     features: int
@@ -204,6 +219,7 @@ class CIMDense(ArrayLayer):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     spec: CIMSpec = CIMSpec()
+    execution: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: ArrayLike | Codes) -> Array:
@@ -214,7 +230,13 @@ class CIMDense(ArrayLayer):
         positions = math.prod(leading[1:])
         window = Window((), (), (), ())
         y = self.through_arrays(
-            flat, kernel, window, spec=self.spec, input_size=positions * channels, positions=positions
+            flat,
+            kernel,
+            window,
+            spec=self.spec,
+            execution=self.execution,
+            input_size=positions * channels,
+            positions=positions,
         )
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import flax.linen as nn
 from cimjax.nn.resnet import ResNet
 from cimjax.nn.rules import ConvMaker, Rules
 from cimjax.nn.small import SmallNet
+from cimjax.spec.base import nearest
 
 _LARGE = {"small_images": False, "widths": (64, 128, 256, 512), "shortcut": "projection"}
 # A network and the options that its name stands for; options of a configuration come on top.
@@ -31,16 +31,15 @@ def build_model(name: str, *, classes: int, conv: ConvMaker, rules: Rules, **opt
       ValueError: for an unknown name or option, with the nearest valid one, or a refused value.
     """
     if name not in MODELS:
-        raise ValueError(f"`model.name` is {name!r}{_nearest(name, MODELS)}; allowed: {', '.join(MODELS)}.")
+        raise ValueError(
+            f"`model.name` is {name!r}{nearest(name, MODELS, otherwise_all=False)}; allowed: {', '.join(MODELS)}."
+        )
     kind, preset = MODELS[name]
     fields = set(kind.__dataclass_fields__) - {"parent", "name", "classes", "conv", "rules", "axis_name"}
     for option in options:
         if option not in fields:
             known = ", ".join(sorted(fields))
-            raise ValueError(f"`model.{option}` is no option of {name!r}{_nearest(option, fields)}; it has: {known}.")
+            raise ValueError(
+                f"`model.{option}` is no option of {name!r}{nearest(option, fields, otherwise_all=False)}; it has: {known}."
+            )
     return kind(classes=classes, conv=conv, rules=rules, **preset | options)
-
-
-def _nearest(name: str, allowed: Any) -> str:
-    match = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""

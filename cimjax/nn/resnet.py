@@ -85,7 +85,7 @@ class ResNet(nn.Module):
                 )(x, train)
         if self.preactivation:
             x = nn.relu(normalise(train, self)(x))
-        return dense_for(self, "classifier", self.rules)(self.classes)(jnp.mean(x, axis=(1, 2)))
+        return dense_for(self, "classifier", self.conv, self.rules)(self.classes)(jnp.mean(x, axis=(1, 2)))
 
 
 class Block(nn.Module):

@@ -14,28 +14,27 @@ from typing import Any
 import flax.linen as nn
 from jax import Array
 
-from cimjax.core.convolution import conv_general_dilated
 from cimjax.core.lsq import Codes
 from cimjax.nn.layers import CIMConv, CIMDense, Quantize
-from cimjax.spec import ActivationSpec, CIMSpec
+from cimjax.spec import ActivationSpec, CIMSpec, Execution
 
 # Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
 ConvMaker = Callable[..., nn.Module]
-# `flax.linen.Conv` with quicker gradients on CPU.
-plain_conv: ConvMaker = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+plain_conv: ConvMaker = nn.Conv
 # (pattern, specification) pairs; the pattern matches a layer's whole path, "block2/conv1"; None is full precision.
 Rules = tuple[tuple[str, CIMSpec | None], ...]
 
 
-def conv_maker(spec: CIMSpec | None) -> ConvMaker:
+def conv_maker(spec: CIMSpec | None, execution: Execution = Execution()) -> ConvMaker:
     """The convolution of a specification; `plain_conv` for None."""
-    return plain_conv if spec is None else functools.partial(CIMConv, spec=spec)
+    return plain_conv if spec is None else functools.partial(CIMConv, spec=spec, execution=execution)
 
 
 def conv_for(parent: nn.Module, name: str, default: ConvMaker, rules: Rules) -> ConvMaker:
     """The convolution for the layer `name` inside `parent`: the first rule that matches its path, else `default`."""
     matched, spec = _match(parent, name, rules)
-    return functools.partial(conv_maker(spec) if matched else default, name=name)
+    maker = conv_maker(spec, _keyword(default, "execution", Execution())) if matched else default
+    return functools.partial(maker, name=name)
 
 
 def shared_input(parent: nn.Module, names: Sequence[str], default: ConvMaker, rules: Rules, x: Array) -> Array | Codes:
@@ -51,17 +50,27 @@ def shared_input(parent: nn.Module, names: Sequence[str], default: ConvMaker, ru
 
 def _activation_of(maker: Any) -> ActivationSpec | None:
     """The activation that a convolution maker quantizes its input to; None for other convolutions."""
+    spec = _keyword(maker, "spec", None)
+    return None if spec is None else spec.activation
+
+
+def _keyword(maker: Any, name: str, default: Any) -> Any:
+    """A keyword argument that a maker was given beforehand."""
     while isinstance(maker, functools.partial):
-        if "spec" in maker.keywords:
-            return maker.keywords["spec"].activation
+        if name in maker.keywords:
+            return maker.keywords[name]
         maker = maker.func
-    return None
+    return default
 
 
-def dense_for(parent: nn.Module, name: str, rules: Rules) -> Callable[..., nn.Module]:
-    """The matrix product for the layer `name` inside `parent`: full precision unless a rule matches its path."""
+def dense_for(parent: nn.Module, name: str, conv: ConvMaker, rules: Rules) -> Callable[..., nn.Module]:
+    """The matrix product for the layer `name` inside `parent`: full precision unless a rule matches its path, and then
+    executed as the network's convolutions are.
+    """
     _, spec = _match(parent, name, rules)
-    return functools.partial(nn.Dense if spec is None else functools.partial(CIMDense, spec=spec), name=name)
+    if spec is None:
+        return functools.partial(nn.Dense, name=name)
+    return functools.partial(CIMDense, spec=spec, execution=_keyword(conv, "execution", Execution()), name=name)
 
 
 def check_rules(rules: Any) -> Rules:

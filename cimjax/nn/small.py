@@ -16,8 +16,7 @@ class SmallNet(nn.Module):
     `conv2` (stride 2, twice the width), `conv3`, `classifier`.
 
     classes: outputs.
-    conv: builds the array layers, `functools.partial(CIMConv, spec=spec)` or `flax.linen.Conv`; by default the latter
-      with quicker gradients on CPU.
+    conv: builds the array layers: `functools.partial(CIMConv, spec=spec)`, or `flax.linen.Conv`.
     rules: layers that differ.
     width: channels of the first two convolutions.
     axis_name: the mapped axis over which batch statistics are averaged, if any.
@@ -38,4 +37,4 @@ class SmallNet(nn.Module):
             x = make(widths * self.width, (3, 3), strides=(stride, stride), padding="SAME", use_bias=False)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
             x = nn.relu(x)
-        return dense_for(self, "classifier", self.rules)(self.classes)(jnp.mean(x, axis=(1, 2)))
+        return dense_for(self, "classifier", self.conv, self.rules)(self.classes)(jnp.mean(x, axis=(1, 2)))

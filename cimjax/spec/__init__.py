@@ -1,9 +1,11 @@
-"""What to build: frozen, hashable specifications that hold all validation and no arrays.
+"""What to build, and how to compute it: frozen, hashable specifications that hold all validation and no arrays.
 
-`codes`: the code ranges and planes that bits imply; `layer`: one layer on the chip.
+`codes`: the code ranges and planes that bits imply; `layer`: one layer on the chip; `execution`: how its computation is
+programmed, which changes no result and belongs to no checkpoint.
 """
 
 from cimjax.spec.codes import CodeRange, Plane
+from cimjax.spec.execution import Execution, Operands, Product, Program, Residuals
 from cimjax.spec.layer import (
     ActivationSpec,
     ADCRange,
@@ -13,10 +15,7 @@ from cimjax.spec.layer import (
     Encoding,
     Granularity,
     LadderStart,
-    Lowering,
-    Operands,
     Reference,
-    Residuals,
     SignedCells,
     StepKind,
     StepStart,
@@ -35,11 +34,13 @@ __all__ = [
     "CIMSpec",
     "CodeRange",
     "Encoding",
+    "Execution",
     "Granularity",
     "LadderStart",
-    "Lowering",
     "Operands",
     "Plane",
+    "Product",
+    "Program",
     "Reference",
     "Residuals",
     "SignedCells",

@@ -7,29 +7,39 @@ chooses, and its validation, is in `cimjax.spec`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class CodeRange(NamedTuple):
     """The codes of one quantizer: `q_min .. q_max`, or only the two ends when `size` is 2 and `q_min` is -1.
 
+    Where parts of a tensor have different codes, the entries are arrays that broadcast to it (`stack_ranges`).
+
     q_min, q_max: the lowest and the highest code.
     size: how many codes there are; `{-1, +1}` has 2 and no 0, `{-1, 0, +1}` has 3.
     """
 
-    q_min: int
-    q_max: int
-    size: int
+    q_min: Any
+    q_max: Any
+    size: Any
 
     @property
-    def magnitude(self) -> int:
+    def magnitude(self) -> Any:
         """`max(|q_min|, |q_max|)`, never zero: LSQ's `q`."""
         return max(abs(self.q_min), abs(self.q_max))
 
     @property
-    def binary(self) -> bool:
+    def binary(self) -> Any:
         """True for `{-1, +1}`, whose code is the sign of the input."""
-        return self.q_min == -1 and self.size == 2
+        return (self.q_min == -1) & (self.size == 2)
+
+
+def stack_ranges(ranges: Sequence[Sequence[CodeRange]], shape: tuple[int, ...]) -> CodeRange:
+    """A table of ranges as one range of float32 arrays of `shape`, to broadcast."""
+    return CodeRange(*np.moveaxis(np.asarray(ranges, np.float32), -1, 0).reshape(3, *shape))
 
 
 class Plane(NamedTuple):

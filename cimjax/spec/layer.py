@@ -99,37 +99,14 @@ class VariationTarget(enum.StrEnum):
     CELLS = "cells"
 
 
-class Lowering(enum.StrEnum):
-    """Which program computes the array product; all give the same integers."""
-
-    AUTO = "auto"
-    GROUPED_CONV = "grouped_conv"
-    CONV_PER_TILE = "conv_per_tile"
-    PATCHES = "patches"
-    PALLAS = "pallas"
-
-
-class Operands(enum.StrEnum):
-    """In which numbers inputs and digits are multiplied on the way forwards; sums are wide, and all are exact."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    INT8 = "int8"
-
-    @property
-    def largest_integer(self) -> int:
-        """Up to which magnitude every integer is such a number."""
-        return {Operands.BFLOAT16: 2**8, Operands.FLOAT16: 2**11, Operands.INT8: 2**7 - 1}.get(self, 2**24)
-
-
-class Residuals(enum.StrEnum):
-    """What a layer keeps for the backward pass: its partial sums, or its inputs alone, from which they are computed
-    again."""
-
-    PSUMS = "psums"
-    INPUTS = "inputs"
+def _check_full_scale(spec: ActivationSpec | ADCSpec, what: str) -> None:
+    """Refuse a `full_scale` without a fixed step, and the reverse."""
+    if spec.step == StepKind.FIXED:
+        if spec.full_scale is None:
+            raise ValueError(f"`full_scale` is None with a 'fixed' {what} step; give the span that its codes cover.")
+        spec._positive("full_scale")
+    elif spec.full_scale is not None:
+        raise ValueError(f"`full_scale` is {spec.full_scale!r} with step {spec.step!s}; it belongs to 'fixed'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +119,10 @@ class ActivationSpec(Spec):
     signed: bool = False
     # Bits that the DAC drives in one cycle; None drives the whole code at once. Not for 1 and 1.5 bits.
     slice_bits: int | None = None
+    # As `ADCSpec.step`: a sensor or a DAC may have a scale of its own.
+    step: StepKind = StepKind.LEARNED
+    # `fixed` only: the span of inputs that the codes cover, in units of the input; the step is this / (codes - 1).
+    full_scale: float | None = None
     # As `WeightSpec.start`.
     start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
@@ -150,6 +131,8 @@ class ActivationSpec(Spec):
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)
         self._flag("signed")
+        self._enum("step", StepKind)
+        _check_full_scale(self, "activation")
         self._enum("start", StepStart)
         self._positive("gradient_factor")
         if self.bits == 1.5 and not self.signed:
@@ -163,6 +146,12 @@ class ActivationSpec(Spec):
     def code_range(self) -> CodeRange:
         """The activation's codes."""
         return codes_lib.code_range(self.bits, signed=self.signed)
+
+    @property
+    def fixed_step(self) -> float:
+        """The step of a `fixed` activation, in units of the input."""
+        assert self.full_scale is not None
+        return self.full_scale / (self.code_range.size - 1)
 
     @property
     def slices(self) -> tuple[Plane, ...]:
@@ -300,14 +289,7 @@ class ADCSpec(Spec):
         if not is_number(self.gradient_margin) or not 0 <= self.gradient_margin < math.inf:
             raise ValueError(f"`gradient_margin` is {self.gradient_margin!r}; give a finite number of at least 0.")
         self._set("gradient_margin", float(self.gradient_margin))
-        if self.step == StepKind.FIXED:
-            if self.full_scale is None:
-                raise ValueError(
-                    "`full_scale` is None with a 'fixed' ADC step; give the psum span that the ADC covers."
-                )
-            self._positive("full_scale")
-        elif self.full_scale is not None:
-            raise ValueError(f"`full_scale` is {self.full_scale!r} with step {self.step!s}; it belongs to 'fixed'.")
+        _check_full_scale(self, "ADC")
 
     @property
     def trainable(self) -> bool:
@@ -380,12 +362,6 @@ class CIMSpec(Spec):
     array: ArraySpec = ArraySpec()
     # None keeps the integer path, in which partial sums are exact integers.
     variation: VariationSpec | None = None
-    # The program for the array product; `auto` chooses by backend.
-    lowering: Lowering = Lowering.AUTO
-    # The numbers that it multiplies; `auto`: float32 on CPU, elsewhere bfloat16 where that is exact.
-    operands: Operands = Operands.AUTO
-    # `psums`: fast; `inputs`: a fraction of the memory, for one more array product in the backward pass.
-    residuals: Residuals = Residuals.PSUMS
 
     def __post_init__(self) -> None:
         self._nested("activation", ActivationSpec)
@@ -393,16 +369,6 @@ class CIMSpec(Spec):
         self._nested("adc", ADCSpec, optional=True)
         self._nested("array", ArraySpec)
         self._nested("variation", VariationSpec, optional=True)
-        self._enum("lowering", Lowering)
-        self._enum("operands", Operands)
-        self._enum("residuals", Residuals)
-        if not self.exact_in(self.operands):
-            reason = (
-                "cells with `variation` hold real numbers"
-                if self.variation is not None
-                else f"inputs and digits reach {self.largest_operand}, beyond its {self.operands.largest_integer}"
-            )
-            raise ValueError(f"`operands` is {self.operands!s}, but {reason}; use 'auto' or 'float32'.")
         if self.outputs_per_array < 1:
             need = self.weight.columns_per_output + self.weight.dummy_columns
             raise ValueError(
@@ -432,12 +398,6 @@ class CIMSpec(Spec):
         if self.skips_decomposition:
             return int(max(self.activation.code_range.magnitude, self.weight.code_range.magnitude))
         return int(max(part.magnitude for part in (*self.activation.slices, *self.weight.planes)))
-
-    def exact_in(self, operands: Operands) -> bool:
-        """Whether the array product loses nothing in these numbers (`auto` never does)."""
-        if operands in (Operands.AUTO, Operands.FLOAT32):
-            return True
-        return self.variation is None and self.largest_operand <= operands.largest_integer
 
     @property
     def signed_psums(self) -> tuple[tuple[bool, ...], ...]:

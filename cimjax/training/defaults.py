@@ -6,6 +6,7 @@ import types
 
 from ml_collections import ConfigDict
 
+from cimjax.spec import Execution
 from cimjax.training.options import spec_from_options
 
 
@@ -32,6 +33,8 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
     # layers that differ.
     config.spec = spec_from_options(options)
     config.rules = ()
+    # How array layers are computed (`cimjax.Execution`): changes no result, and may differ when a run goes on.
+    config.execution = ConfigDict(Execution().to_dict())
 
     config.batch_size = 64
     config.epochs = 1.0

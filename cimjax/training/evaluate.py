@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cimjax.core.compiler import compiler_options
+from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, Split
-from cimjax.nn.layers import HEALTH
+from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
@@ -53,7 +53,7 @@ class Evaluator:
 
 
 def health(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
-    """The health of every layer's ADCs on the calibration images, in evaluation mode; see `core.health`."""
+    """The health of every layer's ADCs on the calibration images, in evaluation mode; see `core.adc`."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return health_by_layer(_measure_health(experiment.model)(variables, experiment.calibration_images()))
 
@@ -62,7 +62,7 @@ def health(experiment: Experiment, state: TrainState) -> dict[str, dict[str, flo
 def _measure_health(model: nn.Module) -> Any:
     def measure(variables: Any, images: jax.Array) -> Any:
         rngs = {"variation": jax.random.key(0)}
-        return model.apply(variables, images, mutable=[HEALTH], rngs=rngs)[1].get(HEALTH, {})
+        return model.apply(variables, images, mutable=[ADC_STATISTICS], rngs=rngs)[1].get(ADC_STATISTICS, {})
 
     return jax.jit(measure, compiler_options=compiler_options())
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,13 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from cimjax.core.compiler import compiler_options
+from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, Split, load
 from cimjax.hardware.survey import Layer, layers_of
-from cimjax.nn.calibrate import NO_CALIBRATION, calibrate
+from cimjax.nn.calibrate import calibrate, without_calibration
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
-from cimjax.spec import CIMSpec
+from cimjax.spec import CIMSpec, Execution
 from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
 from cimjax.training.step import Images, Stepper, TrainState, stored_steps
@@ -96,7 +95,7 @@ class Experiment:
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-        return jax.jit(self._calibrated, compiler_options=compiler_options())(
+        return jax.jit(self._init, compiler_options=compiler_options())(
             jnp.int32(self.config.seed), self.calibration_images()
         )
 
@@ -132,16 +131,13 @@ class Experiment:
 
     def uncalibrated_state(self) -> TrainState:
         """A state with all steps at 1: quick, where values do not matter."""
-        shapes_only = functools.partial(self._init, mutable=NO_CALIBRATION)
-        return jax.jit(shapes_only)(jnp.int32(self.config.seed), jnp.zeros((2, *self.dataset.image_shape)))
+        with without_calibration():
+            return jax.jit(self._init)(jnp.int32(self.config.seed), jnp.zeros((2, *self.dataset.image_shape)))
 
-    def _calibrated(self, seed: Array, images: Array) -> TrainState:
-        return self._init(seed, images, mutable=flax.core.DenyList("intermediates"))
-
-    def _init(self, seed: Array, images: Array, mutable: Any) -> TrainState:
+    def _init(self, seed: Array, images: Array) -> TrainState:
         key = jax.random.key(seed)
         keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
-        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True, mutable=mutable)
+        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             seed=seed,
@@ -180,7 +176,9 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     if model is None:
         options = config.model.to_dict()
         rules = check_rules(config.rules)
-        model = build_model(options.pop("name"), classes=dataset.classes, conv=conv_maker(spec), rules=rules, **options)
+        execution = Execution.from_dict(config.get("execution", ConfigDict()).to_dict())
+        conv = conv_maker(spec, execution)
+        model = build_model(options.pop("name"), classes=dataset.classes, conv=conv, rules=rules, **options)
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
     images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)

@@ -80,7 +80,7 @@ def train(
     experiment = build(config, model=model, dataset=dataset)
     folder = Path(workdir) if workdir is not None else default_workdir(config)
     with (
-        RunFolder.open(folder, json.loads(config.to_json_best_effort())) as run,
+        RunFolder.open(folder, json.loads(config.to_json_best_effort()), allow={"execution"}) as run,
         display or Display() as screen,
         _stop_requests() as stop,
     ):

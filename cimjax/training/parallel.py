@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from cimjax.core.compiler import compiler_options
+from cimjax.core.programs.cpu import compiler_options
 
 AXIS = "batch"
 

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cimjax.core import conv, lsq
-from cimjax.core.adc import ranges_of_psums, ranges_of_reference
-from cimjax.core.ladder import Grouping, fit
+from cimjax.core import lsq
+from cimjax.core.adc import psum_ranges, reference_ranges
+from cimjax.core.array_mac import array_mac
+from cimjax.core.calibration.ladder import Grouping, fit
+from cimjax.core.calibration.report import CalibrationReport, report_input
+from cimjax.core.cells import quantize_weight, store
+from cimjax.core.encoding import slice_codes
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import (
     StepSizes,
@@ -33,7 +37,7 @@ from cimjax.core.step_sizes import (
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window, positions, seen_at, without_padding
-from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepStart
+from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepKind, StepStart
 from cimjax.spec.codes import CodeRange
 
 # Output positions that the search for a psum step looks at, at most; they are spread over images and pixels.
@@ -48,7 +52,7 @@ KINDS = ("activation", "weight", "psum")
 
 # Layers of equal shapes are traced once.
 @functools.partial(jax.jit, static_argnames=("window", "spec", "kinds"))
-def calibrated(
+def calibrate_layer(
     x: Array | Codes,
     kernel: Array,
     stored: StepSizes,
@@ -57,7 +61,7 @@ def calibrated(
     *,
     kinds: tuple[str, ...] = KINDS,
     variation_key: Array | None = None,
-) -> StepSizes:
+) -> tuple[StepSizes, CalibrationReport]:
     """Stored steps of one layer, set from its kernel and from an input: activation and weight first, then the ADC's.
 
     Args:
@@ -68,20 +72,26 @@ def calibrated(
       kinds: which of "activation", "weight" and "psum" to set.
 
     Returns:
-      Stored steps.
+      Stored steps, and what the data was like.
     """
     tiling = tile(kernel.shape, spec)
-    if "activation" in kinds and not isinstance(x, Codes):
+    if "activation" in kinds and stored.activation is not None:
         stored = stored._replace(activation=lsq.log_from_step(activation_step(x, spec.activation)))
     if "weight" in kinds:
         stored = stored._replace(weight=lsq.log_from_step(weight_step(kernel, tiling, spec)))
-    if "psum" not in kinds or spec.adc is None:
-        return stored
     units = offset_units(tiling, spec)
     steps = real_steps(stored, gradient_factors(tiling, spec, 1, 1), units, spec)
-    inputs = conv.quantize_activation(x, steps.activation, spec.activation)
+    report = CalibrationReport() if isinstance(x, Codes) else report_input(x, steps.activation, spec.activation)
+    if "weight" in kinds:
+        report = report._replace(empty=empty_weight_groups(kernel, tiling, spec))
+    if "psum" not in kinds or spec.adc is None:
+        return stored, report
+    inputs = lsq.quantize_activation(x, steps.activation, spec.activation)
     inputs, window = _sampled_inputs(inputs, tiling, window)
-    psums = conv.partial_sums(inputs, kernel, steps, tiling, window, spec, variation_key)
+    arrays = store(quantize_weight(kernel, steps.weight, tiling, spec), tiling, spec, variation_key)
+    psums = array_mac(slice_codes(inputs.codes, spec.activation), arrays, tiling, window, spec)
+    if spec.adc.step != StepKind.FIXED:
+        report = report._replace(**silent_columns(psums.columns, arrays.digits, tiling, spec))
     step, offset = psum_steps(psums.columns, steps, tiling, spec)
     psum, zeta = stored_adc_steps(step, offset, units.offset, spec)
     stored = stored._replace(psum=psum, offset=zeta)
@@ -89,7 +99,7 @@ def calibrated(
         assert psums.reference is not None
         psum, zeta = stored_adc_steps(*reference_steps(psums.reference, spec), units.reference_offset, spec)
         stored = stored._replace(reference=psum, reference_offset=zeta)
-    return stored
+    return stored, report
 
 
 def activation_step(x: Array, spec: ActivationSpec) -> Array:
@@ -122,8 +132,37 @@ def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
     Returns:
       float32 > 0, of the weight step's shape; 1 for a group of zeros.
     """
-    shape = shapes(tiling, spec).weight
+    expand, total = _over_weight_groups(tiling, spec)
     weights = tile_kernel(kernel.astype(jnp.float32), tiling)
+    count = total(jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape))
+    step = _from_mean_magnitude(total(jnp.abs(weights)) / count, spec.weight.code_range)
+    if spec.weight.start == StepStart.LEAST_SQUARES and not spec.weight.code_range.binary:
+        step = _least_squares(weights, step, spec.weight.code_range, lambda step: expand(step)[:, None], total)
+    return jnp.broadcast_to(step[:, None], shapes(tiling, spec).weight) if spec.weight.step_per_plane else step
+
+
+def empty_weight_groups(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
+    """How many weight steps have weights of 0 alone, () int32."""
+    total = _over_weight_groups(tiling, spec)[1]
+    return jnp.sum(total(jnp.abs(tile_kernel(kernel.astype(jnp.float32), tiling))) == 0, dtype=jnp.int32)
+
+
+def silent_columns(psums: Array, digits: Array, tiling: Tiling, spec: CIMSpec) -> dict[str, Array]:
+    """How many ADC steps saw partial sums of 0 alone though their columns hold something, and of how many.
+
+    Args:
+      psums: (T, M, R, K, O) float32.
+      digits: (K, kh, kw, R, c, O) float32.
+    """
+    held = jnp.max(jnp.abs(digits), axis=(*range(1, digits.ndim - 3), -2)).swapaxes(0, 1)
+    seen = jnp.max(jnp.abs(psums), axis=(0, 1), initial=0)
+    held, seen = (max_over_groups(values, shapes(tiling, spec).psum, tiling) for values in (held, seen))
+    return {"silent": jnp.sum((held > 0) & (seen == 0), dtype=jnp.int32), "groups": jnp.int32(held.size)}
+
+
+def _over_weight_groups(tiling: Tiling, spec: CIMSpec) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Steps of groups made broadcastable to (R, O), and sums of weights (kh, kw, R, c, O) over each group."""
+    shape = shapes(tiling, spec).weight
     axes = (*range(len(tiling.kernel_size)), -2)
 
     def expand(step: Array) -> Array:
@@ -131,15 +170,7 @@ def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
         return jnp.broadcast_to(expand_weight(step, tiling)[:, 0], (tiling.groups, tiling.features))
 
     transpose = jax.linear_transpose(expand, jax.ShapeDtypeStruct((shape[0], shape[-1]), jnp.float32))
-
-    def total(values: Array) -> Array:
-        return transpose(jnp.sum(values, axis=axes))[0]
-
-    count = total(jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape))
-    step = _from_mean_magnitude(total(jnp.abs(weights)) / count, spec.weight.code_range)
-    if spec.weight.start == StepStart.LEAST_SQUARES and not spec.weight.code_range.binary:
-        step = _least_squares(weights, step, spec.weight.code_range, lambda step: expand(step)[:, None], total)
-    return jnp.broadcast_to(step[:, None], shape) if spec.weight.step_per_plane else step
+    return expand, lambda values: transpose(jnp.sum(values, axis=axes))[0]
 
 
 def _from_mean_magnitude(mean: Array, codes: CodeRange) -> Array:
@@ -181,8 +212,8 @@ def psum_steps(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) ->
     values = _sampled(psums)
     slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None, None, None]
     planes = np.asarray([p.significance for p in spec.weight.planes], np.float32)[:, None]
-    weight_of = expand_weight(steps.weight, tiling)
-    weight = jnp.square(slices * planes * (weight_of / jnp.max(weight_of)))
+    step = expand_weight(steps.weight, tiling)
+    weight = jnp.square(slices * planes * (step / jnp.max(step)))
 
     grouping = Grouping(
         expand=lambda step: expand_outputs(step, tiling),
@@ -190,7 +221,7 @@ def psum_steps(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) ->
         largest=lambda column: max_over_groups(column, shape, tiling),
     )
     weight = jnp.broadcast_to(weight, (values.shape[0], 1, *values.shape[2:]))
-    return fit(values, weight, ranges_of_psums(spec), grouping, spec)
+    return fit(values, weight, psum_ranges(spec), grouping, spec)
 
 
 def reference_steps(sums: Array, spec: CIMSpec) -> tuple[Array, Array | None]:
@@ -206,7 +237,7 @@ def reference_steps(sums: Array, spec: CIMSpec) -> tuple[Array, Array | None]:
     slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None]
     same = Grouping(expand=lambda step: step, total=lambda column: column, largest=lambda column: column)
     weight = jnp.broadcast_to(jnp.square(slices), (values.shape[0], 1, *values.shape[2:]))
-    return fit(values, weight, ranges_of_reference(spec), same, spec)
+    return fit(values, weight, reference_ranges(spec), same, spec)
 
 
 def _sampled_inputs(inputs: Codes, tiling: Tiling, window: Window) -> tuple[Codes, Window]:

@@ -18,9 +18,8 @@ import numpy as np
 from jax import Array
 
 from cimjax.core import lsq
-from cimjax.core.lsq import CodeRanges
 from cimjax.core.step_sizes import fixed_step
-from cimjax.spec import ADCSpec, CIMSpec, LadderStart, StepKind
+from cimjax.spec import ADCSpec, CIMSpec, CodeRange, LadderStart, StepKind
 
 # Candidate steps, as fractions of the step whose ladder just covers every partial sum.
 SCALES = (1.0, *np.geomspace(1.5, 1 / 48, 32))
@@ -54,7 +53,7 @@ class _Ladder(NamedTuple):
 
 
 def fit(
-    values: Array, weight: Array, codes: CodeRanges, grouping: Grouping, spec: CIMSpec
+    values: Array, weight: Array, codes: CodeRange, grouping: Grouping, spec: CIMSpec
 ) -> tuple[Array, Array | None]:
     """Step and offset for every group by `spec.adc.start`; with `P^` the value after the ADC, by default of least
     `sum weight (P^ - P)^2`.
@@ -89,7 +88,7 @@ def fit(
 class _Problem:
     """One least-squares problem: the data, and the moves that a search makes."""
 
-    def __init__(self, values: Array, weight: Array, codes: CodeRanges, grouping: Grouping, spec: CIMSpec) -> None:
+    def __init__(self, values: Array, weight: Array, codes: CodeRange, grouping: Grouping, spec: CIMSpec) -> None:
         assert spec.adc is not None
         self.values, self.weight, self.codes = values, weight, codes
         self.q_min, self.q_max = np.asarray(codes[0]), np.asarray(codes[1])

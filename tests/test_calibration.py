@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from cases import CASES, ENCODINGS, Case, draw, spec
 
-from cimjax.core import adc, conv, lsq, start
+from cimjax.core import adc, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
+from cimjax.core.array_mac import partial_sums
+from cimjax.core.calibration import steps as calibration
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.spec import CIMSpec
@@ -60,10 +62,10 @@ def test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force(bits: floa
     encoding = {"bits": 4, "cell_bits": 4, "encoding": "differential", "subtract": "analog"}
     weight = encoding if signed else {"bits": 3, "cell_bits": 8, "encoding": "offset"}
     layer_spec = spec(weight=weight, adc={"bits": bits, "offset": offset, "range": "signed" if signed else "auto"})
-    search = jax.jit(lambda psums, steps: start.psum_steps(psums, steps, tile((4, 1), layer_spec), layer_spec))
+    search = jax.jit(lambda psums, steps: calibration.psum_steps(psums, steps, tile((4, 1), layer_spec), layer_spec))
 
     def errors(step: jax.Array, zero: jax.Array | None, psums: jax.Array) -> jax.Array:
-        rounded = lsq.fake_quantize(psums, step, adc.ranges_of_psums(layer_spec), zero, half_up=True)
+        rounded = lsq.fake_quantize(psums, step, adc.psum_ranges(layer_spec), zero, half_up=True)
         return jnp.sum(jnp.square(rounded - psums))
 
     of_steps = jax.vmap(errors, (0, None, None))
@@ -87,7 +89,7 @@ def test_with_an_offset_every_code_is_used_on_one_sided_psums() -> None:
     layer_spec = spec(adc={"bits": 3, "offset": True}, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
     for name in ("far from zero", "one-sided", "binomial", "uniform"):
         psums, tiling, steps = one_column(distributions()[name], layer_spec)
-        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
         codes = np.unique(
             np.rint((adc.convert(psums, StepSizes(psum=step, offset=zero), tiling, layer_spec) - zero) / step)
         )
@@ -101,18 +103,18 @@ def test_the_positions_looked_at_have_the_partial_sums_that_all_have(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are computed alone, from what the kernel meets there."""
-    monkeypatch.setattr(start, "SAMPLES", 7)
+    monkeypatch.setattr(calibration, "SAMPLES", 7)
     x, kernel, steps = draw(case)
     tiling = tile(case.kernel_shape, case.spec)
     window = window_lib.resolve(case.x_shape[1:3], case.kernel_shape[:2], **case.window)
-    inputs = conv.quantize_activation(x, steps.activation, case.spec.activation)
-    every = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiling, window, case.spec)
-    sampled, window = start._sampled_inputs(inputs, tiling, window)
+    inputs = lsq.quantize_activation(x, steps.activation, case.spec.activation)
+    every = partial_sums(inputs.codes, jnp.asarray(kernel), steps, tiling, window, case.spec)
+    sampled, window = calibration._sampled_inputs(inputs, tiling, window)
     assert sampled.codes.shape[0] == 7 < every.columns.shape[1]
-    some = conv.partial_sums(sampled, jnp.asarray(kernel), steps, tiling, window, case.spec)
-    np.testing.assert_array_equal(some.columns, start._sampled(every.columns))
+    some = partial_sums(sampled.codes, jnp.asarray(kernel), steps, tiling, window, case.spec)
+    np.testing.assert_array_equal(some.columns, calibration._sampled(every.columns))
     if every.reference is not None:
-        np.testing.assert_array_equal(some.reference, start._sampled(every.reference))
+        np.testing.assert_array_equal(some.reference, calibration._sampled(every.reference))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "array", "column"])
@@ -124,9 +126,9 @@ def test_every_group_is_fitted_on_its_own_psums_by_weight(granularity: str, offs
     x, kernel, steps = draw(case)
     tiling = tile(case.kernel_shape, layer_spec)
     window = window_lib.resolve((6, 5), (3, 3), padding="SAME")
-    inputs = conv.quantize_activation(x, steps.activation, layer_spec.activation)
-    psums = conv.partial_sums(inputs, jnp.asarray(kernel), steps, tiling, window, layer_spec).columns
-    step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+    inputs = lsq.quantize_activation(x, steps.activation, layer_spec.activation)
+    psums = partial_sums(inputs.codes, jnp.asarray(kernel), steps, tiling, window, layer_spec).columns
+    step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
     chex.assert_shape(step, steps_lib.shapes(tiling, layer_spec).psum)
     significance = np.array([p.significance for p in layer_spec.weight.planes], np.float32)[:, None]
     weight = jnp.square(significance * steps_lib.expand_weight(jnp.asarray(steps.weight), tiling))
@@ -148,11 +150,11 @@ def test_a_silent_group_gets_one_and_zero() -> None:
     for adc_options in ({"offset": True}, {"bits": 1, "offset": True}, {}, {"bits": 1}):
         layer_spec = spec(adc=adc_options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
         psums, tiling, steps = one_column(np.zeros(64), layer_spec)
-        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
         assert step.item() == 1
         assert zero is None or zero.item() == 0
-    assert start.activation_step(jnp.zeros((2, 3)), layer_spec.activation) == 1
-    zero_kernel = start.weight_step(jnp.zeros((4, 1)), tiling, layer_spec)
+    assert calibration.activation_step(jnp.zeros((2, 3)), layer_spec.activation) == 1
+    zero_kernel = calibration.weight_step(jnp.zeros((4, 1)), tiling, layer_spec)
     np.testing.assert_array_equal(zero_kernel, 1)
 
 
@@ -164,7 +166,7 @@ def test_a_group_of_one_value_gets_a_ladder_that_can_be_stored(bits: float, code
     adc_options = {"bits": bits, "offset": True, "range": code_range}
     layer_spec = spec(adc=adc_options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
     psums, tiling, steps = one_column(np.full(1, value), layer_spec)
-    step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+    step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
     units = steps_lib.offset_units(tiling, layer_spec)
     log_step, zeta = steps_lib.stored_adc_steps(step, zero, units.offset, layer_spec)
     stored = StepSizes(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=log_step, offset=zeta)
@@ -180,7 +182,7 @@ def test_power_of_two_and_fixed_steps_are_kept_to_while_searching() -> None:
     ):
         layer_spec = spec(adc=options, weight={"bits": 3, "cell_bits": 8, "encoding": "offset"})
         psums, tiling, steps = one_column(values, layer_spec)
-        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
         assert allowed(step.item())
         assert error(psums, step, zero, tiling, layer_spec) <= error(psums, step, zero + 7, tiling, layer_spec)
 
@@ -191,7 +193,7 @@ def test_weight_steps_are_the_mean_magnitude_of_the_weights_that_a_group_has() -
             continue
         kernel = np.asarray(draw(case)[1])
         tiling = tile(case.kernel_shape, case.spec)
-        got = start.weight_step(jnp.asarray(kernel), tiling, case.spec)
+        got = calibration.weight_step(jnp.asarray(kernel), tiling, case.spec)
         q = case.spec.weight.code_range.magnitude
         # The flattened kernel, channel slowest, cut where the read groups' arrays end.
         rows = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
@@ -205,7 +207,7 @@ def test_weight_steps_are_the_mean_magnitude_of_the_weights_that_a_group_has() -
                 part = part[:, column : column + 1]
             np.testing.assert_allclose(got[index], 2 * np.abs(part).mean() / np.sqrt(q), rtol=1e-5)
     binary = spec(weight={"bits": 1, "encoding": "offset", "granularity": "layer"})
-    step = start.weight_step(jnp.asarray(kernel), tile(kernel.shape, binary), binary)
+    step = calibration.weight_step(jnp.asarray(kernel), tile(kernel.shape, binary), binary)
     np.testing.assert_allclose(step, np.abs(kernel).mean(), rtol=1e-5)
 
 
@@ -290,7 +292,7 @@ def test_least_squares_steps_are_near_the_best_and_better_than_lsqs(
     def error(step: jax.Array) -> jax.Array:
         tiled = tile_kernel(rows, tiling)
         per_group = steps_lib.expand_weight(step, tiling)[:, 0][:, None]
-        return steps_of_group(jnp.square(conv.lsq.fake_quantize(tiled, per_group, codes) - tiled))
+        return steps_of_group(jnp.square(lsq.fake_quantize(tiled, per_group, codes) - tiled))
 
     def steps_of_group(values: jax.Array) -> jax.Array:
         """Errors by group: rows of an array and outputs that share the step."""
@@ -300,21 +302,21 @@ def test_least_squares_steps_are_near_the_best_and_better_than_lsqs(
         by_tile = jax.ops.segment_sum(by_row.T, tiling.column_tile_of_output, tiling.column_tiles).T
         return by_tile if granularity == "array" else jnp.sum(by_tile, keepdims=True)
 
-    step = start.weight_step(rows, tiling, case.spec)
+    step = calibration.weight_step(rows, tiling, case.spec)
     best = jnp.min(jnp.stack([error(step * scale) for scale in np.geomspace(0.3, 3, 200)]), axis=0)
     assert (error(step) <= 1.1 * best + 1e-6).all()
     plain = spec(weight=ENCODINGS["twos-wide-top"] | {"granularity": granularity})
-    assert (error(step) <= error(start.weight_step(rows, tiling, plain)) + 1e-6).all()
+    assert (error(step) <= error(calibration.weight_step(rows, tiling, plain)) + 1e-6).all()
     activation = case.spec.activation
     wrong = [
-        float(jnp.sum(jnp.square(conv.lsq.fake_quantize(x, s, activation.code_range) - x)))
+        float(jnp.sum(jnp.square(lsq.fake_quantize(x, s, activation.code_range) - x)))
         for s in (
-            start.activation_step(jnp.asarray(x), activation),
-            start.activation_step(jnp.asarray(x), dataclasses.replace(activation, start="least_squares")),
+            calibration.activation_step(jnp.asarray(x), activation),
+            calibration.activation_step(jnp.asarray(x), dataclasses.replace(activation, start="least_squares")),
         )
     ]
     assert wrong[1] <= wrong[0]
-    zero = start.weight_step(jnp.zeros_like(rows), tiling, case.spec)
+    zero = calibration.weight_step(jnp.zeros_like(rows), tiling, case.spec)
     np.testing.assert_array_equal(zero, 1)
 
 
@@ -327,7 +329,7 @@ def test_simpler_starts_of_ladders_are_what_they_say(offset: bool) -> None:
             weight={"bits": 3, "cell_bits": 8, "encoding": "offset"},
         )
         psums, tiling, steps = one_column(values, layer_spec)
-        step, zero = start.psum_steps(psums, steps, tiling, layer_spec)
+        step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
         assert (zero is None) == (not offset)
         if start_rule == "magnitude":
             np.testing.assert_allclose(step.item(), 2 * np.abs(values).mean() / np.sqrt(7), rtol=1e-5)

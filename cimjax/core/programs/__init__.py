@@ -1,0 +1,1 @@
+"""How array product, ADC and sum are computed: the definition and faster programs, behind one contract."""

@@ -1,0 +1,184 @@
+"""The seam: what a program for array product, ADC and sum has to keep, which there are, and which one is chosen.
+
+The definition is the program `reference`; every other row of the table gives the same values and gradients. This file
+is the only one that asks for a platform. Which rows suit it is decided where a program is lowered, so that one traced
+on a CPU host for a GPU is the GPU's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.typing import DTypeLike
+
+from cimjax.core.cells import StoredArrays
+from cimjax.core.step_sizes import StepSizes
+from cimjax.core.tiling import Tiling
+from cimjax.core.window import Window
+from cimjax.spec import CIMSpec, Execution, Operands, Program
+
+
+class Layer(NamedTuple):
+    """What is fixed about a layer before any array exists."""
+
+    tiling: Tiling
+    window: Window
+    spec: CIMSpec
+    execution: Execution
+
+
+class ArrayProgram(Protocol):
+    """Steps 3.5 to 3.7 of the design: from activation codes to the sum of all digitised partial sums.
+
+    Args:
+      codes: (N, H, W, C) float32, integer-valued.
+      arrays: what the cells hold.
+      steps: real steps > 0; `weight`, `psum`, `offset`, `reference` and `reference_offset` are used.
+      layer: what is fixed.
+
+    Returns:
+      (M, O) float32, not yet multiplied by the activation's step. Values as `reference` gives them, up to the order of
+      float32 sums; gradients to codes, steps and the weight codes that `arrays` were made of, likewise.
+    """
+
+    def __call__(self, codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer) -> Array: ...
+
+
+# Modules whose `run` is the program; they are imported when first chosen, since Pallas takes a while.
+PROGRAMS: dict[Program, str] = {
+    Program.REFERENCE: "cimjax.core.programs.reference",
+    Program.JOINED: "cimjax.core.programs.joined",
+    Program.PALLAS: "cimjax.core.programs.pallas",
+}
+
+
+def choose(spec: CIMSpec, execution: Execution) -> ArrayProgram:
+    """The program for a layer; `auto` is `joined` on every platform.
+
+    Raises:
+      ValueError: for operands that cannot hold the layer's integers, or `pallas` without an ADC.
+    """
+    require_exact(spec, execution.operands)
+    program = Program.JOINED if execution.program == Program.AUTO else execution.program
+    if program == Program.PALLAS and spec.adc is None:
+        raise ValueError("`program` is 'pallas' with an ideal ADC: there is nothing to fuse; use program='auto'.")
+    run: ArrayProgram = importlib.import_module(PROGRAMS[program]).run
+    return run
+
+
+def exact_in(spec: CIMSpec, operands: Operands) -> bool:
+    """Whether the array product loses nothing in these numbers (`auto` never does)."""
+    if operands in (Operands.AUTO, Operands.FLOAT32):
+        return True
+    return spec.variation is None and spec.largest_operand <= operands.largest_integer
+
+
+def require_exact(spec: CIMSpec, operands: Operands) -> None:
+    """Refuse operands in which a layer's product would lose something.
+
+    Raises:
+      ValueError: with the reason.
+    """
+    if exact_in(spec, operands):
+        return
+    reason = f"inputs and digits reach {spec.largest_operand}, beyond its {operands.largest_integer}"
+    if spec.variation is not None:
+        reason = "cells with `variation` hold real numbers"
+    raise ValueError(f"`operands` is {operands!s}, but {reason}; use 'auto' or 'float32'.")
+
+
+def operand_type(layer: Layer, *, cpu: bool) -> DTypeLike:
+    """The dtype that inputs and digits are multiplied in; `auto` is float32 on CPU, else bfloat16 where exact."""
+    operands = layer.execution.operands
+    if operands == Operands.AUTO:
+        operands = Operands.BFLOAT16 if not cpu and exact_in(layer.spec, Operands.BFLOAT16) else Operands.FLOAT32
+    return jnp.dtype(operands.value)
+
+
+def by_platform(default: Callable[..., Any], **rows: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is computed as the row of the platform (`cpu`, `cuda`, ...) that its program is lowered for.
+
+    Unlike `jax.lax.platform_dependent` only that row is traced, and no trace of the choice is left in the program. Not
+    differentiable: for the inside of functions that have a gradient of their own.
+
+    Args:
+      default: for platforms without a row; it tells the shapes and dtypes of the results, which are the same for all.
+      **rows: hashable functions of the same arguments.
+    """
+    rows["default"] = default
+
+    def call(*args: Any) -> Any:
+        flat, structure = jax.tree.flatten(args)
+        results = jax.eval_shape(default, *args)
+        shapes, result_structure = jax.tree.flatten(results)
+        flat_rows = tuple((name, _Flat(row, structure)) for name, row in rows.items())
+        avals = tuple((shape.shape, shape.dtype) for shape in shapes)
+        return jax.tree.unflatten(result_structure, _choice.bind(*flat, rows=flat_rows, avals=avals))
+
+    return call
+
+
+class _Flat(NamedTuple):
+    """A function of the leaves of its arguments, giving the leaves of its result."""
+
+    function: Callable[..., Any]
+    structure: Any
+
+    def __call__(self, *leaves: Any) -> list[Array]:
+        return jax.tree.leaves(self.function(*jax.tree.unflatten(self.structure, leaves)))
+
+
+_choice = Primitive("choice_by_platform")
+_choice.multiple_results = True
+
+
+@_choice.def_abstract_eval
+def _abstract(*operands: Any, rows: Any, avals: Any) -> Any:
+    del operands, rows
+    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in avals]
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(rows: Any, avals: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(_choice.bind, rows=rows, avals=avals))
+
+
+_choice.def_impl(lambda *operands, rows, avals: _jitted(rows, avals)(*operands))
+
+
+def _row(platform: str) -> Callable[..., Any]:
+    def run(*operands: Any, rows: Any, avals: Any) -> Any:
+        del avals
+        chosen = dict(rows)
+        return chosen.get(platform, chosen["default"])(*operands)
+
+    return mlir.lower_fun(run, multiple_results=True)
+
+
+mlir.register_lowering(_choice, _row("default"))
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(_choice, _row(_platform), platform=_platform)
+
+
+def _batched(operands: Any, axes: Any, *, rows: Any, avals: Any) -> Any:
+    mapped = {name: jax.vmap(row, in_axes=axes) for name, row in rows}
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    avals = tuple(((size, *shape), dtype) for shape, dtype in avals)
+    results = _choice.bind(*operands, rows=tuple(mapped.items()), avals=avals)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_choice] = _batched
+
+
+def runs_on(*platforms: str) -> bool:
+    """Whether programs run on one of these platforms unless they are told otherwise."""
+    return jax.default_backend() in platforms
