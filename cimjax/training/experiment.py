@@ -24,6 +24,7 @@ from cimjax.nn.calibrate import NO_CALIBRATION, calibrate
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec
+from cimjax.spec.base import LARGEST_COUNT, shown
 from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
 from cimjax.training.step import Images, Stepper, TrainState, stored_steps
@@ -172,6 +173,8 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     """
     dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
+    if not isinstance(config.seed, int) or abs(config.seed) > LARGEST_COUNT:
+        raise ValueError(f"`config.seed` is {shown(config.seed)}; give a whole number up to {LARGEST_COUNT}.")
     devices = Devices()
     devices.check_batch(config.batch_size, "config.batch_size")
     devices.check_batch(config.eval_batch_size, "config.eval_batch_size")
