@@ -33,7 +33,10 @@ REFUSED = [
     ("seed=12345678901", r"seed is '12345678901'; allowed: a whole number up to 999999999\."),
     ("active_rows=none,rows=None", r"rows is 'None'; allowed: a whole number"),
     ("smoke=yes", r"smoke is 'yes'; allowed: true, false\."),
-    ("adc_step=fix", r"adc_step is 'fix' \(did you mean 'fixed'\?\); allowed: learned, calibrated, fixed, power_of_two"),
+    (
+        "adc_step=fix",
+        r"adc_step is 'fix' \(did you mean 'fixed'\?\); allowed: learned, calibrated, fixed, power_of_two",
+    ),
     ("full_scale=wide", r"full_scale is 'wide'; allowed: a number, as in 64 or 0\.5, none\."),
     ("full_scale=1e400", r"full_scale is '1e400'; allowed: a number"),
     ("full_scale=-64", r"full_scale is '-64'; allowed: a number"),
@@ -168,9 +171,10 @@ def test_every_option_sets_its_field_and_only_that() -> None:
         assert spec_from_options(parse_options(text)) == changed, text
     fixed = usual | {"adc": usual["adc"] | {"step": "fixed", "full_scale": 48.5}}
     assert spec_from_options(parse_options("adc_step=fixed,full_scale=48.5")) == fixed
-    assert spec_from_options(parse_options("", adc_step="fixed", full_scale=48)) == CIMSpec.from_dict(
-        fixed | {"adc": fixed["adc"] | {"full_scale": 48}}
-    ).to_dict()
+    assert (
+        spec_from_options(parse_options("", adc_step="fixed", full_scale=48))
+        == CIMSpec.from_dict(fixed | {"adc": fixed["adc"] | {"full_scale": 48}}).to_dict()
+    )
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)

@@ -46,8 +46,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (WeightSpec, {"encoding": "sign"}, r"`encoding` is 'sign'.*allowed: twos_complement, differential, offset"),
     (WeightSpec, {"subtract": "analog"}, r"`subtract` is 'analog' with `encoding` twos_complement; it belongs to 'di"),
     (WeightSpec, {"reference": "adc"}, r"`reference` is 'adc' with `encoding` twos_complement; it belongs to 'off"),
-    (WeightSpec, {"step_per_plane": True, "granularity": "layer"}, r"`step_per_plane` is True with `granularity` layer"),
-    (WeightSpec, {"step_per_plane": True, "encoding": "differential"}, r"`step_per_plane` is True with `encoding` diff"),
+    (
+        WeightSpec,
+        {"step_per_plane": True, "granularity": "layer"},
+        r"`step_per_plane` is True with `granularity` layer",
+    ),
+    (
+        WeightSpec,
+        {"step_per_plane": True, "encoding": "differential"},
+        r"`step_per_plane` is True with `encoding` diff",
+    ),
     (ADCSpec, {"bits": 17}, r"`bits` is 17"),
     (ADCSpec, {"step": "learn"}, r"`step` is 'learn' \(did you mean 'learned'\?\)"),
     (ADCSpec, {"range": "unsigned"}, r"`range` is 'unsigned'.*allowed: auto, signed"),

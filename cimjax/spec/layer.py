@@ -164,7 +164,9 @@ class ActivationSpec(Spec):
             raise ValueError("`bits` is 1.5 for an unsigned activation; set `signed=True` or use 1 or 2 bits.")
         if self.slice_bits is not None:
             if self.bits < 2:
-                raise ValueError(f"`slice_bits` is {shown(self.slice_bits)} for {self.bits}-bit codes; these are one slice.")
+                raise ValueError(
+                    f"`slice_bits` is {shown(self.slice_bits)} for {self.bits}-bit codes; these are one slice."
+                )
             self._bits("slice_bits", 1, 16, half=False)
 
     @property
@@ -313,7 +315,9 @@ class ADCSpec(Spec):
                 )
             self._number("full_scale", *_FULL_SCALES)
         elif self.full_scale is not None:
-            raise ValueError(f"`full_scale` is {shown(self.full_scale)} with `step` {self.step!s}; it belongs to `step` 'fixed'.")
+            raise ValueError(
+                f"`full_scale` is {shown(self.full_scale)} with `step` {self.step!s}; it belongs to `step` 'fixed'."
+            )
 
     @property
     def trainable(self) -> bool:

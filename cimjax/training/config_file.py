@@ -160,11 +160,13 @@ def _find(override: Override, tree: Any, config: ConfigDict) -> tuple[Any, str]:
         above = ".".join(["config", *groups[:depth]])
         if tree is None:
             raise ConfigError(
-                f"{override.shown}: {above} is None here, so nothing in it can be set; give other options after the file, or "
-                f"the whole of it, as in --{above}=\"{{'{group}': VALUE}}\"."
+                f"{override.shown}: {above} is None here, so nothing in it can be set; give other options after the "
+                f"file, or the whole of it, as in --{above}=\"{{'{group}': VALUE}}\"."
             )
         if not isinstance(tree, ConfigDict | dict) or group not in tree:
-            raise ConfigError(f"unknown field --config.{shortened(override.field)}{_hint(override.field, config, tree)}.")
+            raise ConfigError(
+                f"unknown field --config.{shortened(override.field)}{_hint(override.field, config, tree)}."
+            )
         if depth < len(groups):
             tree = tree[group]
     return tree, name

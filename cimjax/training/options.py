@@ -213,7 +213,9 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
     for item in (argument or "").split(",") if (argument or "").strip() else ():
         name, equals, text = (part.strip() for part in item.partition("="))
         if not name:
-            raise OptionError(f"an option is empty in {shortened(argument or '')!r}; write them as name=value,name=value,flag.")
+            raise OptionError(
+                f"an option is empty in {shortened(argument or '')!r}; write them as name=value,name=value,flag."
+            )
         if name not in table:
             meant = nearest(name, table, otherwise_all=False)
             raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
