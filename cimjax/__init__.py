@@ -5,10 +5,16 @@ Public names are loaded when first used, so that `import cimjax` is quick.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cimjax import analysis as analysis
+    from cimjax import core as core
+    from cimjax import data as data
+    from cimjax import hardware as hardware
+    from cimjax import nn as nn
+    from cimjax import spec as spec
+    from cimjax import training as training
     from cimjax.core.conv import cim_conv, cim_dense
     from cimjax.core.lsq import Codes, dequantize, fake_quantize, quantize
     from cimjax.core.programs.cpu import compiler_options
@@ -43,6 +49,7 @@ _HOMES = {
     "cimjax.training.evaluate": ("load", "evaluate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_ROOMS = ("analysis", "core", "data", "hardware", "nn", "spec", "training")
 
 __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "ActivationSpec",
@@ -75,6 +82,10 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _ROOMS:
+        return importlib.import_module(f"cimjax.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'cimjax' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)
@@ -83,4 +94,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import cimjax
-from cimjax.spec.base import nearest
+from cimjax.spec.base import closest, nearest, shortened, shown
 from cimjax.training.options import CIM_OPTIONS, describe_options
 
 
@@ -257,7 +256,7 @@ class _Parser(argparse.ArgumentParser):
                 raise UsageError(f"{_about_flag(word, self.flags)}; see {self.prog} --help.")
         arguments, unexpected = self.parse_known_args(argv)
         if unexpected:
-            self.error(f"unexpected argument {unexpected[0]!r}")
+            self.error(f"unexpected argument {shortened(unexpected[0])!r}")
         arguments.overrides = overrides
         return arguments
 
@@ -272,7 +271,7 @@ def _dispatch(argv: list[str]) -> None:
     words = 2 if argv[0] == "data" else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in _COMMANDS:
-        raise UsageError(f"unknown command {name!r}{nearest(name, _COMMANDS)}; see cimjax --help.")
+        raise UsageError(f"unknown command {shown(name)}{nearest(name, _COMMANDS)}; see cimjax --help.")
     parser = _Parser(name)
     if {"-h", "--help"} & set(rest):
         return print(parser.format_help().rstrip())
@@ -281,10 +280,10 @@ def _dispatch(argv: list[str]) -> None:
 
 def _about_flag(word: str, flags: list[str]) -> str:
     """What was meant by a flag that there is not."""
-    name, _, value = word.lstrip("-").partition("=")
+    name, _, value = shortened(word).lstrip("-").partition("=")
     if "--config" in flags and name in {option.name for option in CIM_OPTIONS}:
         return f"unknown flag --{name}: options follow the file, --config FILE:{name}={value or 'VALUE'}"
-    if "--config" in flags and not difflib.get_close_matches(f"--{name}", flags):
+    if "--config" in flags and closest(f"--{name}", flags) is None:
         return f"unknown flag --{name}: a field of the config is set by --config.{name}={value or 'VALUE'}"
     return f"unknown flag --{name}{nearest(f'--{name}', flags)}"
 

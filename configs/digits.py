@@ -2,12 +2,14 @@ r"""A small convolutional network through compute-in-memory arrays, on 1,797 rea
 
     python train.py --config configs/digits.py
     python train.py --config configs/digits.py:weight=layer,psum=array,adc_bits=2 --config.epochs=60
+    python train.py --config configs/digits.py:adc_step=fixed,full_scale=64   # one reference for all columns
     python train.py --config configs/digits.py:weight=none            # the same network in full precision
     python train.py --config configs/digits.py:smoke                  # a few seconds, to see that it works
 
 By default 3-bit activations and weights, 1 bit per cell, arrays of 64 x 64 cells, and a 3-bit ADC with a step and an
-offset of its own in every column (an offset costs no multiplication: it adds up to one constant for each output). The
-README says what to expect; `smoke` ends far below that. `python train.py --help` lists all options.
+offset of its own in every column (an offset costs no multiplication: it adds up to one constant for each output; it
+goes with offset=false, and is not there where the ADC is fixed). The README says what to expect; `smoke` ends far below
+that. `python train.py --help` lists all options.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cimjax.core.lowering import LOWERINGS
 
 from cimjax.analysis import bench, timing
 from cimjax.cli import main
+from cimjax.core.programs.products import PRODUCTS
 from cimjax.spec import CIMSpec
 from cimjax.training.config_file import load_config
 
@@ -20,7 +20,9 @@ CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 def test_steps_are_timed_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "variants", lambda spec: {"full precision": None, "psum column": spec})
+    monkeypatch.setattr(
+        bench, "variants", lambda spec: {"full precision": bench.Variant(None), "psum column": bench.Variant(spec)}
+    )
     saved = tmp_path / "bench.json"
     small = ["--config.batch_size=4", "--config.model.width=4", "--config.spec.array.rows=128"]
     command = ["bench", "--config", f"{CONFIG}:smoke", *small, "--runs", "2", "--save", str(saved)]
@@ -37,11 +39,13 @@ def test_steps_are_timed_side_by_side(
     assert main(["bench", "--config", f"{CONFIG}:weight=none", "--runs", "1"]) == 2
 
 
-def test_layers_are_timed_by_every_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LAYERS", ((4, 16, 3, 2),))
     timings = bench.bench_layers(CIMSpec(), batch=2, runs=1)
     assert [timing.name for timing in timings] == [
-        f"4x4 16-3/2, {name}, {kind}" for name in ("plain", *map(str, LOWERINGS)) for kind in ("forward", "gradients")
+        f"4x4 16-3/2, {name}, {kind}"
+        for name in ("plain", "reference", *map(str, PRODUCTS))
+        for kind in ("forward", "gradients")
     ]
     lines = timing.show(timings).splitlines()
     # Ratios are to the plain convolution of the same kind.
@@ -49,26 +53,27 @@ def test_layers_are_timed_by_every_lowering(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_growth_is_shown_on_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("GROWING", (4, 8, 4, 1)), ("PLANES", (3,)), ("TILES", (8,))):
+    for name, value in (("GROWING", (4, 8, 4, 1)), ("PLANES", (3,)), ("TILES", (8,)), ("ACTIVE_ROWS", (16,))):
         monkeypatch.setattr(bench, name, value)
     timings = bench.bench_growth(CIMSpec(), batch=2, runs=1)
     kinds = ["3 planes", "8 tiles"]
-    names = ["plain", *kinds, *(f"{kind} recomputed" for kind in kinds)]
+    names = ["plain", *kinds, *(f"{kind} recomputed" for kind in kinds), "16 active rows"]
     assert [one.name for one in timings] == [f"4x4 8-4, {name}, gradients" for name in names]
 
 
 def test_programs_change_no_result() -> None:
     found = bench.programs_of(CIMSpec())
-    assert {"as specified", "patches", "int8 operands", "recomputed psums"} <= set(found) and "pallas" not in found
-    plain = {"lowering": "auto", "operands": "auto", "residuals": "psums"}
-    assert {CIMSpec.from_dict(spec.to_dict() | plain) for spec in found.values() if spec} == {CIMSpec()}
+    names = {"default", "reference", "patches", "int8 operands", "recomputed psums"}
+    assert names <= set(found) and "pallas" not in found
+    assert {variant.spec for variant in found.values()} == {CIMSpec()}
+    assert len({variant.execution for variant in found.values()}) == len(found)
 
 
 def test_variants_change_the_adc_only() -> None:
     config = load_config(CONFIG, [])
     assert list(bench.variants(CIMSpec())) == ["full precision", "ideal ADC", "psum layer", "psum array", "psum column"]
     spec = CIMSpec.from_dict(config.spec.to_dict())
-    variants = bench.variants(spec)
+    variants = {name: variant.spec for name, variant in bench.variants(spec).items()}
     assert variants["full precision"] is None
     assert variants["ideal ADC"].adc is None and variants["ideal ADC"].weight == spec.weight
     assert variants["psum column"] == spec

@@ -63,7 +63,7 @@ def test_every_pairing_can_be_built(name: str, options: str) -> None:
     if config.spec is not None:
         with config.unlocked():
             # One convolution for each layer is traced quickest, and is what GPUs and TPUs run.
-            config.spec.lowering = "grouped_conv"
+            config.execution.product = "grouped_conv"
     experiment = build(config, dataset=random_images(name, 4))
     state = experiment.abstract_state()
     kinds = {"steps": 0, "others": 0}
@@ -114,7 +114,7 @@ def test_one_pairing_of_each_data_set_takes_real_steps(name: str, options: str, 
         config.optimizer.learning_rate = 0.02
         if name == "resnet18_imagenet":
             # Many row tiles, and one program for each would take long to compile.
-            config.spec.lowering = "grouped_conv"
+            config.execution.product = "grouped_conv"
             config.model.width = 0.0625
             config.calibration_images = 2
     experiment = build(config, dataset=random_images(name, 8, size))

@@ -75,6 +75,36 @@ def test_every_granularity_counts_its_references() -> None:
     assert [cost(psum=p).adc_references for p in ("layer", "array", "column")] == [1, 6, 384]
     fixed = CIMSpec(adc=ADCSpec(step="fixed", full_scale=100))
     assert layer_cost(KERNEL, OUTPUT, fixed).adc_references == 1
+    # One reference is one factor, however large a group the granularity would give a step of its own.
+    for granularity in ("layer", "array", "column"):
+        one = CIMSpec(
+            weight=WeightSpec(granularity="layer"), adc=ADCSpec(step="fixed", full_scale=100, granularity=granularity)
+        )
+        assert layer_cost(KERNEL, OUTPUT, one).dequantization_multiplications == 64
+        assert layer_cost(KERNEL, OUTPUT, one).dequantization_factors == 1
+
+
+def test_rows_driven_are_told_beside_those_that_may_be() -> None:
+    """A 3 x 3 kernel kept whole takes 9 of 16 active rows; cut anywhere it takes all of them, in fewer reads."""
+    packed = CIMSpec(array=ArraySpec(active_rows=16))
+    got = layer_cost(KERNEL, OUTPUT, packed)
+    assert (got.rows_driven, got.rows_per_read, got.read_groups) == (9, 16, 32)
+    cut = layer_cost(KERNEL, OUTPUT, CIMSpec(array=ArraySpec(active_rows=16, tiling="im2col")))
+    assert (cut.rows_driven, cut.rows_per_read, cut.read_groups) == (16, 16, 18)
+    assert got.fewest_read_groups == cut.fewest_read_groups == 18
+    assert (cost().rows_driven, cost().rows_per_read) == (126, 128)
+    for rows, active, channels in itertools.product((64, 100), (16, 33), (1, 7, 30)):
+        array = ArraySpec(rows=rows, active_rows=active, tiling="im2col")
+        got = layer_cost((3, 3, channels, 4), OUTPUT, CIMSpec(array=array))
+        assert got.read_groups == got.fewest_read_groups
+
+
+def test_several_layers_cost_what_each_does() -> None:
+    one, three = cost(), cost().times(3)
+    assert (three.row_tiles, three.read_groups, three.slices) == (one.row_tiles, one.read_groups, one.slices)
+    for name in ("arrays", "used_cells", "adc_conversions", "dequantization_multiplications", "parameters"):
+        assert getattr(three, name) == 3 * getattr(one, name)
+    assert three.utilization == one.utilization
 
 
 def test_a_dense_layer_has_one_output_position() -> None:

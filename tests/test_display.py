@@ -16,9 +16,10 @@ import types
 import pytest
 
 from cimjax.hardware.cost import layer_cost
-from cimjax.spec import ADCSpec, ArraySpec, CIMSpec, WeightSpec
+from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
 from cimjax.training import display as display_lib
 from cimjax.training.display import Display
+from cimjax.training.report import describe_bits
 from cimjax.training.tables import TIMES, LayerRow, count
 
 RECORD = {
@@ -130,6 +131,26 @@ def test_read_groups_are_shown_where_they_differ_from_row_tiles():
     assert cost.read_groups != cost.row_tiles
     assert row(lines, "conv")[2:5] == [f"{cost.row_tiles}x1", str(cost.arrays), str(cost.read_groups)]
     assert row(lines, "reads")
+    assert row(lines, "conv")[5] == "27/32"
+    assert row(lines, "rows read") == ["at", "once,", "of", "those", "that", "may", "be"]
+
+
+def test_slices_and_rows_read_are_shown_where_they_say_something_also_in_a_narrow_terminal():
+    bits = ActivationSpec(bits=4, slice_bits=1)
+    sliced = CIMSpec(activation=bits, array=ArraySpec(active_rows=16))
+    layers = [
+        LayerRow(f"stage1_block1/conv{index}", "cim", (3, 3, 32, 32), (8, 8), describe_bits(sliced), cost)
+        for index, cost in enumerate([layer_cost((3, 3, 32, 32), (8, 8), sliced)] * 3)
+    ]
+    for columns in (160, 80):
+        lines = plain(lambda display: display.start("title", {}, layers), columns)
+        words = row(lines, "stage1_block1/conv0")
+        assert "9/16" in words and "A4/1" in words and max(map(len, lines)) <= columns
+    wide = plain(lambda display: display.start("title", {}, layers), 160)
+    assert row(wide, "stage1_block1/conv0")[4:7] == ["32", "9/16", "4"]
+    assert row(wide, "slices")
+    usual = plain(lambda display: display.start("title", {}, resnet()), 140)
+    assert not any(line.startswith(("rows read", "slices", "reads")) for line in usual)
 
 
 def test_an_ideal_adc_and_no_layer_in_arrays_leave_no_empty_columns():

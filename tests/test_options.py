@@ -33,7 +33,15 @@ REFUSED = [
     ("seed=12345678901", r"seed is '12345678901'; allowed: a whole number up to 999999999\."),
     ("active_rows=none,rows=None", r"rows is 'None'; allowed: a whole number"),
     ("smoke=yes", r"smoke is 'yes'; allowed: true, false\."),
-    ("adc_step=fixed", r"adc_step is 'fixed'; allowed: learned, calibrated, power_of_two\."),
+    (
+        "adc_step=fix",
+        r"adc_step is 'fix' \(did you mean 'fixed'\?\); allowed: learned, calibrated, fixed, power_of_two",
+    ),
+    ("full_scale=wide", r"full_scale is 'wide'; allowed: a number, as in 64 or 0\.5, none\."),
+    ("full_scale=1e400", r"full_scale is '1e400'; allowed: a number"),
+    ("full_scale=-64", r"full_scale is '-64'; allowed: a number"),
+    ("rows=1" + "0" * 400, r"rows is '10{59}\.\.\.0{60}'; allowed: a whole number"),
+    ("offset=no", r"offset is 'no'; allowed: true, false\."),
     ("seed=1,seed=1", r"option seed is given twice; leave one of them out\."),
     ("smoke,", r"an option is empty in 'smoke,'; write them as name=value,name=value,flag\."),
     ("=3", r"an option is empty in '=3'"),
@@ -49,6 +57,11 @@ REFUSED = [
     ("weight=none,psum=layer", r"psum has no effect with weight=none"),
     ("adc_bits=2,psum=none", r"adc_bits has no effect with psum=none, which is an ideal ADC; leave one of them out\."),
     ("offset,psum=none", r"offset has no effect with psum=none"),
+    ("full_scale=64,psum=none", r"full_scale has no effect with psum=none"),
+    (
+        "adc_step=fixed,full_scale=64,adc_start=range",
+        r"adc_start has no effect with adc_step=fixed and no offset; leave",
+    ),
 ]
 
 # What only the specification refuses: in its words, with the names of options.
@@ -56,21 +69,25 @@ REFUSED_BY_SPEC = [
     ("act_bits=0", r"`act_bits` is 0; give a whole number of bits from 1 to 16, or 1\.5"),
     ("act_bits=1.5", r"`act_bits` is 1\.5 for an unsigned activation"),
     ("weight_bits=9", r"`weight_bits` is 9; give a whole number of bits from 1 to 8"),
-    ("weight_bits=1", r"`weight_bits` is 1 with encoding twos_complement"),
+    ("weight_bits=1", r"`weight_bits` is 1 with `encoding` twos_complement"),
     ("cell_bits=0", r"`cell_bits` is 0; give a whole number of bits from 1 to 8\."),
     ("adc_bits=99", r"`adc_bits` is 99; give a whole number of bits from 1 to 16"),
     ("slice_bits=0", r"`slice_bits` is 0"),
     ("rows=0", r"`rows` is 0; give a whole number of at least 1"),
     ("columns=2", r"`columns` is 2 but one output needs 3 columns"),
     ("rows=64,active_rows=65", r"`active_rows` is 65 but an array has 64 rows"),
-    ("subtract=analog", r"`subtract` is 'analog' with encoding twos_complement; it belongs to 'differential'"),
-    ("reference=adc", r"`reference` is 'adc' with encoding twos_complement"),
-    ("step_per_plane,weight=array", r"`step_per_plane` is True with weight array; it needs weight 'column'"),
-    ("step_per_plane,encoding=differential", r"`step_per_plane` is True with encoding differential"),
+    ("subtract=analog", r"`subtract` is 'analog' with `encoding` twos_complement; it belongs to 'differential'"),
+    ("reference=adc", r"`reference` is 'adc' with `encoding` twos_complement"),
+    ("step_per_plane,weight=array", r"`step_per_plane` is True with `weight` array; it needs `weight` 'column'"),
+    ("step_per_plane,encoding=differential", r"`step_per_plane` is True with `encoding` differential"),
+    ("adc_step=fixed", r"`full_scale` is None with `adc_step` 'fixed'; give the span of psums that .* as in 64\."),
+    ("full_scale=64", r"`full_scale` is 64\.0 with `adc_step` learned; it belongs to `adc_step` 'fixed'\."),
+    ("adc_step=calibrated,full_scale=64", r"`full_scale` is 64\.0 with `adc_step` calibrated"),
+    ("adc_step=fixed,full_scale=0", r"`full_scale` is 0\.0; give a number from 1e-06 to 1,000,000,000\."),
 ]
 
 
-@pytest.mark.parametrize("argument,message", REFUSED, ids=[argument for argument, _ in REFUSED])
+@pytest.mark.parametrize("argument,message", REFUSED, ids=[argument[:60] for argument, _ in REFUSED])
 def test_a_bad_option_is_refused_in_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(OptionError, match=f"^[^\n]*{message}[^\n]*$"):
         parse_options(argument)
@@ -147,10 +164,34 @@ def test_every_option_sets_its_field_and_only_that() -> None:
         ("step_per_plane", "weight.step_per_plane", True),
         ("offset", "adc.offset", True),
         ("adc_step=power_of_two", "adc.step", "power_of_two"),
+        ("adc_step=calibrated", "adc.step", "calibrated"),
     ]:
         group, name = field.split(".")
         changed = usual | {group: usual[group] | {name: value}}
         assert spec_from_options(parse_options(text)) == changed, text
+    fixed = usual | {"adc": usual["adc"] | {"step": "fixed", "full_scale": 48.5}}
+    assert spec_from_options(parse_options("adc_step=fixed,full_scale=48.5")) == fixed
+    assert (
+        spec_from_options(parse_options("", adc_step="fixed", full_scale=48))
+        == CIMSpec.from_dict(fixed | {"adc": fixed["adc"] | {"full_scale": 48}}).to_dict()
+    )
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_a_fixed_adc_has_no_offset_unless_one_is_typed(file: pathlib.Path) -> None:
+    """Whatever the config prefers for learned steps; other steps keep that."""
+    for argument, offset in {
+        "adc_step=fixed,full_scale=64": False,
+        "adc_step=fixed,full_scale=64,offset": True,
+        "adc_step=fixed,full_scale=64,offset=true": True,
+        "": True,
+        "offset=false": False,
+        "adc_step=power_of_two": True,
+        "adc_step=calibrated,offset=false": False,
+    }.items():
+        spec = CIMSpec.from_dict(load_config(f"{file}:{argument}").spec.to_dict())
+        assert spec.adc is not None and spec.adc.offset == offset, argument
+        assert spec.adc.full_scale == (64.0 if "fixed" in argument else None)
 
 
 def typed_options() -> st.SearchStrategy[str]:
@@ -162,7 +203,9 @@ def typed_options() -> st.SearchStrategy[str]:
             if one is bool:
                 texts.append(st.sampled_from([option.name, f"{option.name}=true", f"{option.name}=false"]))
             else:
-                number = st.integers(0, 200).map(str) if one is int else st.just("none" if one is None else str(one))
+                number = st.just("none" if one is None else str(one))
+                if one in (int, float):
+                    number = st.integers(0, 200).map(str) if one is int else st.floats(0, 200).map("{:.3f}".format)
                 texts.append(number.map(lambda text: f"{option.name}={text}"))
         return st.one_of(texts)
 
@@ -195,7 +238,9 @@ def test_any_other_text_is_refused_in_one_way(argument: str) -> None:
 
 def test_the_help_names_every_option() -> None:
     lines = describe_options().splitlines()
-    assert all(any(line.startswith((f"  {name}=", f"  {name} ")) for line in lines) for name in NAMES)
+    assert all(any(line.startswith((f"  {name}=", f"  {name}, {name}=false ")) for line in lines) for name in NAMES)
+    text = "\n".join(lines)
+    assert "adc_step=learned|calibrated|fixed|power_of_two\n" in text and "full_scale=N|none " in text
     assert max(map(len, lines)) < 100
 
 
@@ -208,6 +253,10 @@ FIELDS: dict[str, Any] = {
     "subset.images": int,
     "model.name": str,
     "rules": tuple,
+    "execution.program": str,
+    "execution.product": str,
+    "execution.operands": str,
+    "execution.residuals": str,
     "batch_size": int,
     "epochs": float,
     "warmup_epochs": float,

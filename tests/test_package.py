@@ -22,6 +22,20 @@ def test_every_public_name_can_be_had_and_nothing_else() -> None:
         cimjax.CIMCon  # noqa: B018
 
 
+def test_every_room_can_be_had_after_a_plain_import_and_dir_shows_nothing_else() -> None:
+    folders = {path.parent.name for path in pathlib.Path(cimjax.__file__).parent.glob("*/__init__.py")}
+    code = f"""
+import cimjax
+shown = set(dir(cimjax))
+assert shown == {{*cimjax.__all__, *{sorted(folders)}, '__version__'}}, shown
+assert cimjax.data.Dataset.from_arrays and cimjax.spec.CIMSpec is cimjax.CIMSpec
+for name in {sorted(folders)}:
+    assert getattr(cimjax, name).__name__ == 'cimjax.' + name
+assert set(dir(cimjax)) == shown
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_package_and_its_layers_imports_only_jax_flax_and_numpy() -> None:
     """Everything else that is installed beside them must stay out."""
     others = "orbax optax chex hypothesis tensorflow_datasets grain ml_collections sklearn matplotlib tensorflow torch"

@@ -165,6 +165,17 @@ def test_no_run_folder(tmp_path):
     assert read_records(tmp_path) == []
 
 
+def test_nesting_beyond_pythons_depth_is_damage(tmp_path):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    refused(lambda: RunFolder.open(tmp_path / "new", {"rules": deep}), "`config` cannot be written as JSON")
+    (tmp_path / "config.json").write_text('{"rules":' + 100_000 * "[")
+    refused(lambda: read_config(tmp_path), "config.json is damaged")
+    (tmp_path / "metrics.jsonl").write_text(100_000 * "[" + "\n")
+    refused(lambda: read_records(tmp_path), "metrics.jsonl, line 1 is no JSON object")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     refused(lambda: RunFolder.open(tmp_path / "file", {}), "cannot create", "File exists", "another --workdir")

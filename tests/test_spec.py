@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import json
+import pickle
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import CASES
 
@@ -25,11 +30,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ActivationSpec, {"bits": 1, "slice_bits": 1}, r"`slice_bits` is 1 for 1-bit codes"),
     (ActivationSpec, {"bits": 1.5, "signed": True, "slice_bits": 1}, r"`slice_bits` is 1 for 1.5-bit codes"),
     (ActivationSpec, {"slice_bits": 0}, r"`slice_bits` is 0"),
-    (ActivationSpec, {"gradient_factor": 0}, r"`gradient_factor` is 0; give a positive finite number"),
+    (ActivationSpec, {"gradient_factor": 0}, r"`gradient_factor` is 0; give a number from 1e-06 to 1,000,000"),
+    (ActivationSpec, {"gradient_factor": 1e30}, r"`gradient_factor` is 1e\+30; give a number from"),
     (WeightSpec, {"bits": 9}, r"`bits` is 9; give a whole number of bits from 1 to 8"),
-    (WeightSpec, {"bits": 1}, r"`bits` is 1 with encoding twos_complement.*use 'differential' or 'offset'"),
-    (WeightSpec, {"bits": 1.5}, r"`bits` is 1.5 with encoding twos_complement; three codes need 'differential'"),
-    (WeightSpec, {"bits": 1.5, "encoding": "offset"}, r"`bits` is 1.5 with encoding offset"),
+    (WeightSpec, {"bits": 1}, r"`bits` is 1 with `encoding` twos_complement.*use 'differential' or 'offset'"),
+    (WeightSpec, {"bits": 1.5}, r"`bits` is 1.5 with `encoding` twos_complement; three codes need 'differential'"),
+    (WeightSpec, {"bits": 1.5, "encoding": "offset"}, r"`bits` is 1.5 with `encoding` offset"),
     (WeightSpec, {"cell_bits": 1.5}, r"`cell_bits` is 1.5; give a whole number of bits from 1 to 8\."),
     (
         WeightSpec,
@@ -38,16 +44,24 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (WeightSpec, {"granularity": "row"}, r"`granularity` is 'row'.*allowed: layer, array, column"),
     (WeightSpec, {"encoding": "sign"}, r"`encoding` is 'sign'.*allowed: twos_complement, differential, offset"),
-    (WeightSpec, {"subtract": "analog"}, r"`subtract` is 'analog' with encoding twos_complement; it belongs to 'diff"),
-    (WeightSpec, {"reference": "adc"}, r"`reference` is 'adc' with encoding twos_complement; it belongs to 'offset'"),
-    (WeightSpec, {"step_per_plane": True, "granularity": "layer"}, r"`step_per_plane` is True with granularity layer"),
-    (WeightSpec, {"step_per_plane": True, "encoding": "differential"}, r"`step_per_plane` is True with encoding diff"),
+    (WeightSpec, {"subtract": "analog"}, r"`subtract` is 'analog' with `encoding` twos_complement; it belongs to 'di"),
+    (WeightSpec, {"reference": "adc"}, r"`reference` is 'adc' with `encoding` twos_complement; it belongs to 'off"),
+    (
+        WeightSpec,
+        {"step_per_plane": True, "granularity": "layer"},
+        r"`step_per_plane` is True with `granularity` layer",
+    ),
+    (
+        WeightSpec,
+        {"step_per_plane": True, "encoding": "differential"},
+        r"`step_per_plane` is True with `encoding` diff",
+    ),
     (ADCSpec, {"bits": 17}, r"`bits` is 17"),
     (ADCSpec, {"step": "learn"}, r"`step` is 'learn' \(did you mean 'learned'\?\)"),
     (ADCSpec, {"range": "unsigned"}, r"`range` is 'unsigned'.*allowed: auto, signed"),
-    (ADCSpec, {"step": "fixed"}, r"`full_scale` is None with a 'fixed' ADC step"),
-    (ADCSpec, {"step": "fixed", "full_scale": -1}, r"`full_scale` is -1; give a positive"),
-    (ADCSpec, {"full_scale": 3.0}, r"`full_scale` is 3.0 with step learned; it belongs to 'fixed'"),
+    (ADCSpec, {"step": "fixed"}, r"`full_scale` is None with `step` 'fixed'; give the span of psums"),
+    (ADCSpec, {"step": "fixed", "full_scale": -1}, r"`full_scale` is -1; give a number from 1e-06 to 1,000,000,000"),
+    (ADCSpec, {"full_scale": 3.0}, r"`full_scale` is 3.0 with `step` learned; it belongs to `step` 'fixed'"),
     (ArraySpec, {"rows": 0}, r"`rows` is 0; give a whole number of at least 1"),
     (ArraySpec, {"columns": 12.5}, r"`columns` is 12.5"),
     (
@@ -57,11 +71,16 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (ArraySpec, {"rows": 64, "active_rows": 65}, r"`active_rows` is 65 but an array has 64 rows"),
     (ArraySpec, {"active_rows": 0}, r"`active_rows` is 0"),
-    (VariationSpec, {"sigma": -0.1}, r"`sigma` is -0.1; give a finite number of at least 0"),
+    (VariationSpec, {"sigma": -0.1}, r"`sigma` is -0.1; give a number from 0 to 2\."),
+    (VariationSpec, {"sigma": 100}, r"`sigma` is 100; give a number from 0 to 2\."),
+    (VariationSpec, {}, r"`VariationSpec` is given without `sigma`; it has no default, give it\."),
+    (CIMSpec, {"variation": {}}, r"`VariationSpec` is given without `sigma`"),
+    (ADCSpec, {"bit": 3}, r"`ADCSpec` has no field 'bit' \(did you mean 'bits'\?\)\."),
+    (CIMSpec, {"colour": 3}, r"`CIMSpec` has no field 'colour' \(known: "),
     (VariationSpec, {"sigma": 0.1, "on": "cell"}, r"`on` is 'cell' \(did you mean 'cells'\?\)"),
     (CIMSpec, {"weight": 4}, r"`weight` is 4; give a WeightSpec\."),
     (CIMSpec, {"adc": 3}, r"`adc` is 3; give a ADCSpec or None\."),
-    (ADCSpec, {"gradient_margin": -0.5}, r"`gradient_margin` is -0.5; give a finite number of at least 0"),
+    (ADCSpec, {"gradient_margin": -0.5}, r"`gradient_margin` is -0.5; give a number from 0 to 1,000,000"),
     (ADCSpec, {"start": "mean"}, r"`start` is 'mean'"),
     (WeightSpec, {"start": "range"}, r"`start` is 'range'"),
     (CIMSpec, {"array": ArraySpec(columns=2)}, r"`columns` is 2 but one output needs 3 columns \(2 planes"),
@@ -154,6 +173,83 @@ def test_an_ideal_adc_has_no_codes_and_ideal_cells_no_export() -> None:
         CIMSpec(weight=WeightSpec(signed_cells="ideal")).require_exportable()
     CIMSpec().require_exportable()
     CIMSpec(weight=WeightSpec(bits=3, cell_bits=1, signed_cells="ideal")).require_exportable()
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+SPECS = (ActivationSpec, WeightSpec, ADCSpec, ArraySpec, VariationSpec, CIMSpec)
+# What nobody means, by what is wrong with it.
+ODD = {
+    "a number of 400 digits": 10**400,
+    "a number that Python does not write": -(10**5000),
+    "a deep list": nested(10_000),
+    "an array of NumPy": np.zeros((3, 3)),
+    "an array of one number": np.ones(1),
+    "an array of JAX": jnp.arange(3),
+    "an array of text": np.array(["learned", "column"]),
+    "a long text": "column" * 10_000,
+    "infinity": float("inf"),
+    "a complex number": 3j,
+    "a type": int,
+}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_field_of_every_specification_refuses_what_is_odd_in_one_line(kind: Any, value: Any) -> None:
+    for field in dataclasses.fields(kind):
+        others = {"sigma": 0.1} if kind is VariationSpec else {}
+        with pytest.raises(ValueError) as caught:
+            kind(**others | {field.name: value})
+        message = str(caught.value)
+        assert f"`{field.name}`" in message or field.name in ("activation", "weight", "adc", "array", "variation")
+        assert "\n" not in message and len(message) < 300
+
+
+def test_a_specification_by_position_is_refused_by_name_of_its_field() -> None:
+    with pytest.raises(ValueError, match="`ADCSpec` got 3; name its fields, as in bits=VALUE"):
+        ADCSpec(3)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="`ADCSpec` has no field 3 "):
+        ADCSpec.from_dict({3: 4})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_specification_is_the_dataclass_that_editors_see_and_can_be_copied(kind: Any) -> None:
+    """Whatever refuses unknown fields, signatures, copies and pickles are those of a frozen dataclass."""
+    parameters = inspect.signature(kind).parameters
+    assert list(parameters) == [field.name for field in dataclasses.fields(kind)]
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    spec = kind(sigma=0.5) if kind is VariationSpec else kind()
+    for again in (copy.copy(spec), copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), dataclasses.replace(spec)):
+        assert again == spec and hash(again) == hash(spec)
+
+
+def test_the_largest_variation_and_gradient_factors_that_are_taken_stay_finite() -> None:
+    """Through a layer, its calibration and its gradients."""
+    import jax
+
+    from cimjax import CIMDense
+
+    spec = CIMSpec(
+        activation=ActivationSpec(gradient_factor=1e6),
+        weight=WeightSpec(gradient_factor=1e6),
+        adc=ADCSpec(gradient_factor=1e6, offset=True),
+        variation=VariationSpec(sigma=2, on="cells"),  # type: ignore[arg-type]
+    )
+    layer, x = CIMDense(32, spec=spec), jax.random.uniform(jax.random.key(0), (16, 300))
+    keys = {"params": jax.random.key(1), "variation": jax.random.key(2)}
+    params = layer.init(keys, x)["params"]
+
+    def loss(params: Any) -> Any:
+        return jnp.mean(jnp.square(layer.apply({"params": params}, x, rngs=keys)))
+
+    values = jax.tree.leaves(jax.value_and_grad(loss)(params))
+    assert all(bool(jnp.all(jnp.isfinite(value))) for value in (*values, *jax.tree.leaves(params)))
 
 
 @hypothesis.given(

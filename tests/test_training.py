@@ -23,12 +23,16 @@ import pytest
 import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
-from cimjax.training.config_file import load_config
-from cimjax.training.evaluate import Evaluator
-from cimjax.training.experiment import build
+from cimjax.nn.layers import ADC_STATISTICS
+from cimjax.training.config_file import Override, load_config
+from cimjax.training.diagnosis import explain_failure
+from cimjax.training.display import Display
+from cimjax.training.evaluate import Evaluator, health
+from cimjax.training.experiment import build, on_device
+from cimjax.training.metrics import health_by_layer
 from cimjax.training.optimizer import kind_of, learning_rate, make_optimizer, total_steps
 from cimjax.training.run_folder import RunFolderError, read_records
-from cimjax.training.step import augment, order_of_epoch
+from cimjax.training.step import TrainState, augment, chip_key, order_of_epoch, step_rngs
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
@@ -51,8 +55,6 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def quiet() -> Any:
-    from cimjax.training.display import Display
-
     return Display(stream=open(os.devnull, "w"))
 
 
@@ -213,8 +215,10 @@ def test_own_networks_and_own_images(tmp_path: Path) -> None:
     own = config(epochs=8.0, batch_size=16, eval_batch_size=16, augment={"flip": True})
     result = cimjax.train(own, workdir=tmp_path / "run", model=net, dataset=data, display=quiet())
     assert result.accuracy > 0.9
-    model, variables, _ = cimjax.load(tmp_path / "run", model=net, dataset=data)
+    model, variables, spec = cimjax.load(tmp_path / "run", model=net, dataset=data)
     assert model == net and "CIMConv_0" in variables["params"]
+    # The network's own, not that of the configuration.
+    assert spec == net.spec != build(own).spec
 
 
 def test_evaluation_counts_every_image_once() -> None:
@@ -229,6 +233,75 @@ def test_evaluation_counts_every_image_once() -> None:
     assert found["accuracy"] == np.mean(logits.argmax(-1) == labels)
     log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     assert found["loss"] == pytest.approx(np.mean(log_sum - logits[np.arange(360), labels]), rel=1e-5)
+
+
+def test_the_chip_of_a_run_is_the_same_wherever_it_is_looked_at() -> None:
+    """How ADCs are used is measured on the cells that the run trains through."""
+    varied = [Override("spec.variation", "{'sigma': 0.8, 'on': 'cells'}")]
+    chosen = load_config(f"{CONFIG}:smoke,seed=3", varied)
+    with chosen.unlocked():
+        chosen.model.width, chosen.rules = 4, (("conv[23]", None),)
+    experiment = build(chosen)
+    state, images = experiment.first_state(), experiment.calibration_images()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+    def on(chip: jax.Array) -> dict[str, float]:
+        found = experiment.model.apply(variables, images, mutable=[ADC_STATISTICS], rngs={"variation": chip})[1]
+        return health_by_layer(found[ADC_STATISTICS])["conv1"]
+
+    measured = health(experiment, state)["conv1"]
+    assert measured == pytest.approx(on(chip_key(3)), rel=1e-3)
+    assert measured["saturated"] != pytest.approx(on(jax.random.key(0))["saturated"], rel=1e-3)
+    # The state's seed counts, which every step and every evaluation take.
+    other = health(experiment, state.replace(seed=jnp.int32(4)))["conv1"]
+    assert other == pytest.approx(on(chip_key(4)), rel=1e-3)
+
+
+class OnOneChip(nn.Module):
+    """A network that is no number with any other random keys than those of one training step."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Dense(10)(x.reshape(len(x), -1))
+        for kind, expected in self.keys().items() if not self.is_initializing() else ():
+            x = jnp.where(jnp.any(self.key_of(kind) != expected), jnp.nan, x)
+        return x
+
+    def key_of(self, kind: str) -> jax.Array:
+        return jax.random.key_data(self.make_rng(kind))
+
+    def keys(self) -> dict[str, jax.Array]:
+        state = jax.tree.map(jnp.int32, {"seed": 3, "step": 5})
+        rngs = step_rngs(TrainState(**state, failed_at=0, params=0, batch_stats=0, opt_state=0, first_steps={}))
+        probe = OnOneChip(parent=None)
+        return {kind: probe.apply({}, kind, rngs=rngs, method="key_of") for kind in rngs}
+
+
+def test_a_failure_is_explained_on_the_chip_and_with_the_keys_of_the_step_that_failed() -> None:
+    experiment = build(config("smoke,weight=none", seed=3), model=OnOneChip())
+    state = experiment.first_state().replace(step=jnp.int32(5))
+    data = on_device(experiment.dataset.train)
+    assert "every output is finite" in explain_failure(experiment, state, data, 5)
+    assert "the first layer with such an output is" in explain_failure(experiment, state.replace(step=6), data, 6)
+
+
+def test_a_fixed_adc_trains_from_the_command_lines_options_and_says_what_is_true(tmp_path: Path) -> None:
+    chosen = config("smoke,adc_step=fixed,full_scale=16,tiling=packed,active_rows=16", ideal_share=0.5, epochs=4.0)
+    with chosen.unlocked():
+        chosen.rules = (("conv[23]", None),)
+        # Nothing that the optimizer moves may look as if it should have moved more.
+        chosen.optimizer.step_factor = 0.0
+    with (tmp_path / "output").open("w") as stream:
+        result = cimjax.train(chosen, workdir=tmp_path / "run", display=Display(stream=stream))
+    output = (tmp_path / "output").read_text()
+    assert "ADCs on, their steps fixed; until here they were ideal." in output
+    assert (
+        "conv1: a conversion drives 9 of the 16 rows that it may, because tiling=packed keeps kernels whole" in output
+    )
+    assert {kind for kind in ("psum", "offset") if f"{kind} steps moved" in output} == set()
+    assert "activation steps moved by 0.0e+00 only" in output and "optimizer.step_factor" in output
+    assert set(result.moved) == {"activation_moved", "weight_moved"}
+    assert "psums fixed to 16" in output
 
 
 def test_decay_touches_kernels_only_and_steps_have_their_own_rate() -> None:
@@ -302,7 +375,15 @@ def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
         ({"dataset": "digit"}, r"unknown dataset 'digit'"),
         ({"rules": (("conv[", None),)}, r"`rules` has the pattern 'conv\['"),
         ({"rules": (("conv1",),)}, r"give pairs of a path pattern and a specification"),
-        ({"batch_size": 0}, r"`config.batch_size` is 0"),
+        ({"batch_size": 0}, r"`config.batch_size` is 0; give at least 1"),
+        ({"eval_batch_size": 0}, r"`config.eval_batch_size` is 0; give at least 1"),
+        (
+            {"seed": 10**400},
+            r"`config.seed` is 1000000000000000000000000\.\.\..*; give a whole number up to 2147483647",
+        ),
+        ({"epochs": 1e300}, r"`config.epochs` is 1e\+300: more than 2147483647 steps; give fewer epochs"),
+        ({"epochs": float("inf")}, r"`config.epochs` is inf: more than"),
+        ({"epochs": float("nan")}, r"`config.epochs` is nan: that is no step"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_field(fields: dict[str, Any], message: str) -> None:
@@ -316,7 +397,9 @@ def test_rules_change_single_layers() -> None:
     specs = {layer.name: layer.spec for layer in experiment.layers}
     assert specs["conv2"] is None
     assert specs["stem"].weight.bits == specs["classifier"].weight.bits == 8
-    assert specs["conv1"] == specs["conv3"] == experiment.spec
+    assert specs["conv1"] == specs["conv3"] == cimjax.CIMSpec.from_dict(experiment.config.spec.to_dict())
+    # Layers differ, and there is no one specification.
+    assert experiment.spec == {name: spec for name, spec in specs.items() if spec is not None}
     assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
 
 

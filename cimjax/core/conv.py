@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -68,21 +67,23 @@ def cim_conv(
     images, *spatial, _ = inputs.codes.shape
     gaps = {"input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
     window = window_lib.resolve(tuple(spatial), tiling.kernel_size, strides=strides, padding=padding, **gaps)
-    # The definition is left open to debuggers and to whoever replaces a part of it; others are traced once for equal
-    # shapes.
-    compute = _through_arrays.__wrapped__ if execution.program == Program.REFERENCE else _through_arrays
+    # The definition is left open to debuggers and to whoever replaces a part of it.
+    compute = _through_arrays if execution.program == Program.REFERENCE else _traced_once
     y = compute(inputs.codes, kernel, steps, variation_key, contract.Layer(tiling, window, spec, execution))
     size = window_lib.output_size(tuple(spatial), tiling.kernel_size, window)
     return (inputs.step * y).reshape(images, *size, tiling.features)
 
 
-@functools.partial(jax.jit, static_argnames="layer")
 def _through_arrays(codes: Array, kernel: Array, steps: StepSizes, key: Array | None, layer: contract.Layer) -> Array:
     """The layer between its activation's codes and their step: (M, O)."""
     tiling, _, spec, execution = layer
     weight_codes = cells.quantize_weight(kernel, steps.weight, tiling, spec)
     arrays = cells.store(weight_codes, tiling, spec, key)
     return contract.choose(spec, execution)(codes, arrays, steps, layer)
+
+
+# Layers of equal shapes are traced once.
+_traced_once = jax.jit(_through_arrays, static_argnames="layer")
 
 
 def cim_dense(

@@ -250,7 +250,7 @@ def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CI
     return steps
 
 
-def real_activation_step(log_step: Array | None, factor: Any, spec: ActivationSpec) -> Array | None:
+def real_activation_step(log_step: Array | None, factor: Any, spec: ActivationSpec) -> Any:
     """The real step of an activation, of the kind that `spec.step` names; None where its codes come from elsewhere.
 
     Args:

@@ -2,8 +2,8 @@
 
 `load("digits")` needs no network, `load("cifar10")` and `load("cifar100")` read what `prepare` has downloaded, and
 `Dataset.from_arrays` takes any images, also where tensorflow-datasets is not installed: it is imported only to prepare
-or to read records. Nothing here knows the rest of cimjax; batches, augmentation and devices belong to
-`cimjax.training`.
+or to read records. Nothing here knows the rest of cimjax, but for its words of a refusal (`cimjax.spec.base`);
+batches, augmentation and devices belong to `cimjax.training`.
 """
 
 from cimjax.data.catalog import names

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+
+from cimjax.spec.base import nearest, shown
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,8 @@ def find(name: str) -> Source:
             f"dataset {name!r} is not read by this version: give its images as arrays, "
             "`cimjax.train(config, dataset=cimjax.data.Dataset.from_arrays(...))`"
         )
-    nearest = difflib.get_close_matches(str(name).lower(), names(), n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    hint = nearest(name.lower(), names(), otherwise_all=False) if isinstance(name, str) else ""
     raise ValueError(
-        f"unknown dataset {name!r}: {hint}known are {', '.join(names())}; "
+        f"unknown dataset {shown(name)}{hint}: known are {', '.join(names())}; "
         "your own arrays go in as `cimjax.data.Dataset.from_arrays(...)`"
     )

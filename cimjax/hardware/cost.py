@@ -17,6 +17,8 @@ class LayerCost:
     row_tiles, column_tiles: `A` and `Ct`; the layer takes `arrays = A * Ct`.
     read_groups: `R`, conversions that one physical column needs one after the other over all row tiles.
     planes, slices: `K` and `T`.
+    rows_driven, rows_per_read: rows that a conversion of the fullest read group reads, and that it may read at most.
+    fewest_read_groups: `R` if kernels were cut anywhere, as `im2col` does.
     cells, used_cells: memory cells of the arrays, and those that hold a weight's digit or a dummy column's.
     utilization: used cells divided by cells.
     physical_columns: columns that are used, over all arrays (two for a signed plane; dummy columns included).
@@ -35,6 +37,9 @@ class LayerCost:
     read_groups: int
     planes: int
     slices: int
+    rows_driven: int
+    rows_per_read: int
+    fewest_read_groups: int
     arrays: int
     cells: int
     used_cells: int
@@ -51,6 +56,10 @@ class LayerCost:
         """The part of the arrays' cells that is used, 0 to 1."""
         return self.used_cells / self.cells
 
+    def times(self, copies: int) -> LayerCost:
+        """The cost of so many layers like this one; its geometry stays that of each."""
+        return dataclasses.replace(self, **{name: copies * getattr(self, name) for name in _SUMMED})
+
     def factor_bits(self, bits_per_factor: int = 32) -> int:
         """Bits that store the dequantization factors; float32 unless told otherwise."""
         return self.dequantization_factors * bits_per_factor
@@ -60,6 +69,21 @@ class LayerCost:
         return {**dataclasses.asdict(self), "utilization": self.utilization}
 
 
+# What adds up over layers.
+_SUMMED = (
+    "arrays",
+    "cells",
+    "used_cells",
+    "physical_columns",
+    "adc_conversions",
+    "adc_references",
+    "dequantization_multiplications",
+    "dequantization_multiplications_of_paper",
+    "dequantization_factors",
+    "parameters",
+)
+
+
 def layer_cost(
     kernel_shape: tuple[int, ...], output_size: tuple[int, ...], spec: CIMSpec, *, use_bias: bool = False
 ) -> LayerCost:
@@ -67,7 +91,8 @@ def layer_cost(
 
     Args:
       kernel_shape: (kh, kw, C, O), or (C, O) for a dense layer.
-      output_size: the output's spatial shape, `(OH, OW)`; `()` for one dense product.
+      output_size: the output's spatial shape, `(OH, OW)`; `()` for one dense product. Any axes will do whose product is
+        the number of positions of an image.
       spec: what to build.
       use_bias: whether the layer has a bias of `O` parameters.
 
@@ -88,6 +113,9 @@ def layer_cost(
         read_groups=groups,
         planes=planes,
         slices=slices,
+        rows_driven=int(tiling.rows_of_group.max()),
+        rows_per_read=spec.array.rows_per_read,
+        fewest_read_groups=_fewest_read_groups(math.prod(kernel_shape[:-1]), spec),
         arrays=arrays,
         cells=arrays * spec.array.rows * spec.array.columns,
         used_cells=int(tiling.rows_of_array.sum()) * columns,
@@ -102,14 +130,24 @@ def layer_cost(
     )
 
 
+def _fewest_read_groups(rows: int, spec: CIMSpec) -> int:
+    """Read groups of a stretched kernel of so many rows that is cut wherever an array or a read is full."""
+    full, rest = divmod(rows, spec.array.rows)
+    per_read = spec.array.rows_per_read
+    return full * -(-spec.array.rows // per_read) + -(-rest // per_read)
+
+
+def _shared_by(spec: CIMSpec) -> Granularity:
+    """What shares one step of partial sums: a fixed one is the same everywhere, and an ideal ADC has none to tell."""
+    return Granularity.LAYER if spec.adc is None or spec.adc.step == StepKind.FIXED else spec.adc.granularity
+
+
 def _one_factor(spec: CIMSpec) -> bool:
-    return spec.weight.granularity == Granularity.LAYER and (
-        spec.adc is None or spec.adc.granularity == Granularity.LAYER
-    )
+    return spec.weight.granularity == _shared_by(spec) == Granularity.LAYER
 
 
 def _multiplications(groups: int, planes: int, outputs: int, spec: CIMSpec) -> int:
-    per_plane = spec.weight.step_per_plane or (spec.adc is not None and spec.adc.granularity == Granularity.COLUMN)
+    per_plane = spec.weight.step_per_plane or _shared_by(spec) == Granularity.COLUMN
     count = outputs * (1 if _one_factor(spec) else groups) * (planes if per_plane else 1)
     if spec.weight.encoding != Encoding.OFFSET:
         return count

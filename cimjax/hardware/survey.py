@@ -1,30 +1,42 @@
-"""What a network consists of: its layers in order, with shapes and specifications, found without computing."""
+"""What a network consists of: its layers in order, with shapes and specifications, found without computing.
+
+A network is traced, and every layer leaves a mark on its result. How often an image passes a layer is then read off
+the traced program, where loops have their lengths and mapped axes their sizes: inside such a transform a layer itself
+sees one turn only. What a layer takes on the chip is in `cimjax.hardware.cost`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import Array
+from jax.extend import core
 
 from cimjax.hardware.cost import LayerCost, layer_cost
 from cimjax.nn.calibrate import without_calibration
 from cimjax.nn.layers import CIMConv, CIMDense
 from cimjax.spec import CIMSpec
 
+# The name of a mark in a traced program; the layer's number follows.
+_MARK = "cimjax_layer_"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One convolution or matrix product of a network.
+    """One convolution or matrix product of a network, or several of one shape that a lifted transform stacks.
 
     name: its path, "block1/conv2".
     kernel: the kernel's shape, (kh, kw, C, O) or (C, O).
-    output: the output's spatial shape, `()` for a matrix product.
+    output: where one image has outputs: (OH, OW), with more axes in front for several windows, calls or turns of a
+      loop, or one axis for all positions together; `()` for a single matrix product.
     spec: None for full precision.
     use_bias: whether it has a bias.
+    copies: layers with parameters of their own, as `nn.scan` and `nn.vmap` stack them; 1 otherwise.
     """
 
     name: str
@@ -32,42 +44,129 @@ class Layer:
     output: tuple[int, ...]
     spec: CIMSpec | None
     use_bias: bool
+    copies: int = 1
 
     @property
     def cost(self) -> LayerCost | None:
-        """What it takes on the chip; None for full precision."""
+        """What it takes on the chip, all copies together; None for full precision."""
         if self.spec is None:
             return None
-        return layer_cost(self.kernel, self.output, self.spec, use_bias=self.use_bias)
+        return layer_cost(self.kernel, self.output, self.spec, use_bias=self.use_bias).times(self.copies)
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
-        return math.prod(self.kernel) + (self.kernel[-1] if self.use_bias else 0)
+        """Weights and biases, counted once however often they are used."""
+        return self.copies * (math.prod(self.kernel) + (self.kernel[-1] if self.use_bias else 0))
 
 
 def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
     """The layers of a network, in the order in which they run.
 
+    A module that is called twice is one layer, which is read twice as often. In `nn.scan` and `nn.vmap`, layers whose
+    parameters are stacked are one entry of so many `copies`, and one with shared parameters is a layer that is read so
+    many times. Of a condition all branches count: the chip holds them all. Modules that share one class of `nn.jit` are
+    traced once, and counted as further calls of the first.
+
     Args:
       model: any Flax module.
-      *args, **kwargs: what `model.init` takes after the key; `jax.ShapeDtypeStruct`s will do for arrays.
+      *args, **kwargs: what `model.init` takes after the key; `jax.ShapeDtypeStruct`s will do for arrays. The first
+        axis of the first array is the batch; a prime tells it best from axes of the network's own.
 
     Raises:
-      ValueError: for layers that cannot be built, as `init` would.
+      ValueError: for layers that cannot be built, as `init` would; for one in a loop of unknown length, such as
+        `nn.while_loop`, whose conversions cannot be counted.
     """
-    found: list[Layer] = []
+    found: dict[str, Layer] = {}
 
     def record(call: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*given, **named)
         module = context.module
-        if context.method_name == "__call__" and isinstance(module, CIMConv | CIMDense | nn.Conv | nn.Dense):
-            kernel: tuple[int, ...] = module.get_variable("params", "kernel").shape
-            spatial = result.shape[1:-1] if len(kernel) > 2 else ()
-            spec = getattr(module, "spec", None)
-            found.append(Layer("/".join(module.path), kernel, spatial, spec, module.use_bias))
-        return result
+        if context.method_name != "__call__" or not isinstance(module, CIMConv | CIMDense | nn.Conv | nn.Dense):
+            return result
+        kernel: tuple[int, ...] = module.get_variable("params", "kernel").shape
+        batched = result.ndim > len(kernel) - 1
+        output, spec = result.shape[1:-1] if batched else result.shape[:-1], getattr(module, "spec", None)
+        name = "/".join(module.path)
+        found.setdefault(name, Layer(name, kernel, output, spec, module.use_bias))
+        return _marked(result, list(found).index(name))
+
+    def init(*arrays: Any) -> Any:
+        return model.init(jax.random.key(0), *arrays, **kwargs)
 
     with nn.intercept_methods(record), without_calibration():
-        jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **kwargs), *args)
-    return found
+        traced, variables = jax.make_jaxpr(init, return_shape=True)(*args)
+    layers = list(found.values())
+    batch = next((leaf.shape[0] for leaf in jax.tree.leaves(args) if leaf.ndim), 1)
+    positions = [0] * len(layers)
+    for number, shape, turns in _marks(traced.jaxpr, layers):
+        positions[number] += turns * _per_image(shape, layers[number], batch)
+    return [_counted(layer, total, variables) for layer, total in zip(layers, positions, strict=True)]
+
+
+def _marked(result: Array, number: int) -> Array:
+    """A layer's result, through a function that does nothing, but has a name in the traced program."""
+
+    def nothing(x: Array) -> Array:
+        return x
+
+    nothing.__name__ = f"{_MARK}{number}"
+    return jax.jit(nothing)(result)
+
+
+def _marks(
+    program: core.Jaxpr, layers: Sequence[Layer], turns: int | None = 1
+) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """The number of every layer that runs, the shape of its result, and how often; `turns` None: nobody knows."""
+    for step in program.eqns:
+        name = str(step.params.get("name", ""))
+        if name.startswith(_MARK):
+            number = int(name.removeprefix(_MARK))
+            if turns is None:
+                raise ValueError(
+                    f"The layer {layers[number].name} is in a loop of unknown length, so that its conversions cannot "
+                    "be counted; use `nn.scan`, which has a length."
+                )
+            # Flax traces the body of a scan once more, and leaves marks without a result.
+            for result in step.invars:
+                array: Any = result.aval
+                yield number, array.shape, turns
+            continue
+        inside = turns
+        if step.primitive.name == "while":
+            inside = None
+        elif step.primitive.name == "scan" and turns is not None:
+            inside = turns * step.params["length"]
+        for part in _programs(step):
+            yield from _marks(part, layers, inside)
+
+
+def _programs(step: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs inside one step: what a loop repeats, the branches of a condition, a compiled function."""
+    for value in step.params.values():
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, core.ClosedJaxpr):
+                yield part.jaxpr
+            elif isinstance(part, core.Jaxpr):
+                yield part
+
+
+def _per_image(shape: tuple[int, ...], layer: Layer, batch: int) -> int:
+    """At how many positions a result (..., OH, OW, O) of one call stands for an image."""
+    spatial = len(layer.kernel) - 2
+    axes, window = shape[: len(shape) - 1 - spatial], shape[len(shape) - 1 - spatial : -1]
+    # Images may be anywhere in front, also merged with other axes; what is no multiple of them is computed for all.
+    rows = math.prod(axes)
+    return math.prod(window) * (rows // batch if axes and rows % batch == 0 else rows)
+
+
+def _counted(layer: Layer, positions: int, variables: Mapping[str, Any]) -> Layer:
+    """A layer with its copies, and with the outputs of all its calls."""
+    stored: Any = variables.get("params", {})
+    for part in (*layer.name.split("/"), "kernel"):
+        stored = stored.get(part, {}) if isinstance(stored, Mapping) else {}
+    copies = math.prod(getattr(stored, "shape", layer.kernel)) // math.prod(layer.kernel)
+    each, once = positions // copies, math.prod(layer.output)
+    if each == once:
+        return dataclasses.replace(layer, copies=copies)
+    calls, rest = divmod(each, max(once, 1))
+    return dataclasses.replace(layer, copies=copies, output=(each,) if rest else (calls, *layer.output))

@@ -109,7 +109,7 @@ def put_steps(module: nn.Module, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if value is not None:
             if calls > 1:
-                before = module.get_variable("params", name)
+                before: Any = module.get_variable("params", name)
                 value = before + (value - before) / calls
             module.put_variable("params", name, value)
 

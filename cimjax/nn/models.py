@@ -40,6 +40,7 @@ def build_model(name: str, *, classes: int, conv: ConvMaker, rules: Rules, **opt
         if option not in fields:
             known = ", ".join(sorted(fields))
             raise ValueError(
-                f"`model.{option}` is no option of {name!r}{nearest(option, fields, otherwise_all=False)}; it has: {known}."
+                f"`model.{option}` is no option of {name!r}{nearest(option, fields, otherwise_all=False)}; "
+                f"it has: {known}."
             )
     return kind(classes=classes, conv=conv, rules=rules, **preset | options)

@@ -12,8 +12,16 @@ import enum
 import math
 
 from cimjax.spec import codes as codes_lib
-from cimjax.spec.base import Spec, is_number
+from cimjax.spec.base import Spec, shown
 from cimjax.spec.codes import CodeRange, Plane
+
+# Beyond these a gradient overflows float32, or a step no longer moves.
+_GRADIENT_FACTORS = (1e-6, 1_000_000)
+# In units of one psum, of which float32 counts 2^24; far beyond, the step or its reciprocal leaves float32.
+_FULL_SCALES = (1e-6, 1_000_000_000)
+# At 2 one cell in a thousand holds more than 480 times its value: beyond any device, and still far from the end of
+# float32, also where calibration squares it.
+_LARGEST_SIGMA = 2
 
 
 class Granularity(enum.StrEnum):
@@ -99,14 +107,16 @@ class VariationTarget(enum.StrEnum):
     CELLS = "cells"
 
 
-def _check_full_scale(spec: ActivationSpec | ADCSpec, what: str) -> None:
+def _check_full_scale(spec: ActivationSpec | ADCSpec, covered: str) -> None:
     """Refuse a `full_scale` without a fixed step, and the reverse."""
     if spec.step == StepKind.FIXED:
         if spec.full_scale is None:
-            raise ValueError(f"`full_scale` is None with a 'fixed' {what} step; give the span that its codes cover.")
-        spec._positive("full_scale")
+            raise ValueError(f"`full_scale` is None with `step` 'fixed'; give the span of {covered}, as in 64.")
+        spec._number("full_scale", *_FULL_SCALES)
     elif spec.full_scale is not None:
-        raise ValueError(f"`full_scale` is {spec.full_scale!r} with step {spec.step!s}; it belongs to 'fixed'.")
+        raise ValueError(
+            f"`full_scale` is {shown(spec.full_scale)} with `step` {spec.step!s}; it belongs to `step` 'fixed'."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,14 +142,16 @@ class ActivationSpec(Spec):
         self._bits("bits", 1, 16, half=True)
         self._flag("signed")
         self._enum("step", StepKind)
-        _check_full_scale(self, "activation")
+        _check_full_scale(self, "inputs that the codes cover")
         self._enum("start", StepStart)
-        self._positive("gradient_factor")
+        self._number("gradient_factor", *_GRADIENT_FACTORS)
         if self.bits == 1.5 and not self.signed:
             raise ValueError("`bits` is 1.5 for an unsigned activation; set `signed=True` or use 1 or 2 bits.")
         if self.slice_bits is not None:
             if self.bits < 2:
-                raise ValueError(f"`slice_bits` is {self.slice_bits!r} for {self.bits}-bit codes; these are one slice.")
+                raise ValueError(
+                    f"`slice_bits` is {shown(self.slice_bits)} for {self.bits}-bit codes; these are one slice."
+                )
             self._bits("slice_bits", 1, 16, half=False)
 
     @property
@@ -198,24 +210,24 @@ class WeightSpec(Spec):
         self._enum("signed_cells", SignedCells)
         self._flag("step_per_plane")
         self._enum("start", StepStart)
-        self._positive("gradient_factor")
+        self._number("gradient_factor", *_GRADIENT_FACTORS)
         if self.bits == 1.5 and self.encoding != Encoding.DIFFERENTIAL:
-            raise ValueError(f"`bits` is 1.5 with encoding {self.encoding!s}; three codes need 'differential'.")
+            raise ValueError(f"`bits` is 1.5 with `encoding` {self.encoding!s}; three codes need 'differential'.")
         if self.bits == 1 and self.encoding == Encoding.TWOS_COMPLEMENT:
             raise ValueError(
-                "`bits` is 1 with encoding twos_complement, which has no {-1, +1}; use 'differential' or 'offset'."
+                "`bits` is 1 with `encoding` twos_complement, which has no {-1, +1}; use 'differential' or 'offset'."
             )
         if self.subtract == Subtract.ANALOG and self.encoding != Encoding.DIFFERENTIAL:
-            raise ValueError(f"`subtract` is 'analog' with encoding {self.encoding!s}; it belongs to 'differential'.")
+            raise ValueError(f"`subtract` is 'analog' with `encoding` {self.encoding!s}; it belongs to 'differential'.")
         if self.reference == Reference.ADC and self.encoding != Encoding.OFFSET:
-            raise ValueError(f"`reference` is 'adc' with encoding {self.encoding!s}; it belongs to 'offset'.")
+            raise ValueError(f"`reference` is 'adc' with `encoding` {self.encoding!s}; it belongs to 'offset'.")
         if self.step_per_plane and self.granularity != Granularity.COLUMN:
             raise ValueError(
-                f"`step_per_plane` is True with granularity {self.granularity!s}; it needs granularity 'column'."
+                f"`step_per_plane` is True with `granularity` {self.granularity!s}; it needs `granularity` 'column'."
             )
         if self.step_per_plane and self.encoding == Encoding.DIFFERENTIAL:
             raise ValueError(
-                "`step_per_plane` is True with encoding differential; use 'twos_complement' or 'offset', or one step."
+                "`step_per_plane` is True with `encoding` differential; use 'twos_complement' or 'offset', or one step."
             )
 
     @property
@@ -285,11 +297,9 @@ class ADCSpec(Spec):
         self._enum("step", StepKind)
         self._enum("start", LadderStart)
         self._enum("range", ADCRange)
-        self._positive("gradient_factor")
-        if not is_number(self.gradient_margin) or not 0 <= self.gradient_margin < math.inf:
-            raise ValueError(f"`gradient_margin` is {self.gradient_margin!r}; give a finite number of at least 0.")
-        self._set("gradient_margin", float(self.gradient_margin))
-        _check_full_scale(self, "ADC")
+        self._number("gradient_factor", *_GRADIENT_FACTORS)
+        self._number("gradient_margin", 0, 1_000_000)
+        _check_full_scale(self, "psums that the ADC covers")
 
     @property
     def trainable(self) -> bool:
@@ -336,15 +346,13 @@ class ArraySpec(Spec):
 class VariationSpec(Spec):
     """Log-normal variation of stored values: every one is multiplied by `exp(theta)`, `theta ~ N(0, sigma^2)`."""
 
-    # Standard deviation of `theta`; 0 keeps the analog path without variation.
+    # Standard deviation of `theta`, at most 2; 0 keeps the analog path without variation.
     sigma: float
     # One `theta` per weight, shared by its planes (the paper), or one per stored cell.
     on: VariationTarget = VariationTarget.WEIGHTS
 
     def __post_init__(self) -> None:
-        if not is_number(self.sigma) or not 0 <= self.sigma < math.inf:
-            raise ValueError(f"`sigma` is {self.sigma!r}; give a finite number of at least 0.")
-        self._set("sigma", float(self.sigma))
+        self._number("sigma", 0, _LARGEST_SIGMA)
         self._enum("on", VariationTarget)
 
 

@@ -9,7 +9,6 @@ not imported here, so that a mistake is answered at once.
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import sys
 import traceback
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from cimjax.spec import CIMSpec
-from cimjax.spec.base import nearest
+from cimjax.spec.base import LARGEST_COUNT, closest, nearest, shortened, shown
 from cimjax.training.options import OptionError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -41,6 +40,11 @@ class Override(NamedTuple):
 
     def __str__(self) -> str:
         return f"--config.{self.field}" + ("" if self.text is None else f"={self.text}")
+
+    @property
+    def shown(self) -> str:
+        """It as typed, in a message."""
+        return shortened(str(self))
 
 
 def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -84,8 +88,8 @@ def _source(path: Path) -> bytes:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         known = [*_files(Path("configs")), *_files(path)]
         near = {file.stem: file for file in [*known, *_files(path.parent)]}
-        if match := difflib.get_close_matches(path.stem, near, n=1):
-            hint = f" (did you mean {near[match[0]]}?)"
+        if match := closest(path.stem, near):
+            hint = f" (did you mean {near[match]}?)"
         else:
             hint = f" (known: {', '.join(map(str, dict.fromkeys(known)))})" if known else ""
         raise ConfigError(f"there is no config file {str(path)!r}{hint}.") from None
@@ -135,11 +139,11 @@ def _override(config: ConfigDict, overrides: Sequence[Override]) -> None:
         holder, name = _find(override, tree, config)
         old = holder[name]
         if isinstance(old, ConfigDict):
-            raise ConfigError(f"{override}: this is a group of fields ({', '.join(old)}); set one of them.")
+            raise ConfigError(f"{override.shown}: this is a group of fields ({', '.join(old)}); set one of them.")
         try:
             holder[name] = _literal(override.text) if in_spec or old is None else _typed(override.text, type(old))
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{override}: {error}.") from None
+            raise ConfigError(f"{override.shown}: {error}.") from None
     if plain["spec"] is not None:
         try:
             config.spec = ConfigDict(CIMSpec.from_dict(plain["spec"]).to_dict())
@@ -156,11 +160,13 @@ def _find(override: Override, tree: Any, config: ConfigDict) -> tuple[Any, str]:
         above = ".".join(["config", *groups[:depth]])
         if tree is None:
             raise ConfigError(
-                f"{override}: {above} is None here, so nothing in it can be set; give other options after the file, or "
-                f"the whole of it, as in --{above}=\"{{'{group}': VALUE}}\"."
+                f"{override.shown}: {above} is None here, so nothing in it can be set; give other options after the "
+                f"file, or the whole of it, as in --{above}=\"{{'{group}': VALUE}}\"."
             )
         if not isinstance(tree, ConfigDict | dict) or group not in tree:
-            raise ConfigError(f"unknown field --config.{override.field}{_hint(override.field, config, tree)}.")
+            raise ConfigError(
+                f"unknown field --config.{shortened(override.field)}{_hint(override.field, config, tree)}."
+            )
         if depth < len(groups):
             tree = tree[group]
     return tree, name
@@ -170,9 +176,9 @@ def _hint(field: str, config: ConfigDict, group: Any) -> str:
     """The field that was meant: one of the same last name, or the nearest; otherwise what there is."""
     known = list(_dotted(config))
     last = field.rpartition(".")[2]
-    match = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(field, known, n=1)
+    match = next((name for name in known if name.rpartition(".")[2] == last), None) or closest(field, known)
     if match:
-        return f" (did you mean --config.{match[0]}?)"
+        return f" (did you mean --config.{match}?)"
     return nearest(last, group if isinstance(group, ConfigDict | dict) else config)
 
 
@@ -195,10 +201,12 @@ def _typed(text: str | None, kind: type) -> Any:
     if kind not in words:
         raise ValueError(f"a field of type {kind.__name__} cannot be set on the command line; set it in the config")
     value = _literal(text)
+    if type(value) is int and abs(value) > LARGEST_COUNT:
+        raise ValueError(f"got {shown(text)}, but this field takes no number beyond {LARGEST_COUNT}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"got {text!r}, but this field takes {words[kind]}")
+        raise ValueError(f"got {shown(text)}, but this field takes {words[kind]}")
     return value
 
 
@@ -217,4 +225,4 @@ def _culprits(overrides: Sequence[Override], message: str) -> str:
     """The overrides that a refusal by `CIMSpec` is about, as typed."""
     inside = [override for override in overrides if override.field.split(".")[0] == "spec"]
     named = [override for override in inside if f"`{override.field.rpartition('.')[2]}`" in message]
-    return " ".join(map(str, named or inside)) or "`spec` of the config"
+    return " ".join(override.shown for override in named or inside) or "`spec` of the config"

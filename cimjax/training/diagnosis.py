@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cimjax.training.experiment import Experiment
-from cimjax.training.step import Images, Stepper, TrainState, augment, order_of_epoch
+from cimjax.training.step import Images, Stepper, TrainState, augment, order_of_epoch, step_rngs
 
 
 def explain_failure(experiment: Experiment, state: TrainState, data: Images, step: int) -> str:
@@ -41,7 +41,7 @@ def _first_layer(stepper: Stepper, state: TrainState, pixels: jax.Array) -> str 
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
-        rngs={"variation": jax.random.key(0), "dropout": jax.random.key(0)},
+        rngs=step_rngs(state),
     )
     for path, values in flax.traverse_util.flatten_dict(found["intermediates"], sep="/").items():
         finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(values))

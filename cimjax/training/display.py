@@ -23,11 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cimjax.training.tables import (
-    LAYER_COLUMNS,
     Column,
     LayerRow,
     Row,
     count,
+    layer_columns,
     layer_row,
     make_table,
     show,
@@ -81,9 +81,7 @@ class Display:
         self._print(Text(title, "bold"))
         self._facts(facts)
         if layers:
-            several = any(layer.cost and layer.cost.read_groups != layer.cost.row_tiles for layer in layers)
-            columns = [column for column in LAYER_COLUMNS if several or column.header != "reads"]
-            self._table(columns, [layer_row(layer) for layer in layers], totals_of(layers))
+            self._table(layer_columns(layers), [layer_row(layer) for layer in layers], totals_of(layers))
         self._console.print()
         self._bar.forget()
         self._begin = time.monotonic()

@@ -20,7 +20,7 @@ from cimjax.spec import CIMSpec
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.run_folder import read_config
-from cimjax.training.step import Images, TrainState
+from cimjax.training.step import Images, TrainState, chip_key
 
 
 class Evaluator:
@@ -53,15 +53,16 @@ class Evaluator:
 
 
 def health(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
-    """The health of every layer's ADCs on the calibration images, in evaluation mode; see `core.adc`."""
+    """How every layer's ADCs are used on the calibration images, in evaluation mode and on the run's own chip."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    return health_by_layer(_measure_health(experiment.model)(variables, experiment.calibration_images()))
+    measure = _measure_health(experiment.model)
+    return health_by_layer(measure(variables, experiment.calibration_images(), state.seed))
 
 
 @functools.lru_cache(maxsize=4)
 def _measure_health(model: nn.Module) -> Any:
-    def measure(variables: Any, images: jax.Array) -> Any:
-        rngs = {"variation": jax.random.key(0)}
+    def measure(variables: Any, images: jax.Array, seed: jax.Array) -> Any:
+        rngs = {"variation": chip_key(seed)}
         return model.apply(variables, images, mutable=[ADC_STATISTICS], rngs=rngs)[1].get(ADC_STATISTICS, {})
 
     return jax.jit(measure, compiler_options=compiler_options())
@@ -97,10 +98,13 @@ def load(
     which: Literal["last", "best"] = "best",
     model: nn.Module | None = None,
     dataset: Dataset | None = None,
-) -> tuple[nn.Module, dict[str, Any], CIMSpec | None]:
+) -> tuple[nn.Module, dict[str, Any], CIMSpec | dict[str, CIMSpec] | None]:
     """A trained run as a function: its network, its variables and its specification.
 
-    Images go in normalised, as `experiment.stepper.normalise` makes them. Arguments and errors as for `restore`.
+    The specification is that of the network's own array layers, whoever built it: one where all layers agree, a
+    dictionary by path ("block1/conv2") where they differ, None where there are none. Images go in normalised, as
+    `experiment.stepper.normalise` makes them; with `variation`, the run's chip is
+    `apply(..., rngs={"variation": cimjax.training.step.chip_key(config.seed)})`. Arguments and errors as for `restore`.
 
     >>> model, variables, spec = load("runs/digits")  # doctest: +SKIP
     >>> logits = model.apply(variables, images)  # doctest: +SKIP

@@ -23,22 +23,24 @@ from cimjax.nn.calibrate import calibrate, without_calibration
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
+from cimjax.spec.base import LARGEST_COUNT, shown
 from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
-from cimjax.training.step import Images, Stepper, TrainState, stored_steps
+from cimjax.training.step import Images, Stepper, TrainState, chip_key, stored_steps
+
+# Images with which the layers of a network are looked up: a prime, which no other axis is likely to be a multiple of.
+_SURVEYED = 7
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The parts of a run.
 
-    spec: what the network's convolutions are built as; None for full precision.
     layers: the network's layers in order.
     """
 
     config: ConfigDict
     dataset: Dataset
-    spec: CIMSpec | None
     model: nn.Module
     layers: list[Layer]
     optimizer: optax.GradientTransformation
@@ -61,12 +63,23 @@ class Experiment:
         return total_steps(self.config, len(self.dataset.train))
 
     @property
+    def specs(self) -> dict[str, CIMSpec]:
+        """What each array layer is built as, by path."""
+        return {layer.name: layer.spec for layer in self.layers if layer.spec is not None}
+
+    @property
+    def spec(self) -> CIMSpec | dict[str, CIMSpec] | None:
+        """The specification of all array layers; by path where they differ; None where there are none."""
+        specs = self.specs
+        return specs if len(set(specs.values())) > 1 else next(iter(specs.values()), None)
+
+    @property
     def codes(self) -> dict[str, int]:
         """How many codes the ADCs of each array layer have."""
         return {
-            layer.name: max(codes.size for row in layer.spec.adc_ranges for codes in row)
-            for layer in self.layers
-            if layer.spec is not None and layer.spec.adc is not None
+            name: max(codes.size for row in spec.adc_ranges for codes in row)
+            for name, spec in self.specs.items()
+            if spec.adc is not None
         }
 
     @property
@@ -77,6 +90,12 @@ class Experiment:
     def sets_adcs_before(self, epoch: int) -> bool:
         """Whether ADC steps are set anew before an epoch, counted from 0."""
         return bool(self.codes) and epoch > 0 and epoch in (self.ideal_epochs, *self.config.recalibrate_epochs)
+
+    @property
+    def last_setting_of_adcs(self) -> int:
+        """Epochs before ADC steps are set for the last time; 0 before training."""
+        planned = filter(self.sets_adcs_before, (self.ideal_epochs, *self.config.recalibrate_epochs))
+        return max((epoch for epoch in planned if epoch < self.config.epochs), default=0)
 
     def stepper_in(self, epoch: int) -> Stepper:
         """The functions of the run in an epoch, counted from 0."""
@@ -109,7 +128,7 @@ class Experiment:
 
         def renew(state: TrainState, images: Array) -> TrainState:
             variables = {"params": state.params, "batch_stats": state.batch_stats}
-            rngs = {"variation": jax.random.fold_in(jax.random.key(state.seed), 1)}
+            rngs = {"variation": chip_key(state.seed)}
             model = self.model.clone(**self._without_axis())
             params = calibrate(model, variables, images, kinds=("psum",), train=True, rngs=rngs)["params"]
 
@@ -135,8 +154,7 @@ class Experiment:
             return jax.jit(self._init)(jnp.int32(self.config.seed), jnp.zeros((2, *self.dataset.image_shape)))
 
     def _init(self, seed: Array, images: Array) -> TrainState:
-        key = jax.random.key(seed)
-        keys = {"params": key, "variation": jax.random.fold_in(key, 1)}
+        keys = {"params": jax.random.key(seed), "variation": chip_key(seed)}
         variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
@@ -168,6 +186,8 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     """
     dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
+    if not isinstance(config.seed, int) or abs(config.seed) > LARGEST_COUNT:
+        raise ValueError(f"`config.seed` is {shown(config.seed)}; give a whole number up to {LARGEST_COUNT}.")
     devices = Devices()
     devices.check_batch(config.batch_size, "config.batch_size")
     devices.check_batch(config.eval_batch_size, "config.eval_batch_size")
@@ -181,13 +201,12 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
         model = build_model(options.pop("name"), classes=dataset.classes, conv=conv, rules=rules, **options)
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
-    images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32)
     optimizer = make_optimizer(config, len(dataset.train))
     stepper = Stepper(model, optimizer, config, dataset.mean, dataset.std, devices.axis_name)
     return Experiment(
         config=config,
         dataset=dataset,
-        spec=spec,
         model=model,
         layers=layers_of(model, images),
         optimizer=optimizer,

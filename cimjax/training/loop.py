@@ -19,12 +19,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
+from cimjax.training import advice
 from cimjax.training.checkpoint import Checkpoints
 from cimjax.training.diagnosis import explain_failure
 from cimjax.training.display import Display
 from cimjax.training.evaluate import Evaluator, health
 from cimjax.training.experiment import Experiment, build, default_workdir, on_device
-from cimjax.training.metrics import mean_movement, movement, warnings
+from cimjax.training.metrics import mean_movement, movement
 from cimjax.training.optimizer import learning_rate
 from cimjax.training.report import describe_run, final_rows, layer_rows, step_rows
 from cimjax.training.run_folder import RunFolder
@@ -111,6 +112,8 @@ class _Run:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
+        for line in advice.before_training(experiment.layers):
+            self.display.note(line)
         with ThreadPoolExecutor(1) as background:
             self._compile_first(background)
             state, step = self._start()
@@ -124,7 +127,7 @@ class _Run:
                 if epoch == experiment.ideal_epochs:
                     # The best state is one with ADCs.
                     self.best = -1.0
-                    self.display.note("ADCs on, their steps set from data; until here they were ideal.")
+                    self.display.note(advice.adcs_on(experiment.layers))
             state, step = self._epoch(state, step, end)
             last = self._after_epoch(state, step, epoch + 1, epochs, final=step == total)
         if not last:
@@ -215,7 +218,7 @@ class _Run:
         self.best = max(self.best, test["accuracy"])
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}
         self.seen = {}
-        moved = mean_movement(movement(jax.device_get(state.first_steps), jax.device_get(stored_steps(state.params))))
+        moved = mean_movement(self._movement(state))
         rate = float(self.rate(step - 1))
         self.folder.log({"step": step, "epoch": epoch, "split": "train", "learning_rate": rate, **means, **moved})
         stage = {"ideal_adcs": True} if ideal else {}
@@ -244,22 +247,31 @@ class _Run:
         for layer, of in found.items():
             self.folder.log({"step": step, "split": "health", "layer": layer, **of})
         if show:
-            for message in warnings(found, self.experiment.codes):
+            for message in advice.on_adcs(found, self.experiment.layers):
                 self.display.warn(message)
         return found
 
     def _finish(self, state: TrainState, step: int, last: dict[str, float]) -> Result:
-        moved = movement(jax.device_get(state.first_steps), jax.device_get(stored_steps(state.params)))
+        moved = self._movement(state)
         found = self._look_at_adcs(state, step, show=False)
         result = Result(last["accuracy"], self.best, last["loss"], step, mean_movement(moved), self.folder.path)
         summary = {"accuracy": result.accuracy, "best_accuracy": result.best_accuracy, "moved": result.moved}
         self.folder.log({"step": step, "split": "result", **summary})
         self.display.finish(final_rows(result, own=self.own), step_rows(self.experiment, moved, found))
-        # In a run of a few steps nothing moves far.
-        moved_far = result.moved if self.experiment.config.epochs >= 2 else None
-        for message in warnings(found, self.experiment.codes, moved_far):
+        had_time = {name: distance for name, distance in result.moved.items() if self._had_time(name)}
+        for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
             self.display.warn(message)
         return result
+
+    def _movement(self, state: TrainState) -> dict[str, dict[str, float]]:
+        first, now = jax.device_get((state.first_steps, stored_steps(state.params)))
+        return movement(first, now, self.experiment.specs)
+
+    def _had_time(self, kind: str) -> bool:
+        """Whether steps of a kind, as `mean_movement` names it, were trained long enough to have moved far."""
+        epochs = self.experiment.config.epochs
+        since = self.experiment.last_setting_of_adcs if kind.startswith(("psum", "offset")) else 0
+        return epochs - since >= 2
 
 
 class _Stop:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from cimjax.spec import CIMSpec
 
 # The stored parameters of each kind of step.
 KINDS = {
@@ -17,10 +19,6 @@ KINDS = {
     "psum": ("psum_log_step", "reference_log_step"),
     "offset": ("psum_offset", "reference_offset"),
 }
-# When to warn: conversions beyond the ladder, codes that columns give, and movement of steps over a whole run.
-SATURATED = 0.2
-CODES_USED = 0.5
-MOVED = 1e-3
 
 
 def kind_of_step(path: str) -> str:
@@ -60,17 +58,27 @@ def _layers(params: Any, gradient: Any) -> Iterator[tuple[dict[str, Array], dict
             yield from _layers(value, gradient[name])
 
 
-def movement(first: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, float]]:
+def is_trained(kind: str, spec: CIMSpec) -> bool:
+    """Whether training moves the steps of a kind in a layer: those of ADCs may be fixed, or frozen once calibrated."""
+    return kind not in ("psum", "offset") or (spec.adc is not None and spec.adc.trainable)
+
+
+def movement(
+    first: Mapping[str, Any], now: Mapping[str, Any], specs: Mapping[str, CIMSpec]
+) -> dict[str, dict[str, float]]:
     """How far steps moved since calibration: by kind and layer, the mean of `|log(s / s0)|` (offsets: of steps).
 
     Args:
       first, now: stored steps by path, as `step.stored_steps` gives them.
+      specs: of the array layers by path; steps that training cannot move are left out, and all others counted.
     """
     moved: dict[str, dict[str, float]] = {}
     for path, value in now.items():
-        layer = path.rsplit("/", 1)[0]
+        layer, kind = path.rsplit("/", 1)[0], kind_of_step(path)
+        if layer in specs and not is_trained(kind, specs[layer]):
+            continue
         distance = float(np.mean(np.abs(np.asarray(value, np.float64) - np.asarray(first[path], np.float64))))
-        moved.setdefault(kind_of_step(path), {})[layer] = distance
+        moved.setdefault(kind, {})[layer] = distance
     return moved
 
 
@@ -83,29 +91,7 @@ def health_by_layer(collection: Any) -> dict[str, dict[str, float]]:
     """The `ADCStatistics` that layers left in their collection: {"conv1": {"saturated": ..., "codes_used": ...}}."""
     flat = flax.traverse_util.flatten_dict(dict(collection), sep="/")
     return {
-        path.rsplit("/", 1)[0]: {name: float(value) for name, value in health._asdict().items()}
+        # Layers stacked by a lifted transform have one path: their mean.
+        path.rsplit("/", 1)[0]: {name: float(np.mean(value)) for name, value in health._asdict().items()}
         for path, health in flat.items()
     }
-
-
-def warnings(
-    health: dict[str, dict[str, float]], codes: dict[str, int], moved: dict[str, float] | None = None
-) -> list[str]:
-    """What a user should know: saturated ADCs, unused codes and, at the end of a run, steps that did not move.
-
-    Args:
-      health: from `health_by_layer`.
-      codes: how many codes each layer's ADC has.
-      moved: from `mean_movement`, at the end of a run.
-    """
-    found = []
-    for layer, of in health.items():
-        if of["saturated"] > SATURATED:
-            found.append(f"{layer}: {of['saturated']:.0%} of the conversions lie beyond the ADC's ladder.")
-        if of["codes_used"] < CODES_USED * codes[layer]:
-            found.append(f"{layer}: a column uses {of['codes_used']:.1f} of the ADC's {codes[layer]} codes on average.")
-    for name, distance in (moved or {}).items():
-        if distance < MOVED:
-            kind = name.removesuffix("_moved")
-            found.append(f"{kind} steps moved by {distance:.1e} only (mean |log(s/s0)|): raise optimizer.step_factor.")
-    return found

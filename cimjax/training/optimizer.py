@@ -9,6 +9,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from cimjax.spec.base import LARGEST_COUNT
+
 # The last part of a parameter's path tells its kind.
 STEP_SUFFIXES = ("log_step", "psum_offset", "reference_offset")
 # Those of the ADCs among them.
@@ -37,13 +39,14 @@ def total_steps(config: ConfigDict, images: int) -> int:
     """Optimizer steps of a whole run: `epochs` epochs of whole batches.
 
     Raises:
-      ValueError: for a batch larger than the data, or a run without steps.
+      ValueError: for a batch larger than the data, or a run without steps or without end.
     """
-    per_epoch = steps_per_epoch(config, images)
-    total = math.ceil(config.epochs * per_epoch)
-    if total < 1:
+    steps = config.epochs * steps_per_epoch(config, images)
+    if not steps > 0:
         raise ValueError(f"`config.epochs` is {config.epochs}: that is no step; give more epochs.")
-    return total
+    if steps > LARGEST_COUNT:
+        raise ValueError(f"`config.epochs` is {config.epochs}: more than {LARGEST_COUNT} steps; give fewer epochs.")
+    return math.ceil(steps)
 
 
 def steps_per_epoch(config: ConfigDict, images: int) -> int:
@@ -56,7 +59,7 @@ def steps_per_epoch(config: ConfigDict, images: int) -> int:
 def learning_rate(config: ConfigDict, images: int) -> optax.Schedule:
     """Linear warm-up over `warmup_epochs`, then a cosine down to 0 at the last step."""
     total = total_steps(config, images)
-    warmup = min(total - 1, round(config.warmup_epochs * steps_per_epoch(config, images)))
+    warmup = round(min(total - 1, config.warmup_epochs * steps_per_epoch(config, images)))
     peak = config.optimizer.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import enum
 import re
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from cimjax.spec import (
@@ -32,6 +31,7 @@ from cimjax.spec import (
     TilingRule,
     WeightSpec,
 )
+from cimjax.spec.base import nearest, shortened
 
 
 class OptionError(ValueError):
@@ -43,8 +43,8 @@ class Option:
     """One option of a config: typed as `name=value`, or as `name` alone where it is a flag."""
 
     name: str
-    # What a value may be: a name, a number, None (typed `none`), `int` (any whole number), `bool` (a flag).
-    allowed: tuple[str | float | type[int] | type[bool] | None, ...]
+    # What a value may be: a name, a number, None (typed `none`), `int` or `float` (any such number), `bool` (a flag).
+    allowed: tuple[str | float | type[float] | None, ...]
     # The value where neither the user nor the config gives one.
     default: str | float | None
     # What it chooses, in a few words.
@@ -72,33 +72,35 @@ class Option:
                 return text.lower() == "true"
             if one is int and re.fullmatch("[0-9]{1,9}", text):
                 return int(text)
+            if one is float and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?(e-?[0-9]{1,2})?", text):
+                return float(text)
             if text == _typed(one):
                 return one
         names = [_typed(one) for one in self.allowed if one is None or isinstance(one, str)]
-        raise OptionError(f"{self.name} is {text!r}{_meant(text, names)}; allowed: {self.values}.")
+        meant = nearest(text, names, otherwise_all=False)
+        raise OptionError(f"{self.name} is {shortened(text)!r}{meant}; allowed: {self.values}.")
 
     def accepts(self, value: Any) -> bool:
         """Whether a config may give this value as its default."""
-        return any(type(value) is one if isinstance(one, type) else value == one for one in self.allowed)
+        kinds = {float: (int, float)}
+        return any(
+            type(value) in kinds.get(one, (one,)) if isinstance(one, type) else value == one for one in self.allowed
+        )
 
 
 def _typed(allowed: str | float | type | None) -> str:
     """One of the values that an option allows, as it is typed or described."""
     if allowed is int:
         return "a whole number up to 999999999"
+    if allowed is float:
+        return "a number, as in 64 or 0.5"
     if allowed is bool:
         return "true, false"
     return "none" if allowed is None else str(allowed)
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """The nearest name, or nothing: what is known is listed beside it anyway."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def _names(kind: type[enum.StrEnum], *without: enum.StrEnum) -> tuple[str, ...]:
-    return tuple(str(member) for member in kind if member not in without)
+def _names(kind: type[enum.StrEnum]) -> tuple[str, ...]:
+    return tuple(str(member) for member in kind)
 
 
 # The granularities (weight, psum) of schemes whose way of training is not here yet.
@@ -125,11 +127,14 @@ CIM_OPTIONS = (
     Option("signed_cells", _names(SignedCells), "paired", "what a signed plane costs", "weight.signed_cells"),
     Option("step_per_plane", (bool,), False, "one weight step per plane", "weight.step_per_plane"),
     Option("adc_bits", (int, 1.5), 3, "bits of an ADC", "adc.bits"),
-    Option("adc_step", _names(StepKind, StepKind.FIXED), "learned", "how an ADC step comes about", "adc.step"),
+    Option("adc_step", _names(StepKind), "learned", "how an ADC step comes about", "adc.step"),
+    Option("full_scale", (float, None), None, "partial sums that a `fixed` ADC spans", "adc.full_scale"),
+    Option("act_step", _names(StepKind), "learned", "how an activation's step comes about", "activation.step"),
+    Option("act_full_scale", (float, None), None, "inputs that a `fixed` act_step spans", "activation.full_scale"),
     Option("act_start", _names(StepStart), "magnitude", "what sets an activation's first step", "activation.start"),
     Option("weight_start", _names(StepStart), "magnitude", "what sets a weight's first step", "weight.start"),
     Option("adc_start", _names(LadderStart), "least_squares", "what sets an ADC's first step", "adc.start"),
-    Option("offset", (bool,), False, "a learned offset before each ADC", "adc.offset"),
+    Option("offset", (bool,), False, "an offset of its own before each ADC", "adc.offset"),
     Option("rows", (int,), 128, "rows of an array", "array.rows"),
     Option("columns", (int,), 128, "columns of an array", "array.columns"),
     Option("active_rows", (int, None), None, "rows that are read at once", "array.active_rows"),
@@ -163,6 +168,9 @@ def parse_options(argument: str | None, *extra: Option, **defaults: Any) -> type
     typed = _read(argument, table)
     values = {option.name: option.default for option in table.values()} | defaults | typed
     values |= _granularities(values["scheme"], typed)
+    if values["adc_step"] == StepKind.FIXED and "offset" not in typed:
+        # One reference for all columns is what a fixed ADC is for; an offset in every column is not typed by accident.
+        values["offset"] = False
     _refuse_idle(values, typed, table)
     return types.SimpleNamespace(**values)
 
@@ -195,8 +203,8 @@ def describe_options() -> str:
     """A table of the options that every config offers, for `--help`."""
     lines = []
     for option in CIM_OPTIONS:
-        values = "|".join("N" if one is int else _typed(one) for one in option.allowed)
-        text = option.name if bool in option.allowed else f"{option.name}={values}"
+        values = "|".join("N" if one in (int, float) else _typed(one) for one in option.allowed)
+        text = f"{option.name}, {option.name}=false" if bool in option.allowed else f"{option.name}={values}"
         lines += [f"  {text:46}{option.help}"] if len(text) < 46 else [f"  {text}", f"  {'':46}{option.help}"]
     return "\n".join(lines)
 
@@ -207,9 +215,12 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
     for item in (argument or "").split(",") if (argument or "").strip() else ():
         name, equals, text = (part.strip() for part in item.partition("="))
         if not name:
-            raise OptionError(f"an option is empty in {argument!r}; write them as name=value,name=value,flag.")
+            raise OptionError(
+                f"an option is empty in {shortened(argument or '')!r}; write them as name=value,name=value,flag."
+            )
         if name not in table:
-            raise OptionError(f"unknown option {name!r}{_meant(name, table)}; known: {', '.join(table)}.")
+            meant = nearest(name, table, otherwise_all=False)
+            raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
         if name in typed:
             raise OptionError(f"option {name} is given twice; leave one of them out.")
         typed[name] = table[name].parse(text if equals else None)
@@ -241,6 +252,10 @@ def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mappi
             raise OptionError(f"{name} has no effect with weight=none, which is full precision; leave one of them out.")
         if values["psum"] is None and field.startswith("adc."):
             raise OptionError(f"{name} has no effect with psum=none, which is an ideal ADC; leave one of them out.")
+        if name == "act_start" and values["act_step"] == StepKind.FIXED:
+            raise OptionError("act_start has no effect with act_step=fixed; leave one of them out.")
+        if name == "adc_start" and values["adc_step"] == StepKind.FIXED and not values["offset"]:
+            raise OptionError("adc_start has no effect with adc_step=fixed and no offset; leave one of them out.")
 
 
 @contextlib.contextmanager
@@ -251,5 +266,4 @@ def _in_names_of_options(group: str) -> Iterator[None]:
         yield
     except ValueError as error:
         text = re.sub(r"`(\w+)`", lambda found: f"`{fields.get(f'{group}.{found[1]}', found[1])}`", str(error))
-        text = re.sub(r"\bgranularity\b", fields.get(f"{group}.granularity", "granularity"), text)
         raise OptionError(text) from error

@@ -37,11 +37,13 @@ class Devices:
         return None if self.mesh is None else AXIS
 
     def check_batch(self, size: int, name: str) -> None:
-        """Refuse a batch that cannot be split evenly.
+        """Refuse a batch that is empty, or that cannot be split evenly.
 
         Raises:
           ValueError: naming the nearest sizes.
         """
+        if size < 1:
+            raise ValueError(f"`{name}` is {size}; give at least {self.count}.")
         if size % self.count:
             low = size - size % self.count
             near = f"{low} or {low + self.count}" if low else str(self.count)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cimjax.hardware.survey import Layer
-from cimjax.spec import CIMSpec
+from cimjax.spec import CIMSpec, StepKind
 from cimjax.training.experiment import Experiment
 from cimjax.training.tables import LayerRow
 
@@ -19,8 +20,9 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
     data, config, devices = experiment.dataset, experiment.config, experiment.devices
     parameters = sum(layer.parameters for layer in experiment.layers)
     shape = " x ".join(str(size) for size in data.image_shape)
+    specs = list(experiment.specs.values())
     return {
-        "title": f"{type(experiment.model).__name__} on {data.name}, {describe_spec(experiment.spec)}",
+        "title": f"{type(experiment.model).__name__} on {data.name}, {describe_specs(specs)}",
         "facts": {
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
             "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
@@ -33,18 +35,34 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def describe_spec(spec: CIMSpec | None) -> str:
-    """A specification in a few words: "weights column, psums column, A3 W3/1 P3"."""
-    if spec is None:
+def describe_specs(specs: Collection[CIMSpec]) -> str:
+    """The specifications of all array layers in a few words: the most frequent one, and how many others there are."""
+    if not specs:
         return "full precision"
-    psums = "ideal ADC" if spec.adc is None else f"psums {spec.adc.granularity}"
+    (most, times), *_ = collections.Counter(specs).most_common(1)
+    others = len(specs) - times
+    more = f", {others} {'layer' if others == 1 else 'layers'} otherwise" if others else ""
+    return f"{describe_spec(most)}{more}"
+
+
+def describe_spec(spec: CIMSpec) -> str:
+    """A specification in a few words: "weights column, psums column, A3 W3/1 P3"."""
+    if spec.adc is None:
+        psums = "ideal ADC"
+    elif spec.adc.step == StepKind.FIXED:
+        psums = f"psums fixed to {spec.adc.full_scale:g}"
+    else:
+        psums = f"psums {spec.adc.granularity}"
     return f"weights {spec.weight.granularity}, {psums}, {describe_bits(spec)}"
 
 
 def describe_bits(spec: CIMSpec) -> str:
-    """Bits of activations, weights (per cell) and partial sums: "A3 W3/1 P3"."""
+    """Bits of activations (per slice if there are several), weights (per cell) and partial sums: "A4/1 W3/1 P3"."""
+    activation = f"A{spec.activation.bits:g}"
+    if len(spec.activation.slices) > 1:
+        activation = f"{activation}/{spec.activation.slice_bits}"
     psum = "P-" if spec.adc is None else f"P{spec.adc.bits:g}"
-    return f"A{spec.activation.bits:g} W{spec.weight.bits:g}/{spec.weight.cell_bits} {psum}"
+    return f"{activation} W{spec.weight.bits:g}/{spec.weight.cell_bits} {psum}"
 
 
 def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
@@ -58,6 +76,7 @@ def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
             bits="-" if layer.spec is None else describe_bits(layer.spec),
             cost=layer.cost,
             parameters=layer.parameters,
+            copies=layer.copies,
         )
         for layer in layers
     ]

@@ -210,7 +210,7 @@ def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             return
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise RunFolderError(f"{file}, line {number} is no JSON object; mend or remove this line.")
@@ -221,7 +221,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """The options as they come back from the file (tuples are lists there)."""
     try:
         return json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RunFolderError(f"`config` cannot be written as JSON: {error}; give plain numbers and text.") from error
 
 
@@ -284,7 +284,7 @@ def _read_json(file: Path, kind: type[dict] | type[list]) -> Any:
         content = file.read_bytes()
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
         raise RunFolderError(f"{file} is damaged: it holds no JSON {kind.__name__}; mend it or give another --workdir.")

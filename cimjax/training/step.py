@@ -51,6 +51,23 @@ class Images(flax.struct.PyTreeNode):
     labels: Array
 
 
+def chip_key(seed: int | Array) -> Array:
+    """The random key of a run's chip: with `variation`, the same cells wherever the run is trained or looked at.
+
+    Args:
+      seed: the run's, `TrainState.seed`.
+    """
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+def step_rngs(state: TrainState) -> dict[str, Array]:
+    """The random keys of the training step that a state is about to make: the chip's, and that of dropout."""
+    return {
+        "variation": chip_key(state.seed),
+        "dropout": jax.random.fold_in(jax.random.key(state.seed), state.step),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Stepper:
     """The functions of one run: what is fixed while it trains.
@@ -111,13 +128,12 @@ class Stepper:
 
     def loss(self, params: Any, state: TrainState, pixels: Array, labels: Array) -> tuple[Array, tuple[Any, Array]]:
         """Mean cross entropy of a batch in training mode; also the new batch statistics and the logits."""
-        key = jax.random.key(state.seed)
         logits, updated = self.apply(
             {"params": params, "batch_stats": state.batch_stats},
             self.normalise(pixels),
             train=True,
             mutable=["batch_stats"],
-            rngs={"variation": jax.random.fold_in(key, 1), "dropout": jax.random.fold_in(key, state.step)},
+            rngs=step_rngs(state),
         )
         smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing)
         mean = jnp.mean(optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth))
@@ -152,7 +168,7 @@ class Stepper:
           real: (N,) bool, False at padding.
         """
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        rngs = {"variation": jax.random.fold_in(jax.random.key(state.seed), 1)}
+        rngs = {"variation": chip_key(state.seed)}
         logits = jnp.asarray(self.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
         right = jnp.argmax(logits, -1) == data.labels

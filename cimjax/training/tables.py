@@ -27,14 +27,16 @@ class LayerRow:
     kind: str
     # Shape of the kernel: (kh, kw, C, O) or (C, O).
     kernel: tuple[int, ...]
-    # Spatial shape of the output; () for a dense layer.
+    # Where one image has outputs: (OH, OW); () for a dense layer; more axes where the layer is used several times.
     output: tuple[int, ...]
-    # Bits as they are shown: "A3 W3/1 P3"; "-" in full precision.
+    # Bits as they are shown: "A4/1 W3/1 P3"; "-" in full precision.
     bits: str
     # What the layer takes on the chip; None in full precision.
     cost: LayerCost | None
     # Parameters of a layer in full precision; None counts the kernel alone.
     parameters: int | None = None
+    # Layers of this kind, each with its own parameters, that the line stands for.
+    copies: int = 1
 
 
 class Column(NamedTuple):
@@ -51,27 +53,35 @@ Row = dict[str, str]
 
 LAYER_COLUMNS = (
     Column("layer", 0),
-    Column("kernel", 7),
-    Column("output", 10),
-    Column("tiles", 6, f"how the layer is cut: rows {TIMES} columns of arrays"),
+    Column("kernel", 9),
+    Column("output", 12),
+    Column("tiles", 8, f"how the layer is cut: rows {TIMES} columns of arrays"),
     Column("arrays", 1, "memory arrays that hold the layer"),
-    Column("reads", 5, "times that a column is read, over its row tiles"),
-    Column("cells\nused", 4, "part of all cells that holds weights"),
-    Column("bits", 0, "A activations, W weights/per cell, P partial sums"),
+    Column("reads", 6, "times that a column is read, over its row tiles"),
+    Column("rows\nread", 3, "at once, of those that may be"),
+    Column("slices", 5, "cycles in which the DAC drives an activation"),
+    Column("cells\nused", 7, "part of all cells that holds weights"),
+    Column("bits", 0, "A activations/slice, W weights/cell, P partial sums"),
     Column("conversions\nper image", 2, "partial sums that the ADCs digitise"),
-    Column("multiplies\nper pixel", 3, "by scale factors, per output pixel"),
-    Column("(paper's\ncount)", 8, "the same, as section III-B of the paper counts them", "dim"),
-    Column("parameters", 9),
+    Column("multiplies\nper pixel", 4, "by scale factors, per output pixel"),
+    Column("(paper's\ncount)", 10, "the same, as section III-B of the paper counts them", "dim"),
+    Column("parameters", 11),
 )
 
-# What the numbers of a kind of step mean; "" for all others.
-_DRIFTS = {"offset": "mean move of the ladder's middle, in about its first step", "": "mean |log(s/s0)|, 0.01 is 1 %"}
+
+def layer_columns(layers: Sequence[LayerRow]) -> list[Column]:
+    """The columns that say something of these layers: neither reads nor slices are counted where there is one."""
+    costs = [layer.cost for layer in layers if layer.cost]
+    in_parts = any(cost.read_groups != cost.row_tiles for cost in costs)
+    sliced = any(cost.slices > 1 for cost in costs)
+    said = {"reads": in_parts, "rows\nread": in_parts, "slices": sliced}
+    return [column for column in LAYER_COLUMNS if said.get(column.header, True)]
 
 
 def layer_row(layer: LayerRow) -> Row:
     """One layer's own; in full precision it has no place on the chip."""
     row = {
-        "layer": layer.name,
+        "layer": layer.name if layer.copies == 1 else f"{layer.name} {TIMES}{layer.copies}",
         "kernel": TIMES.join(map(str, layer.kernel)),
         "output": TIMES.join(map(str, layer.output)) or "-",
         "bits": layer.bits,
@@ -79,8 +89,13 @@ def layer_row(layer: LayerRow) -> Row:
     totals = totals_of([layer])
     if layer.cost is None:
         return {**row, "parameters": totals["parameters"], "style": "dim"}
-    tiles = f"{layer.cost.row_tiles}{TIMES}{layer.cost.column_tiles}"
-    return {**totals, **row, "tiles": tiles, "reads": count(layer.cost.read_groups)}
+    geometry = {
+        "tiles": f"{layer.cost.row_tiles}{TIMES}{layer.cost.column_tiles}",
+        "reads": count(layer.cost.read_groups),
+        "rows\nread": f"{layer.cost.rows_driven}/{layer.cost.rows_per_read}",
+        "slices": count(layer.cost.slices),
+    }
+    return {**totals, **row, **geometry}
 
 
 def totals_of(layers: Sequence[LayerRow]) -> Row:

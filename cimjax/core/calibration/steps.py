@@ -75,7 +75,7 @@ def calibrate_layer(
       Stored steps, and what the data was like.
     """
     tiling = tile(kernel.shape, spec)
-    if "activation" in kinds and stored.activation is not None:
+    if "activation" in kinds and stored.activation is not None and not isinstance(x, Codes):
         stored = stored._replace(activation=lsq.log_from_step(activation_step(x, spec.activation)))
     if "weight" in kinds:
         stored = stored._replace(weight=lsq.log_from_step(weight_step(kernel, tiling, spec)))

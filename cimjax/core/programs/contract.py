@@ -157,8 +157,8 @@ _choice.def_impl(lambda *operands, rows, avals: _jitted(rows, avals)(*operands))
 def _row(platform: str) -> Callable[..., Any]:
     def run(*operands: Any, rows: Any, avals: Any) -> Any:
         del avals
-        chosen = dict(rows)
-        return chosen.get(platform, chosen["default"])(*operands)
+        chosen: dict[str, Any] = dict(rows)
+        return (chosen.get(platform) or chosen["default"])(*operands)
 
     return mlir.lower_fun(run, multiple_results=True)
 

@@ -129,7 +129,7 @@ class SliceADC(NamedTuple):
 
     def _add(self, values: Array) -> Array:
         """The sum over slices and planes."""
-        values = sum(values * self.significances) if len(self.significances) > 1 else (values * self.significances)[0]
+        values = functools.reduce(jnp.add, list(values * self.significances))
         planes = values.shape[-1] // self.features
         # Sums over a short middle axis are slow on CPU.
         return functools.reduce(jnp.add, jnp.split(values, planes, axis=-1))
@@ -255,7 +255,7 @@ def _forward(
         return (forward or _loop_forward)(layer, inputs, digits, scales), (keep, digits, weight_codes, scales, None)
     read, ladders, width = _slice_adc(layer).read, Ladders.of_groups(scales), scales.output_scale.shape[-1]
     sums = [_Sums.of_product(part, layer, width) for part in products.sums(layer, inputs, digits)]
-    total = sum(read(group.psums, ladders.of_group(r)) for r, group in enumerate(sums))
+    total = functools.reduce(jnp.add, (read(group.psums, ladders.of_group(r)) for r, group in enumerate(sums)))
     references = [s.reference for s in sums if s.reference is not None]
     residuals = tuple(_as_small(s.psums, layer) for s in sums)
     reference = jnp.stack(references, axis=-1) if references else None
