@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.core import lsq
 from cimjax.core.array_mac import PartialSums
 from cimjax.core.step_sizes import StepSizes, expand_weight
 from cimjax.core.tiling import Tiling
@@ -22,8 +23,9 @@ def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec
     Returns:
       (M, O) float32, not yet multiplied by the activation's step.
     """
+    scale = lsq.spread(output_scale(steps, tiling, spec), read.columns.shape)
     slices = slice_significances(spec)[:, None, None, None, None]
-    total = jnp.sum(read.columns * (slices * output_scale(steps, tiling, spec)), axis=(0, 2, 3))
+    total = jnp.sum(read.columns * scale * slices, axis=(0, 2, 3))
     if read.reference is None:
         return total
     return total + add_reference(read.reference, steps, tiling, spec)

@@ -71,6 +71,15 @@ def _apart(function: Callable[..., Array], *args: Any) -> Array:
     return lax.cond(never, lambda *_: jnp.zeros(result.shape, result.dtype), function, *args)
 
 
+@jax.custom_vjp
+def written(x: Array) -> Array:
+    """`x`, whose gradient is written to memory, on CPU, before anything reads it."""
+    return x
+
+
+written.defvjp(lambda x: (x, None), lambda _, gradient: (materialize(lambda gradient: gradient, gradient),))
+
+
 def sum_over_positions(values: Array) -> Array:
     """(T, positions, K O) to (K O,)."""
     return by_platform(_sum, cpu=_sum_by_product)(values)
@@ -104,7 +113,7 @@ def _backward(window: Window, groups: int, residuals: tuple[Array, Array], gradi
     # XLA transposes the inputs for the gradient to the kernel, and would compute them again for that, element by
     # element.
     written = _apart(lambda inputs: inputs, inputs)
-    to_kernel = jax.linear_transpose(lambda kernel: convolution(written, kernel, window, groups), kernel)
+    to_kernel = jax.vjp(lambda kernel: convolution(written, kernel, window, groups), kernel)[1]
     return _to_inputs(window, groups, inputs, kernel, gradient), to_kernel(gradient)[0]
 
 
@@ -115,7 +124,7 @@ def _to_inputs(window: Window, groups: int, inputs: Array, kernel: Array, gradie
     flat, by_place = gradient.reshape(-1, gradient.shape[-1]), kernel.reshape(-1, kernel.shape[-1])
     widens = groups == 1 and kernel.shape[-1] >= WIDENING * kernel.shape[-2]
     if not widens or flat.shape[0] * by_place.shape[0] > LARGEST_PRODUCT:
-        return jax.linear_transpose(lambda x: convolution(x, kernel, window, groups), inputs)(gradient)[0]
+        return jax.vjp(lambda inputs: convolution(inputs, kernel, window, groups), inputs)[1](gradient)[0]
     # What each place of the kernel gives to each position, which is then added where it belongs.
     given = jnp.matmul(flat, by_place.T, precision=lax.Precision.HIGHEST)
     given = given.reshape(*gradient.shape[:-1], math.prod(kernel.shape[:-2]), inputs.shape[-1])

@@ -7,6 +7,7 @@ with the groups, and whose partial sums are computed again in the backward pass.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from cimjax.core.programs.cpu import materialize, sum_over_positions
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
-from cimjax.spec import CodeRange, Residuals
+from cimjax.spec import CodeRange, Product, Residuals
 
 # With more read groups than these a layer is a loop.
 MOST_WRITTEN_OUT = 8
@@ -406,7 +407,8 @@ def _each_group(columns: Array) -> Array:
     return jnp.moveaxis(columns, -3, 0)[..., None, :, :]
 
 
-@functools.lru_cache(maxsize=256)
 def _one_group(layer: Layer) -> Layer:
-    """The layer of one read group, whose channels are all its inputs."""
-    return layer._replace(tiling=layer.tiling.of_one_group)
+    """The layer of one read group, whose channels are all its inputs; XLA's CPU backend computes the convolutions in
+    a loop on one core, but not its matrix products."""
+    execution = dataclasses.replace(layer.execution, product=Product.PATCHES)
+    return layer._replace(tiling=layer.tiling.of_one_group, execution=execution)

@@ -8,6 +8,7 @@ from cimjax.core import adc, encoding, readout
 from cimjax.core.array_mac import PartialSums, array_mac
 from cimjax.core.cells import StoredArrays
 from cimjax.core.programs.contract import Layer
+from cimjax.core.programs.cpu import written
 from cimjax.core.step_sizes import StepSizes
 
 
@@ -16,6 +17,7 @@ def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer) -> A
     tiling, window, spec, _ = layer
     slices = encoding.slice_codes(codes, spec.activation)
     psums = array_mac(slices, arrays, tiling, window, spec)
+    psums = psums._replace(columns=written(psums.columns))
     read = PartialSums(
         columns=adc.convert(psums.columns, steps, tiling, spec),
         reference=None if psums.reference is None else adc.convert_reference(psums.reference, steps, spec),
