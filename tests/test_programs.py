@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +24,13 @@ from cimjax.core.programs.cpu import compiler_options
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.tiling import tile
 from cimjax.core.window import resolve
+from cimjax.data import Dataset
 from cimjax.spec import CodeRange, Execution, Operands, Product, Residuals
 from cimjax.spec.codes import code_range
+from cimjax.training.config_file import load_config
+from cimjax.training.experiment import build, on_device
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 REST = [case for case in CASES if case not in QUICK]
 CHEAP = (Operands.BFLOAT16, Operands.FLOAT16, Operands.INT8)
 # Products differ in a linear map only: every encoding's columns, every tiling, and windows of every kind.
@@ -219,6 +225,23 @@ def test_the_fused_kernel_is_lowered_for_gpus(operands: str) -> None:
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     with pytest.raises(Exception, match="`program` is 'pallas', a kernel for GPUs, and this is a TPU"):
         traced.lower(lowering_platforms=("tpu",))
+
+
+def test_the_step_of_a_network_is_lowered_for_the_platform_that_is_asked_for() -> None:
+    """On a CPU host for a GPU: none of what is for the CPU, and cheap operands where these are exact."""
+    config = load_config(str(CONFIGS / "resnet20_c10.py"))
+    with config.unlocked():
+        config.batch_size = 8
+    pixels, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
+    experiment = build(config, dataset=Dataset.from_arrays("random", pixels, labels, pixels, labels, classes=10))
+    order = jax.ShapeDtypeStruct((8,), jnp.int32)
+    state, data = experiment.abstract_state(), jax.eval_shape(lambda: on_device(experiment.dataset.train))
+    traced = jax.jit(experiment.stepper_on_one_device().train).trace(state, data, order)
+    texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")}
+    assert "stablehlo.case" not in texts["cuda"] and "stablehlo.case" in texts["cpu"]
+    products = {name: re.findall(r"stablehlo\.dot_general.*xbf16>", text) for name, text in texts.items()}
+    # One for each of the 18 array layers of one shape, which are traced once.
+    assert len(products["cuda"]) >= 5 and not products["cpu"]
 
 
 def test_the_definition_is_what_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def _scale_gradient_jvp(primals: tuple[Array, ArrayLike], tangents: tuple[Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """`x`, broadcast to a shape; the gradient sums by `sum_to_shape`, which is quicker than the sum that JAX derives."""
+    """`x`, broadcast to a shape; its gradient is summed by `sum_to_shape`, quicker than the sum that JAX derives."""
     return jnp.broadcast_to(x, shape)
 
 
@@ -310,7 +310,11 @@ def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
     kept = (1,) * extra + shape
     leading = next((axis for axis, size in enumerate(kept) if size != 1), x.ndim)
     count, rest = math.prod(x.shape[:leading]), x.shape[leading:]
-    # Over leading axes as a product with ones: as a sum, XLA's CPU backend walks through memory column by column.
-    x = jnp.matmul(jnp.ones((1, count), x.dtype), x.reshape(count, math.prod(rest)), precision="highest").reshape(rest)
+    if count > 1 and math.prod(rest) > 1:
+        # As a product with ones: for a sum XLA's CPU backend walks through memory column by column.
+        x = jnp.matmul(jnp.ones((1, count), x.dtype), x.reshape(count, math.prod(rest)), precision="highest")
+    else:
+        x = jnp.sum(x, axis=tuple(range(leading)))
+    x = x.reshape(rest)
     axes = tuple(axis for axis, size in enumerate(kept[leading:]) if size == 1)
     return jnp.sum(x, axis=axes).reshape(shape)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cimjax.core.array_mac import convolution
+from cimjax.core.convolution import convolution
 from cimjax.core.programs.contract import by_platform, runs_on
 from cimjax.core.window import Window, shifted
 

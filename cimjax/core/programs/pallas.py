@@ -22,11 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cimjax.core import lsq
-from cimjax.core.array_mac import snap_to_integers, sum_type
 from cimjax.core.cells import StoredArrays
-from cimjax.core.programs import joined, products
+from cimjax.core.convolution import sum_type
+from cimjax.core.programs import joined
 from cimjax.core.programs.contract import Layer, by_platform, operand_type
-from cimjax.core.programs.joined import ColumnScales
+from cimjax.core.programs.joined import Columns, ColumnScales
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
@@ -47,20 +47,16 @@ def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer) -> A
     return joined.run(codes, arrays, steps, layer, forward=_forward)
 
 
-def _forward(layer: Layer, inputs: Array, digits: Array, scales: ColumnScales) -> tuple[Array, Array | None]:
-    """As `joined.Forward`; dummy columns, one an array, are multiplied apart."""
-    slices, width = len(layer.spec.activation.slices), scales.output_scale.shape[-1]
+def _forward(layer: Layer, inputs: Array, columns: Columns) -> Array:
+    """As `joined.Forward`."""
+    slices = len(layer.spec.activation.slices)
     sizes = _Sizes.of(layer, (inputs.shape[0] // slices, *inputs.shape[1:]))
-    reference = None
-    if digits.shape[-1] > width:
-        sums = jnp.concatenate(products.sums(layer, inputs, digits[..., width:]), axis=-1)
-        reference = snap_to_integers(sums, layer.spec).reshape(slices, sizes.positions, layer.tiling.groups)
     if not sizes.positions:
-        return jnp.zeros((0, sizes.features), jnp.float32), reference
-    total = jnp.float32(0)
-    for index, driven in enumerate(jnp.split(inputs, slices)):
-        total = total + _read_slice(layer, index, sizes, driven, digits[..., :width], scales)
-    return total, reference
+        return jnp.zeros((0, sizes.features), jnp.float32)
+    parts = enumerate(jnp.split(inputs, slices))
+    return sum(
+        (_read_slice(layer, t, sizes, part, columns.digits, columns.scales) for t, part in parts), jnp.float32(0)
+    )
 
 
 def _read_slice(layer: Layer, index: int, sizes: _Sizes, inputs: Array, digits: Array, scales: ColumnScales) -> Array:
@@ -230,7 +226,7 @@ def _kernel(
             zero = triton.load(offset.at[at])
             u = (psums - zero) * triton.load(reciprocal.at[at])
             codes = lsq.round_to_codes(u, psums, zero, lsq.Bounds(*bounds[plane]), half_up=True)
-            total += lsq.dequantize(codes, triton.load(step.at[at]), zero) * triton.load(scale.at[at])
+            total += (codes * triton.load(step.at[at]) + zero) * triton.load(scale.at[at])
         return total
 
     y[...] = lax.fori_loop(0, sizes.groups, add_group, jnp.zeros((_POSITIONS, sizes.outputs), jnp.float32))

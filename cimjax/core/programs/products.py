@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from cimjax.core.array_mac import convolution, sum_type
+from cimjax.core.convolution import convolution, sum_type
 from cimjax.core.programs.contract import Layer, by_platform, operand_type
 from cimjax.core.programs.cpu import convolve as cpu_convolve
 from cimjax.core.tiling import Tiling, tile_inputs
