@@ -215,6 +215,8 @@ def _joined(layer: Layer, forward: Forward | None, codes: Array, columns: Column
 def _forward(
     layer: Layer, forward: Forward | None, codes: Array, columns: Columns
 ) -> tuple[Array, tuple[Array, Columns, tuple[Array, ...] | None]]:
+    # Codes are written once, on CPU, instead of computed again by each read group.
+    codes = materialize(lambda codes: codes, codes)
     inputs, keep = _sliced(codes, layer), codes.astype(smallest_type(layer.spec.activation.code_range))
     residuals, groups = layer.execution.residuals, layer.tiling.groups
     if residuals == Residuals.INPUTS or (residuals == Residuals.AUTO and groups > MOST_WRITTEN_OUT):

@@ -153,8 +153,9 @@ def _sums(row: _Row, layer: Layer, inputs: Array, columns: Array) -> tuple[Array
     operands = inputs.astype(row.operands), columns.astype(row.operands)
     parts = row.product(*operands, layer.tiling, layer.window, row.convolve)
     # What is no number has no integer either: it would be lost without a word.
-    missing = _missing(inputs, columns) if jnp.issubdtype(row.operands, jnp.integer) else 0.0
-    return tuple(part.astype(jnp.float32) + missing for part in parts)
+    if jnp.issubdtype(row.operands, jnp.integer):
+        return tuple(part.astype(jnp.float32) + _missing(inputs, columns) for part in parts)
+    return parts
 
 
 def _missing(inputs: Array, columns: Array) -> Array:
