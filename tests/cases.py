@@ -195,6 +195,7 @@ def kinds(case: Case) -> dict[str, Any]:
         "encoding": (weight.encoding, weight.subtract, weight.reference, weight.step_per_plane),
         "width": width(weight.bits),
         "weight": weight.granularity,
+        "ties": case.ties,
         "tiling": (s.array.tiling, s.array.active_rows is not None),
         "psum": adc and adc.granularity,
         "adc": adc and (width(adc.bits), adc.offset, adc.range, adc.gradient_margin > 0, adc.step),
@@ -210,7 +211,7 @@ def whole_options(case: Case) -> dict[str, Any]:
         "adcs": s.adc and dataclasses.replace(s.adc, granularity="column"),
         "kernel": case.kernel_shape,
         "window": (case.strides, case.padding, case.dilation),
-        "rest": (case.ties, case.name.partition("-")[0] in ("macro", "large")),
+        "size": case.name.partition("-")[0] in ("macro", "large"),
     }
 
 
