@@ -218,14 +218,14 @@ ARRAYS = [
         "core/cells.py",
         "jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)",
         "encoding.encode(codes, spec.weight)",
-        oracle("tiling-im2col-offset-adc"),
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
     ),
     Fault(
         "places that store nothing have a code",
         "core/cells.py",
         "jnp.where(tiling.stored[..., None], lsq.quantize(tiled, step, spec.weight.code_range), 0)",
         "lsq.quantize(tiled, step, spec.weight.code_range)",
-        oracle("encoding-offset-adc-1", "encoding-diff-digital-1-ideal"),
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
     ),
     Fault(
         "read groups ignore active_rows",
@@ -260,7 +260,7 @@ ARRAYS = [
         "core/cells.py",
         "reference = jnp.asarray(tiling.stored, jnp.float32)",
         "reference = jnp.ones(tiling.stored.shape, jnp.float32)",
-        oracle("tiling-im2col-offset-adc"),
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
     ),
     Fault(
         "an array's weight step and a column's are exchanged",
@@ -604,7 +604,7 @@ LAYERS = [
         "nn/layers.py",
         "positions = math.prod(leading[1:])",
         "positions = 1",
-        ("test_layers.py",),
+        ("test_layers.py::test_a_dense_layer_of_several_positions_learns_as_a_convolution_of_one_pixel",),
     ),
     Fault(
         "what several layers read is quantized by each",
