@@ -203,14 +203,13 @@ def kinds(case: Case) -> dict[str, Any]:
 
 
 def whole_options(case: Case) -> dict[str, Any]:
-    """Every group of options as it is, granularity apart, and how the kernel moves."""
+    """Every group of options as it is, granularity apart."""
     s = case.spec
     return {
         "activation": s.activation,
         "weights": dataclasses.replace(s.weight, granularity="column"),
         "adcs": s.adc and dataclasses.replace(s.adc, granularity="column"),
         "kernel": case.kernel_shape,
-        "window": (case.strides, case.padding, case.dilation),
         "size": case.name.partition("-")[0] in ("macro", "large"),
     }
 
@@ -218,14 +217,15 @@ def whole_options(case: Case) -> dict[str, Any]:
 def quick(cases: list[Case]) -> list[tuple[Case, str]]:
     """A part of the table, as cases with a program each.
 
-    The default program meets every group of options; both meet every kind; and every pair of kinds that the table has
-    is met by one of them.
+    The default program meets every group of options; both meet every kind and every window; and every pair of kinds
+    that the table has is met by one of them.
     """
     found: dict[tuple[Case, str], set[Any]] = {}
     for case, program in itertools.product(cases, PROGRAMS):
         of_case = sorted(kinds(case).items())
         found[case, program] = {("pair", *pair) for pair in itertools.combinations(of_case, 2)}
-        found[case, program] |= {(program, *kind) for kind in of_case}
+        window = ("window", case.strides, case.padding, case.dilation)
+        found[case, program] |= {(program, *kind) for kind in (*of_case, window)}
         if program == "joined":
             found[case, program] |= set(whole_options(case).items())
     missing: set[Any] = set().union(*found.values())
