@@ -519,8 +519,8 @@ PROGRAMS = [
     Fault(
         "the loop over read groups keeps the last one alone",
         "core/programs/joined.py",
-        "return total + read(sums.psums, ladders), sums.reference",
-        "return read(sums.psums, ladders), sums.reference",
+        "return total + slice_adc.read(",
+        "return slice_adc.read(",
         oracle("macro-offset-adc"),
     ),
     Fault(
