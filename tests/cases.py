@@ -29,6 +29,8 @@ class Case:
     strides: tuple[int, int] = (1, 1)
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
     dilation: tuple[int, int] = (1, 1)
+    # Whether many of the numbers that `draw` gives lie in the middle between two codes.
+    ties: bool = False
 
     @property
     def window(self) -> dict[str, Any]:
@@ -166,33 +168,77 @@ def _cases() -> list[Case]:
         cases.append(Case(f"macro-{name}", macro))
         macro = spec(activation=bits, weight=ENCODINGS[name], adc={"offset": True}, array=_WIDE | read)
         cases.append(Case(f"macro-{name}-column", macro, strides=(2, 1)))
+
+    # Numbers that lie in the middle between two codes, of every quantizer.
+    for name, offset in (("twos", False), ("offset-adc", True)):
+        cases.append(Case(f"ties-{name}", spec(weight=ENCODINGS[name], adc={"offset": offset}), ties=True))
+    # Partial sums beyond 16 bits.
+    large = {"encoding": "offset", "bits": 8, "cell_bits": 8}
+    cases.append(Case("large-psums", spec(activation={"bits": 8}, weight=large, adc={"bits": 8})))
     return cases
 
 
-def features(case: Case) -> frozenset[tuple[str, Any]]:
-    """What a case is like: every option of its specification, its kernel and its window."""
-    found: dict[str, Any] = {"kernel": case.kernel_shape, "window": (case.strides, case.padding, case.dilation)}
-    for group, options in case.spec.to_dict().items():
-        if isinstance(options, dict):
-            found |= {f"{group}.{name}": value for name, value in options.items()}
-        else:
-            found[group] = options
-    return frozenset(found.items())
+# The programs that run everywhere.
+PROGRAMS = ("reference", "joined")
 
 
-def pairwise(cases: list[Case]) -> list[Case]:
-    """A part of the table in which every pair of options occurs that occurs in the whole."""
-    pairs = {case.name: set(itertools.combinations(sorted(features(case), key=str), 2)) for case in cases}
-    missing, chosen = set().union(*pairs.values()), []
+def kinds(case: Case) -> dict[str, Any]:
+    """What of a case may meddle with what: its options, widths told apart only where codes are of another kind."""
+    s, adc = case.spec, case.spec.adc
+
+    def width(bits: float) -> float:
+        return min(bits, 2)
+
+    weight = s.weight
+    return {
+        "slices": (width(s.activation.bits), s.activation.signed, s.activation.slice_bits is not None),
+        "encoding": (weight.encoding, weight.subtract, weight.reference, weight.step_per_plane),
+        "width": width(weight.bits),
+        "weight": weight.granularity,
+        "ties": case.ties,
+        "tiling": (s.array.tiling, s.array.active_rows is not None),
+        "psum": adc and adc.granularity,
+        "adc": adc and (width(adc.bits), adc.offset, adc.range, adc.gradient_margin > 0, adc.step),
+    }
+
+
+def whole_options(case: Case) -> dict[str, Any]:
+    """Every group of options as it is, granularity apart."""
+    s = case.spec
+    return {
+        "activation": s.activation,
+        "weights": dataclasses.replace(s.weight, granularity="column"),
+        "adcs": s.adc and dataclasses.replace(s.adc, granularity="column"),
+        "kernel": case.kernel_shape,
+        "size": case.name.partition("-")[0] in ("macro", "large"),
+    }
+
+
+def quick(cases: list[Case]) -> list[tuple[Case, str]]:
+    """A part of the table, as cases with a program each.
+
+    The default program meets every group of options; both meet every kind and every window; and every pair of kinds
+    that the table has is met by one of them.
+    """
+    found: dict[tuple[Case, str], set[Any]] = {}
+    for case, program in itertools.product(cases, PROGRAMS):
+        of_case = sorted(kinds(case).items())
+        found[case, program] = {("pair", *pair) for pair in itertools.combinations(of_case, 2)}
+        window = ("window", case.strides, case.padding, case.dilation)
+        found[case, program] |= {(program, *kind) for kind in (*of_case, window)}
+        if program == "joined":
+            found[case, program] |= set(whole_options(case).items())
+    missing: set[Any] = set().union(*found.values())
+    chosen = []
     while missing:
-        best = max(cases, key=lambda case: len(pairs[case.name] & missing))
+        best = max(found, key=lambda run: len(found[run] & missing))
         chosen.append(best)
-        missing -= pairs[best.name]
-    return sorted(chosen, key=cases.index)
+        missing -= found[best]
+    return sorted(chosen, key=list(found).index)
 
 
 CASES = _cases()
-QUICK = pairwise(CASES)
+QUICK = quick(CASES)
 
 
 def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:
@@ -217,6 +263,9 @@ def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:
         weight=near(shapes.weight, 1.5 / w),
         psum=None,
     )
+    if case.ties:
+        steps = steps._replace(activation=power_of_two(steps.activation), weight=power_of_two(steps.weight))
+        x, kernel = (np.rint(2 * v / s.min()) * s.min() / 2 for v, s in ((x, steps.activation), (kernel, steps.weight)))
     if case.spec.adc is None:
         return x, kernel, steps
     # A typical psum: the root of the rows times typical codes; the ladder covers about twice that.
@@ -231,4 +280,13 @@ def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:
     reference_offset = None
     if shapes.reference_offset is not None and reference is not None:
         reference_offset = (reference * rng.uniform(-1, 2, reference.shape)).astype(np.float32)
+    if case.ties:
+        # Partial sums are integers.
+        psum, reference = power_of_two(psum), None if reference is None else power_of_two(reference)
+        offset, reference_offset = (None if z is None else np.rint(z) for z in (offset, reference_offset))
     return x, kernel, steps._replace(psum=psum, offset=offset, reference=reference, reference_offset=reference_offset)
+
+
+def power_of_two(step: np.ndarray) -> np.ndarray:
+    """The nearest power of two."""
+    return np.exp2(np.rint(np.log2(step))).astype(np.float32)

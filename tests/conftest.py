@@ -1,6 +1,6 @@
 """Settings of the whole suite: its two tiers, no time limits for properties, and compiled programs kept while it runs.
 
-`pytest` runs the quick tier, `pytest --full` everything.
+`pytest` runs the quick tier, `pytest --full` everything, `pytest --rest` what the quick tier leaves out.
 """
 
 from __future__ import annotations
@@ -14,31 +14,38 @@ import pytest
 
 from cimjax.training.cache import keep_compiled_programs
 
+# Set within a run of the suite, for runs of it that its tests start.
+_WITHIN = "CIMJAX_WITHIN_SUITE"
+
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also run what takes long")
+    parser.addoption("--full", action="store_true", help="run everything, also what takes long")
+    parser.addoption("--rest", action="store_true", help="run only what takes long, which is left out by default")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--full"):
         return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    takes_long = config.getoption("--rest")
+    left_out = [item for item in items if bool(item.get_closest_marker("full")) != takes_long]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if bool(item.get_closest_marker("full")) == takes_long]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """What takes long to compile is compiled once for all workers and all processes that tests start.
 
     In a folder of this run: no test sees programs of another version, and none are left with the user. And by LLVM's
-    first level, as the programs of cimjax are; `test_conv` holds it against the default level.
+    first level, as the programs of cimjax are; `test_programs` holds it against the default level.
     """
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-    if not hasattr(config, "workerinput"):
+    if not hasattr(config, "workerinput") and _WITHIN not in os.environ:
+        os.environ[_WITHIN] = "1"
         folder = tempfile.mkdtemp(prefix="cimjax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        # Workers and their processes inherit it.
+        # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.
         os.environ["XDG_CACHE_HOME"] = folder
     keep_compiled_programs()

@@ -24,7 +24,7 @@ def test_steps_are_timed_side_by_side(
         bench, "variants", lambda spec: {"full precision": bench.Variant(None), "psum column": bench.Variant(spec)}
     )
     saved = tmp_path / "bench.json"
-    small = ["--config.batch_size=4", "--config.model.width=4", "--config.spec.array.rows=128"]
+    small = ["--config.batch_size=4", "--config.model.width=4", "--config.rules=(('conv[12]',None),)"]
     command = ["bench", "--config", f"{CONFIG}:smoke", *small, "--runs", "2", "--save", str(saved)]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -52,6 +52,7 @@ def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> N
     assert [line.split("|")[4].strip() for line in lines[2:4]] == ["1.00", "1.00"]
 
 
+@pytest.mark.full
 def test_growth_is_shown_on_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("GROWING", (4, 8, 4, 1)), ("PLANES", (3,)), ("TILES", (8,)), ("ACTIVE_ROWS", (16,))):
         monkeypatch.setattr(bench, name, value)

@@ -31,6 +31,17 @@ FILES = {
 GRANULARITIES = ("layer", "array", "column")
 PAIRS = [f"weight={weight},psum={psum}" for weight, psum in itertools.product(GRANULARITIES, GRANULARITIES)]
 OTHERS = ["", "weight=none", *(f"weight={weight},psum=none" for weight in GRANULARITIES), "encoding=differential"]
+# Every pair on the smallest network, every kind of options on one of the others.
+QUICK = {
+    "digits": [*PAIRS, *OTHERS],
+    "resnet20_c10": ["weight=array,psum=layer"],
+    "resnet20_c100": ["", "encoding=differential"],
+    "resnet18_imagenet": ["weight=none", "weight=layer,psum=column"],
+}
+BUILT = [
+    pytest.param(name, options, marks=() if options in QUICK[name] else pytest.mark.full)
+    for name, options in itertools.product(FILES, [*PAIRS, *OTHERS])
+]
 
 
 def random_images(name: str, count: int, size: int | None = None) -> Dataset:
@@ -54,8 +65,7 @@ def test_every_file_is_in_the_table() -> None:
     assert {path.stem for path in CONFIGS.glob("*.py")} == set(FILES)
 
 
-@pytest.mark.parametrize("options", [*PAIRS, *OTHERS])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name,options", BUILT)
 def test_every_pairing_can_be_built(name: str, options: str) -> None:
     """Shapes of parameters, of every layer and of a training step, without computing anything."""
     shape, classes, parameters = FILES[name]
@@ -97,8 +107,8 @@ def test_every_pairing_can_be_built(name: str, options: str) -> None:
     "name,options,size",
     [
         ("resnet20_c10", "weight=array,psum=layer", 16),
-        ("resnet20_c100", "smoke", 32),
-        ("resnet18_imagenet", "smoke,weight=layer", 64),
+        pytest.param("resnet20_c100", "smoke", 32, marks=pytest.mark.full),
+        pytest.param("resnet18_imagenet", "smoke,weight=layer", 64, marks=pytest.mark.full),
     ],
 )
 def test_one_pairing_of_each_data_set_takes_real_steps(name: str, options: str, size: int) -> None:

@@ -70,7 +70,14 @@ def test_slices_add_up_to_the_code(signed: bool) -> None:
             assert row.min() >= s.d_min and row.max() <= s.d_max
 
 
-@pytest.mark.parametrize("spec", [s for s in weights() if s.cell_bits in (1, 2)], ids=short_name)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=pytest.mark.full if spec.bits > 5 else (), id=short_name(spec))
+        for spec in weights()
+        if spec.cell_bits in (1, 2)
+    ],
+)
 def test_the_gradient_through_the_digits_is_exact_for_a_linear_reader(spec: WeightSpec) -> None:
     """Whoever reads `sum_k f_k d_k` sees the gradient of the code itself, for every code."""
     codes = jnp.asarray(np.resize(all_codes(spec.code_range), 256))

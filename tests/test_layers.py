@@ -17,6 +17,7 @@ from cases import ENCODINGS
 import cimjax
 from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpec, Quantize, VariationSpec, WeightSpec
 from cimjax.core.lsq import Codes
+from cimjax.nn.calibrate import without_calibration
 
 SMALL = CIMSpec(
     activation=ActivationSpec(bits=4),
@@ -77,7 +78,7 @@ def test_parameters_are_named_and_shaped_as_documented() -> None:
     assert names == {"kernel", "activation_log_step", "weight_log_step"}
 
 
-@pytest.mark.parametrize("kind", [CIMConv, CIMDense])
+@pytest.mark.parametrize("kind", [CIMConv, pytest.param(CIMDense, marks=pytest.mark.full)])
 def test_init_calibrates_and_can_be_jitted(kind: Any) -> None:
     x = images()
     layer = CIMConv(8, (3, 3), spec=SMALL) if kind is CIMConv else CIMDense(8, spec=SMALL)
@@ -130,7 +131,10 @@ def test_a_network_is_calibrated_layer_by_layer_on_what_calibrated_layers_give()
     variables = net.init(jax.random.key(0), x, train=True)
     spoil = jax.tree_util.tree_map_with_path
     spoiled = spoil(lambda path, p: p + 1.0 if "step" in str(path) or "offset" in str(path) else p, variables)
-    calibrate = jax.jit(lambda variables: cimjax.calibrate(net, variables, x, train=True))
+
+    def calibrate(variables: Any) -> Any:
+        return cimjax.calibrate(net, variables, x, train=True)
+
     calibrated = calibrate(spoiled)
     chex.assert_trees_all_equal(calibrated["batch_stats"], variables["batch_stats"])
     chex.assert_trees_all_close(calibrated, dict(variables), rtol=1e-4, atol=1e-4)
@@ -183,13 +187,31 @@ def test_frozen_kinds_of_steps_get_no_gradient_and_power_of_two_steps_are_powers
     x = images()
     for step, moves in {"learned": True, "power_of_two": True, "calibrated": False}.items():
         layer = CIMConv(8, (3, 3), spec=dataclasses.replace(SMALL, adc=ADCSpec(offset=True, step=step)))
-        params = layer.init(jax.random.key(0), x)["params"]
+        with without_calibration():
+            params = layer.init(jax.random.key(0), x)["params"]
+        params["weight_log_step"] = params["weight_log_step"] - 2
         gradient = jax.grad(lambda p, layer=layer: jnp.sum(jnp.square(layer.apply({"params": p}, x))))(params)
         for name in ("psum_log_step", "psum_offset"):
             assert bool(jnp.any(gradient[name] != 0)) == moves, (step, name)
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e12, 1e30])
+def test_a_dense_layer_of_several_positions_learns_as_a_convolution_of_one_pixel() -> None:
+    """With the same factors of its steps' gradients: an image's positions are its own."""
+    x = nn.relu(jax.random.normal(jax.random.key(0), (2, 15, 6)))
+    dense, conv = CIMDense(8, spec=SMALL), CIMConv(8, (1, 1), spec=SMALL)
+    with without_calibration():
+        params = dense.init(jax.random.key(1), x)["params"]
+    params["weight_log_step"] = params["weight_log_step"] - 2
+
+    def gradient(layer: nn.Module, params: Any, x: jax.Array) -> Any:
+        return jax.grad(lambda params: jnp.sum(jnp.square(layer.apply({"params": params}, x))))(params)
+
+    got = gradient(dense, params, x)
+    want = gradient(conv, params | {"kernel": params["kernel"][None, None]}, x[:, :, None])
+    chex.assert_trees_all_close(got | {"kernel": got["kernel"][None, None]}, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1e3, pytest.param(1e12, marks=pytest.mark.full), 1e30])
 def test_steps_move_and_stay_positive_and_finite_at_absurd_learning_rates(rate: float) -> None:
     layer, x = CIMConv(8, (3, 3), spec=SMALL), images()
     params = layer.init(jax.random.key(0), x)["params"]

@@ -145,6 +145,16 @@ def test_both_ends_of_the_range_are_inside(codes: CodeRange) -> None:
         assert gradients(beyond * 0.5, 0.5, 0.0, codes) == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("codes", RANGES.values(), ids=RANGES)
+def test_a_margin_reaches_beyond_codes_but_not_of_a_sign(codes: CodeRange) -> None:
+    def code(x: jax.Array) -> jax.Array:
+        return lsq.quantize(x, 0.5, codes, half_up=True, margin=0.5)
+
+    beyond = (codes.q_max + 0.4, codes.q_max + 0.6, codes.q_min - 0.4, codes.q_min - 0.6)
+    slopes = [float(jax.grad(code)(0.5 * u)) for u in beyond]
+    assert slopes == ([0, 0, 0, 0] if codes.binary else [2, 0, 2, 0])
+
+
 @settings
 @hypothesis.given(reals(20), steps, reals(5), ranges)
 def test_fake_quantize_has_the_gradients_of_lsq(x: float, step: float, offset: float, codes: CodeRange) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, ENCODINGS, QUICK, Case, draw, spec
+from cases import CASES, ENCODINGS, PROGRAMS, QUICK, Case, draw, spec
 from compare import assert_equals_oracle, assert_near
 
 from cimjax.core import adc, conv, lsq
@@ -31,7 +31,7 @@ from cimjax.training.config_file import load_config
 from cimjax.training.experiment import build, on_device
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-REST = [case for case in CASES if case not in QUICK]
+REST = [(case, program) for case in CASES for program in PROGRAMS if (case, program) not in QUICK]
 CHEAP = (Operands.BFLOAT16, Operands.FLOAT16, Operands.INT8)
 # Products differ in a linear map only: every encoding's columns, every tiling, and windows of every kind.
 PRODUCT_CASES = [
@@ -43,46 +43,50 @@ PRODUCT_CASES = [
 ][::2]
 
 
-@pytest.mark.parametrize("program", ["reference", "joined"])
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+def name_of(value: Case | str) -> str:
+    return value.name if isinstance(value, Case) else value
+
+
+@pytest.mark.parametrize("case,program", QUICK, ids=name_of)
 def test_values_and_gradients_equal_the_oracle(case: Case, program: str) -> None:
     assert_equals_oracle(case, program=program)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("program", ["reference", "joined"])
-@pytest.mark.parametrize("case", REST, ids=lambda case: case.name)
+@pytest.mark.parametrize("case,program", REST, ids=name_of)
 def test_values_and_gradients_equal_the_oracle_on_the_whole_table(case: Case, program: str) -> None:
     assert_equals_oracle(case, program=program)
 
 
-@pytest.mark.parametrize("case", QUICK[::16], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[5::40], ids=name_of)
 def test_layers_as_loops_equal_the_oracle(case: Case) -> None:
     """Whose partial sums are computed again, read group after read group."""
     assert_equals_oracle(case, residuals="inputs")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", CASES[1::8], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[1::8], ids=name_of)
 def test_more_layers_as_loops_equal_the_oracle(case: Case) -> None:
     assert_equals_oracle(case, residuals="inputs")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", CASES[5::32], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[5::32], ids=name_of)
 def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
     """Interpreted, as no GPU is needed for that."""
     if case.spec.adc is not None:
         assert_equals_oracle(case, program="pallas")
 
 
-@pytest.mark.parametrize("name", ["slices-sliced-offset-adc", "window-stride-2-twos"])
+@pytest.mark.parametrize(
+    "name", ["slices-sliced-offset-adc", pytest.param("window-stride-2-twos", marks=pytest.mark.full)]
+)
 def test_the_fused_kernel_equals_the_oracle_on_a_row_or_two(name: str) -> None:
     assert_equals_oracle(next(case for case in CASES if case.name == name), program="pallas")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", CASES[::20], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::20], ids=name_of)
 def test_programs_of_the_compilers_default_level_equal_the_oracle(case: Case) -> None:
     """By which programs of one's own are compiled; the suite is by the first, as the programs of cimjax are."""
     assert_equals_oracle(case, options={"xla_backend_optimization_level": "3"})
@@ -120,7 +124,7 @@ def multiplied(layer: Layer, inputs: Any, columns: Any) -> Any:
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
-@pytest.mark.parametrize("case", PRODUCT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PRODUCT_CASES, ids=name_of)
 def test_products_are_sums_over_rows_and_their_transposes(case: Case, product: Product) -> None:
     """Integers all, and so equal to the last bit, to what NumPy adds up place by place."""
     layer, inputs, columns = product_problem(case, product)
@@ -363,9 +367,17 @@ def test_the_gradient_to_a_step_is_small_and_right_where_nothing_is_clipped(bits
     np.testing.assert_allclose(to.output_scale, np.sum(gradient * read, axis=(0, 1)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("execution", [{}, {"residuals": "inputs"}, {"program": "reference"}], ids=str)
 @pytest.mark.parametrize(
-    "x_shape,padding", [((0, 6, 5, 7), "SAME"), ((2, 2, 2, 7), "VALID")], ids=["batch", "positions"]
+    "execution,x_shape,padding",
+    [
+        ({}, (0, 6, 5, 7), "SAME"),
+        ({"residuals": "inputs"}, (2, 2, 2, 7), "VALID"),
+        pytest.param({"program": "reference"}, (0, 6, 5, 7), "SAME", marks=pytest.mark.full),
+        pytest.param({"program": "reference"}, (2, 2, 2, 7), "VALID", marks=pytest.mark.full),
+        pytest.param({"residuals": "inputs"}, (0, 6, 5, 7), "SAME", marks=pytest.mark.full),
+        pytest.param({}, (2, 2, 2, 7), "VALID", marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_layers_without_images_or_outputs_have_gradients_of_zero(
     execution: dict[str, str], x_shape: tuple[int, ...], padding: str

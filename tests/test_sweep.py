@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cimjax.analysis.sweep import parse_axes, show, sweep, table
+from cimjax.cli import main
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 
@@ -23,6 +27,18 @@ def test_axes_are_options_or_fields_and_commas_in_brackets_stay() -> None:
             parse_axes(wrong)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a sweep are commands to this process, which has imported and compiled what they need."""
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "cimjax"]
+        return subprocess.CompletedProcess(command, main(command[3:]), "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_sweep_trains_what_is_missing_and_gathers_over_seeds(tmp_path: Path) -> None:
     axes = parse_axes(["seed=0,1", "config.optimizer.learning_rate=0.1,0.0"])
     fields = ["--config.epochs=0.5", "--config.model.width=4"]

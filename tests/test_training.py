@@ -24,6 +24,8 @@ import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
+from cimjax.training import loop, step
+from cimjax.training.checkpoint import Checkpoints
 from cimjax.training.config_file import Override, load_config
 from cimjax.training.diagnosis import explain_failure
 from cimjax.training.display import Display
@@ -38,10 +40,14 @@ ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")
 
 
+# Through arrays goes the layer of several row tiles alone, which is compiled soonest.
+RULES = (("conv[12]", None),)
+
+
 def config(options: str = "smoke", **fields: Any) -> Any:
     chosen = load_config(f"{CONFIG}:{options}" if options else CONFIG, [])
     with chosen.unlocked():
-        chosen.model.width = 4
+        chosen.model.width, chosen.rules = 4, RULES
         for name, value in fields.items():
             if isinstance(value, dict):
                 chosen[name].update(value)
@@ -65,7 +71,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def test_a_run_learns_and_leaves_its_records(trained: tuple[Path, Any]) -> None:
-    folder, result = trained
+    require_records(*trained, layers={"conv3"})
+
+
+@pytest.mark.full
+def test_all_layers_learn_through_arrays(tmp_path: Path) -> None:
+    result = cimjax.train(config(epochs=4.0, rules=()), workdir=tmp_path, display=quiet())
+    require_records(tmp_path, result, layers={"conv1", "conv2", "conv3"})
+
+
+def require_records(folder: Path, result: Any, layers: set[str]) -> None:
     records = read_records(folder)
     tests = [record for record in records if record["split"] == "test"]
     trains = [record for record in records if record["split"] == "train"]
@@ -75,7 +90,7 @@ def test_a_run_learns_and_leaves_its_records(trained: tuple[Path, Any]) -> None:
     assert {"psum_moved", "weight_moved", "activation_moved", "psum_gradient_ratio"} <= set(trains[-1])
     assert all(value > 0 for value in result.moved.values())
     health = [record for record in records if record["split"] == "health"]
-    assert {record["layer"] for record in health} == {"conv1", "conv2", "conv3"}
+    assert {record["layer"] for record in health} == layers
     assert all(0 <= record["saturated"] <= 1 and 1 <= record["codes_used"] <= 8 for record in health)
     saved = json.loads((folder / "config.json").read_text())
     assert cimjax.CIMSpec.from_dict(saved["spec"]).adc.bits == 3
@@ -112,32 +127,66 @@ def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any]
         cimjax.train(config(epochs=4.0, batch_size=32), workdir=folder, display=quiet())
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    """A run of all stages: ideal ADCs for two epochs, then ADCs set from data, and once more after the fourth."""
+def start(folder: Path, *fields: str) -> subprocess.Popen[str]:
     command = [sys.executable, "train.py", "--config", "configs/digits.py:smoke", "--workdir", str(folder)]
-    command += ["--config.epochs=6.0", "--config.ideal_share=0.4", "--config.recalibrate_epochs=(4,)"]
-    command += ["--config.model.width=4"]
+    command += ["--config.model.width=4", *fields]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_epoch(folder: Path, epoch: int, process: subprocess.Popen[str]) -> None:
+    """Until that epoch is on the disk."""
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and any(
-            record.get("epoch") == epoch and record["split"] == "test" for record in read_records(folder)
-        ):
+        if (Checkpoints(folder).latest_step() or 0) >= 22 * epoch:
             return
-        time.sleep(0.05)
+        time.sleep(0.02)
     raise AssertionError(f"epoch {epoch} was not seen: {process.communicate()}")
 
 
+def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    process = start(tmp_path, "--config.epochs=4.0", f"--config.rules={RULES}")
+    wait_for_epoch(tmp_path, 1, process)
+    process.kill()
+    process.communicate()
+    assert 22 <= (Checkpoints(tmp_path).latest_step() or 0) < 88
+    result = cimjax.train(config(epochs=4.0), workdir=tmp_path, display=quiet())
+    assert without_times(read_records(tmp_path)) == without_times(read_records(trained[0]))
+    assert dataclasses.replace(result, workdir=trained[0]) == trained[1]
+
+
+class Stopping(Display):
+    """Asks for an end, as Ctrl-C does, at the first look at the metrics after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(stream=open(os.devnull, "w"))
+        self.after = after
+
+    def progress(self, step: int, *args: Any) -> None:
+        super().progress(step, *args)
+        if step >= self.after:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not(
+    trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 31 of 88; saved: the same command with --workdir"):
+        cimjax.train(config(epochs=4.0), workdir=tmp_path, display=Stopping(after=30))
+    cimjax.train(config(epochs=4.0), workdir=tmp_path, display=quiet())
+    assert without_times(read_records(tmp_path)) == without_times(read_records(trained[0]))
+
+
+@pytest.mark.full
 def test_a_run_killed_or_stopped_at_any_time_ends_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
+    """All stages: ideal ADCs for two epochs, then ADCs set from data, and once more after the fourth."""
+    stages = ("--config.epochs=6.0", "--config.ideal_share=0.4", "--config.recalibrate_epochs=(4,)")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output, error = start(whole).communicate()
+    output, error = start(whole, *stages).communicate()
     assert "test accuracy" in output and not error, error
     for end, epoch in ((signal.SIGKILL, 1), (signal.SIGINT, 2), (signal.SIGTERM, 4)):
-        process = start(cut)
+        process = start(cut, *stages)
         wait_for_epoch(cut, epoch, process)
         process.send_signal(end)
         output, error = process.communicate()
@@ -147,7 +196,7 @@ def test_a_run_killed_or_stopped_at_any_time_ends_with_the_numbers_of_one_that_w
         assert "Traceback" not in error
         assert f"saved: the same command with --workdir {cut} goes on" in error
         assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 1}[end]
-    output, error = start(cut).communicate()
+    output, error = start(cut, *stages).communicate()
     assert "resumed after step" in output and not error, error
     assert without_times(read_records(cut)) == without_times(read_records(whole))
 
@@ -160,38 +209,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_layer(tmp_path: P
 
 PARALLEL = """
 import os, sys
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+sys.path.insert(0, sys.argv[1])
 import json, jax, cimjax
-from cimjax.training.config_file import load_config
-from cimjax.training.display import Display
-config = load_config(sys.argv[2] + ":smoke", [])
-with config.unlocked():
-    config.model.width, config.epochs = 4, 0.45
-    config.augment.shift = 1
-    # One array layer is enough, and compiled soon.
-    config.rules = (("conv[23]", None),)
-assert len(jax.devices()) == int(sys.argv[1])
-result = cimjax.train(config, workdir=sys.argv[3], display=Display(stream=open(os.devnull, "w")))
+from test_training import few_steps, quiet
+assert len(jax.devices()) == 4
+result = cimjax.train(few_steps(), workdir=sys.argv[2], display=quiet())
 print(json.dumps([result.accuracy, result.loss]))
 """
 
 
+def few_steps() -> Any:
+    # An array layer of one row tile is compiled soonest for several devices.
+    return config(epochs=0.45, augment={"shift": 1}, rules=(("conv[23]", None),))
+
+
 def test_several_devices_give_the_result_of_one(tmp_path: Path) -> None:
     """To rounding, over ten steps; later a code that lies at a tie may round differently, and runs part from there."""
-    results, records = {}, {}
-    for count in (1, 4):
-        folder = tmp_path / str(count)
-        done = subprocess.run(
-            [sys.executable, "-c", PARALLEL, str(count), CONFIG, str(folder)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        results[count] = json.loads(done.stdout)
-        records[count] = [record for record in read_records(folder) if record["split"] == "train"][-1]
-    assert records[4]["step"] == records[1]["step"] == 10
-    assert records[4]["accuracy"] == records[1]["accuracy"]
+    four = subprocess.Popen(
+        [sys.executable, "-c", PARALLEL, str(Path(__file__).parent), str(tmp_path / "four")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    one = cimjax.train(few_steps(), workdir=tmp_path / "one", display=quiet())
+    output, error = four.communicate()
+    assert four.returncode == 0, error
+    records = {
+        name: next(record for record in read_records(tmp_path / name) if record["split"] == "train")
+        for name in ("one", "four")
+    }
+    assert records["four"]["step"] == records["one"]["step"] == 10
+    assert records["four"]["accuracy"] == records["one"]["accuracy"]
     # Of the epoch, and of the test images with what was learned.
-    assert records[4]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
-    assert results[4] == pytest.approx(results[1], rel=1e-5)
+    assert records["four"]["loss"] == pytest.approx(records["one"]["loss"], rel=1e-5)
+    assert json.loads(output) == pytest.approx([one.accuracy, one.loss], rel=1e-5)
 
 
 class OwnNet(nn.Module):
@@ -240,21 +292,40 @@ def test_the_chip_of_a_run_is_the_same_wherever_it_is_looked_at() -> None:
     varied = [Override("spec.variation", "{'sigma': 0.8, 'on': 'cells'}")]
     chosen = load_config(f"{CONFIG}:smoke,seed=3", varied)
     with chosen.unlocked():
-        chosen.model.width, chosen.rules = 4, (("conv[23]", None),)
+        chosen.model.width, chosen.rules = 4, RULES
     experiment = build(chosen)
     state, images = experiment.first_state(), experiment.calibration_images()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
     def on(chip: jax.Array) -> dict[str, float]:
         found = experiment.model.apply(variables, images, mutable=[ADC_STATISTICS], rngs={"variation": chip})[1]
-        return health_by_layer(found[ADC_STATISTICS])["conv1"]
+        return health_by_layer(found[ADC_STATISTICS])["conv3"]
 
-    measured = health(experiment, state)["conv1"]
+    measured = health(experiment, state)["conv3"]
     assert measured == pytest.approx(on(chip_key(3)), rel=1e-3)
     assert measured["saturated"] != pytest.approx(on(jax.random.key(0))["saturated"], rel=1e-3)
     # The state's seed counts, which every step and every evaluation take.
-    other = health(experiment, state.replace(seed=jnp.int32(4)))["conv1"]
+    other = health(experiment, state.replace(seed=jnp.int32(4)))["conv3"]
     assert other == pytest.approx(on(chip_key(4)), rel=1e-3)
+
+
+def test_evaluation_is_on_the_chip_of_the_run() -> None:
+    class Chip(nn.Module):
+        """Its answer to all images follows from its chip."""
+
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            return nn.Dense(10)(x.reshape(len(x), -1)) * 0 + jax.random.normal(self.make_rng("variation"), (10,))
+
+    experiment = build(config("smoke,weight=none", seed=3), model=Chip())
+    answer = Chip().apply(
+        {"params": experiment.first_state().params}, jnp.zeros((1, 8, 8, 1)), rngs={"variation": chip_key(3)}
+    )
+    found = Evaluator(experiment, experiment.dataset.test)(experiment.first_state())
+    assert found["accuracy"] == np.mean(experiment.dataset.test.labels == np.argmax(answer))
+    assert found["loss"] == pytest.approx(
+        -np.mean(jax.nn.log_softmax(answer[0])[experiment.dataset.test.labels]), rel=1e-5
+    )
 
 
 class OnOneChip(nn.Module):
@@ -288,7 +359,6 @@ def test_a_failure_is_explained_on_the_chip_and_with_the_keys_of_the_step_that_f
 def test_a_fixed_adc_trains_from_the_command_lines_options_and_says_what_is_true(tmp_path: Path) -> None:
     chosen = config("smoke,adc_step=fixed,full_scale=16,tiling=packed,active_rows=16", ideal_share=0.5, epochs=4.0)
     with chosen.unlocked():
-        chosen.rules = (("conv[23]", None),)
         # Nothing that the optimizer moves may look as if it should have moved more.
         chosen.optimizer.step_factor = 0.0
     with (tmp_path / "output").open("w") as stream:
@@ -296,7 +366,7 @@ def test_a_fixed_adc_trains_from_the_command_lines_options_and_says_what_is_true
     output = (tmp_path / "output").read_text()
     assert "ADCs on, their steps fixed; until here they were ideal." in output
     assert (
-        "conv1: a conversion drives 9 of the 16 rows that it may, because tiling=packed keeps kernels whole" in output
+        "conv3: a conversion drives 9 of the 16 rows that it may, because tiling=packed keeps kernels whole" in output
     )
     assert {kind for kind in ("psum", "offset") if f"{kind} steps moved" in output} == set()
     assert "activation steps moved by 0.0e+00 only" in output and "optimizer.step_factor" in output
@@ -365,6 +435,27 @@ def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
         shifts.add(found[0])
     assert len(shifts) > 15
     chex.assert_trees_all_equal(augment(jnp.asarray(pixels), keys, 0, False), pixels)
+
+
+def test_every_step_takes_the_next_images_and_augments_them_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = build(config("smoke,weight=none", batch_size=4, augment={"shift": 1}))
+    state, data = experiment.first_state(), on_device(experiment.dataset.train)
+    order = jnp.arange(len(data.labels))
+    monkeypatch.setattr(step, "augment", lambda pixels, keys, *_: (pixels, jax.random.key_data(keys)))
+    monkeypatch.setattr(step.Stepper, "_update", lambda _, state, pixels_and_keys, labels: pixels_and_keys)
+    # Two steps, the second once more, and the same place an epoch later.
+    pixels, keys = zip(
+        *(
+            experiment.stepper.train(state.replace(step=jnp.int32(number)), data, order)
+            for number in (0, 1, 1, 1 + len(data.labels) // 4)
+        ),
+        strict=True,
+    )
+    images = experiment.dataset.train.images
+    for got, first in zip(pixels, (0, 4, 4, 4), strict=True):
+        np.testing.assert_array_equal(got, images[first : first + 4])
+    assert keys[1].tolist() == keys[2].tolist()
+    assert len({tuple(key) for of_step in keys for key in of_step.tolist()}) == 3 * 4
 
 
 @pytest.mark.parametrize(

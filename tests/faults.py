@@ -1,0 +1,696 @@
+"""Faults that the quick tier has to catch: each a text of one file, what is put in its place, and who must notice.
+
+`old` occurs once in `file`, a path in the package. `tests` are tests of the quick tier, below `tests/`, the likeliest
+first. Held by `test_mutations.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cases import QUICK
+
+
+class Fault(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def oracle(*names: str) -> tuple[str, ...]:
+    """Runs of the contract table, CASE or CASE-PROGRAM, that are in its quick part."""
+    runs = [f"{case.name}-{program}" for case, program in QUICK]
+    found = [next((run for run in runs if name in (run, run.rpartition("-")[0])), None) for name in names]
+    missing = [name for name, run in zip(names, found, strict=True) if run is None]
+    if missing:
+        raise ValueError(f"the quick part of the contract table has no {missing}; choose among {runs}.")
+    return tuple(f"test_programs.py::test_values_and_gradients_equal_the_oracle[{run}]" for run in found)
+
+
+QUANTIZER = [
+    Fault(
+        "ties up become ties to even",
+        "core/lsq.py",
+        "codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)",
+        "codes = jnp.rint(inside)",
+        ("test_lsq.py::test_ties",),
+    ),
+    Fault(
+        "ties to even become ties up",
+        "core/lsq.py",
+        "codes = jnp.floor(inside + 0.5) if half_up else jnp.rint(inside)",
+        "codes = jnp.floor(inside + 0.5)",
+        ("test_lsq.py::test_ties",),
+    ),
+    Fault(
+        "activations round ties up",
+        "core/lsq.py",
+        "return Codes(quantize(x, step, spec.code_range), step, spec)",
+        "return Codes(quantize(x, step, spec.code_range, half_up=True), step, spec)",
+        oracle("ties-twos"),
+    ),
+    Fault(
+        "weights round ties up",
+        "core/cells.py",
+        "lsq.quantize(tiled, step, spec.weight.code_range)",
+        "lsq.quantize(tiled, step, spec.weight.code_range, half_up=True)",
+        oracle("ties-twos"),
+    ),
+    Fault(
+        "ADCs of the definition round ties to even",
+        "core/adc.py",
+        "return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=True, margin=margin)",
+        "return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=False, margin=margin)",
+        oracle("ties-twos-reference"),
+    ),
+    Fault(
+        "ADCs of dummy columns round ties to even",
+        "core/adc.py",
+        "steps.reference_offset, half_up=True, margin=margin)",
+        "steps.reference_offset, half_up=False, margin=margin)",
+        oracle("ties-offset-adc"),
+    ),
+    Fault(
+        "the highest code is never given",
+        "core/lsq.py",
+        "inside = jnp.clip(u, bounds.q_min, bounds.q_max)",
+        "inside = jnp.clip(u, bounds.q_min, bounds.q_max - 1)",
+        ("test_lsq.py::test_a_ramp_reaches_exactly_the_codes_of_the_range",),
+    ),
+    Fault(
+        "the sign of 0 is -1",
+        "core/lsq.py",
+        "jnp.where(distance >= 0, 1.0,",
+        "jnp.where(distance > 0, 1.0,",
+        ("test_lsq.py::test_the_sign_quantizer_gives_plus_one_at_zero_and_minus_one_just_below",),
+    ),
+    Fault(
+        "the ends of a range count as outside",
+        "core/lsq.py",
+        "jnp.logical_and(bounds.low <= u, u <= bounds.high)",
+        "jnp.logical_and(bounds.low < u, u < bounds.high)",
+        ("test_lsq.py::test_both_ends_of_the_range_are_inside",),
+    ),
+    Fault(
+        "the step's gradient has the other sign",
+        "core/lsq.py",
+        "sum_to_shape(-rest * to_x, step.shape)",
+        "sum_to_shape(rest * to_x, step.shape)",
+        ("test_lsq.py::test_gradients_are_those_of_the_definition",),
+    ),
+    Fault(
+        "the offset gets no gradient",
+        "core/lsq.py",
+        "else sum_to_shape(-to_x, offset.shape)",
+        "else sum_to_shape(0 * to_x, offset.shape)",
+        ("test_lsq.py::test_gradients_are_those_of_the_definition",),
+    ),
+    Fault(
+        "gradient_margin is ignored",
+        "core/lsq.py",
+        "np.where(sign, np.float32(0), np.float32(margin))",
+        "np.float32(0) * np.where(sign, np.float32(0), np.float32(margin))",
+        oracle("adc-3-margin"),
+    ),
+    Fault(
+        "gradients of 1-bit ADCs reach beyond their codes",
+        "core/lsq.py",
+        "np.where(sign, np.float32(0), np.float32(margin))",
+        "np.float32(margin) + 0 * sign",
+        ("test_lsq.py::test_a_margin_reaches_beyond_codes_but_not_of_a_sign",),
+    ),
+    Fault(
+        "scale_gradient scales nothing",
+        "core/lsq.py",
+        "(tangents[0] * factor).astype(tangents[0].dtype)",
+        "tangents[0]",
+        ("test_lsq.py::test_scale_gradient_scales_only_the_gradient",),
+    ),
+    Fault(
+        "a step at its limit is stuck",
+        "core/lsq.py",
+        "return step, step * tangents[0]",
+        "return step, jnp.where(jnp.abs(primals[0]) < LOG_STEP_LIMIT, step * tangents[0], 0.0)",
+        ("test_lsq.py::test_a_stored_step_is_positive_and_its_gradient_passes_the_clip",),
+    ),
+    Fault(
+        "powers of two stop gradients",
+        "core/lsq.py",
+        "tangents[0] * (rounded / primals[0])",
+        "jnp.zeros_like(tangents[0])",
+        ("test_lsq.py::test_powers_of_two_pass_the_gradient_of_the_logarithm",),
+    ),
+]
+
+ENCODING = [
+    Fault(
+        "an ADC of 1.5 bits has four codes",
+        "spec/codes.py",
+        "CodeRange(0, 2, 3)",
+        "CodeRange(0, 3, 4)",
+        ("test_spec.py::test_code_ranges_are_those_of_the_table",),
+    ),
+    Fault(
+        "the top plane counts with the wrong sign",
+        "spec/codes.py",
+        "Plane(-top.significance, 0, 1)",
+        "Plane(top.significance, 0, 1)",
+        ("test_spec.py::test_planes_of_the_papers_code_and_of_slices",),
+    ),
+    Fault(
+        "the last plane is dropped",
+        "core/encoding.py",
+        "    return jnp.stack(digits)\n",
+        "    return jnp.stack([*digits[:-1], 0 * digits[-1]])\n",
+        ("test_encoding.py::test_encode_and_decode_are_inverse_for_every_code",),
+    ),
+    Fault(
+        "offset codes are shifted the wrong way",
+        "core/encoding.py",
+        "_digit(q - spec.constant, plane)",
+        "_digit(q + spec.constant, plane)",
+        ("test_encoding.py::test_encode_and_decode_are_inverse_for_every_code",),
+    ),
+    Fault(
+        "a differential code hears both signs' planes",
+        "core/encoding.py",
+        "(sign * f > 0) / (half * f)",
+        "1 / (half * f)",
+        ("test_encoding.py::test_a_differential_code_hears_only_the_planes_of_its_sign",),
+    ),
+    Fault(
+        "plus and minus planes are exchanged for gradients",
+        "core/encoding.py",
+        "jnp.where(codes > 0, plus, jnp.where(codes < 0, minus,",
+        "jnp.where(codes < 0, plus, jnp.where(codes > 0, minus,",
+        oracle("encoding-diff-digital-joined"),
+    ),
+    Fault(
+        "planes' gradients are added instead of averaged",
+        "core/encoding.py",
+        "tuple(1 / (len(significance) * f) for f in significance)",
+        "tuple(1 / f for f in significance)",
+        oracle("encoding-twos-narrow-top-joined"),
+    ),
+    Fault(
+        "slices' gradients are added instead of averaged",
+        "core/encoding.py",
+        "(sum(parts) / len(planes),)",
+        "(sum(parts),)",
+        oracle("slices-sliced-uneven-twos-wide-top"),
+    ),
+    Fault(
+        "gradients of planes with steps of their own are added",
+        "core/encoding.py",
+        "(jnp.stack(parts) / len(planes),)",
+        "(jnp.stack(parts),)",
+        oracle("encoding-twos-planes"),
+    ),
+]
+
+ARRAYS = [
+    Fault(
+        "rows that store nothing hold the digits of code 0",
+        "core/cells.py",
+        "jnp.where(tiling.stored[..., None], encoding.encode(codes, spec.weight), 0)",
+        "encoding.encode(codes, spec.weight)",
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
+    ),
+    Fault(
+        "places that store nothing have a code",
+        "core/cells.py",
+        "jnp.where(tiling.stored[..., None], lsq.quantize(tiled, step, spec.weight.code_range), 0)",
+        "lsq.quantize(tiled, step, spec.weight.code_range)",
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
+    ),
+    Fault(
+        "read groups ignore active_rows",
+        "core/tiling.py",
+        "_cut(array, spec.array.rows_per_read, area, spec.array)",
+        "_cut(array, spec.array.rows, area, spec.array)",
+        ("test_tiling.py::test_packed_fills_arrays_and_balanced_spreads_channels",),
+    ),
+    Fault(
+        "larger tiles come last",
+        "core/tiling.py",
+        "(index < channels % tiles)",
+        "(index >= tiles - channels % tiles)",
+        ("test_tiling.py::test_packed_fills_arrays_and_balanced_spreads_channels",),
+    ),
+    Fault(
+        "the last tile of channels is one short",
+        "core/tiling.py",
+        "bounds = [area * c for c in (*range(0, channels, fit), channels)]",
+        "bounds = [area * c for c in (*range(0, channels, fit), max(channels - 1, 1))]",
+        ("test_tiling.py::test_packed_fills_arrays_and_balanced_spreads_channels",),
+    ),
+    Fault(
+        "the last tile is driven by the first channels",
+        "core/tiling.py",
+        "    index = tiling.channels.reshape(-1)\n",
+        "    index = np.vstack([tiling.channels[:-1], np.arange(tiling.channels.shape[1])]).reshape(-1)\n",
+        ("test_tiling.py::test_every_weight_is_stored_once_in_an_array_that_holds_it",),
+    ),
+    Fault(
+        "a dummy column drives its undriven rows",
+        "core/cells.py",
+        "reference = jnp.asarray(tiling.stored, jnp.float32)",
+        "reference = jnp.ones(tiling.stored.shape, jnp.float32)",
+        ("test_properties.py::test_places_that_store_nothing_have_neither_code_nor_digit",),
+    ),
+    Fault(
+        "an array's weight step and a column's are exchanged",
+        "core/step_sizes.py",
+        "        Granularity.ARRAY: (tiling.arrays, tiling.column_tiles),\n        Granularity.COLUMN: (tiling.arrays, tiling.features),",
+        "        Granularity.COLUMN: (tiling.arrays, tiling.column_tiles),\n        Granularity.ARRAY: (tiling.arrays, tiling.features),",
+        ("test_layers.py::test_parameters_are_named_and_shaped_as_documented",),
+    ),
+    Fault(
+        "an array's psum step and a column's are exchanged",
+        "core/step_sizes.py",
+        "        Granularity.ARRAY: (tiling.groups, 1, tiling.column_tiles),\n        Granularity.COLUMN: (tiling.groups, planes, tiling.features),",
+        "        Granularity.COLUMN: (tiling.groups, 1, tiling.column_tiles),\n        Granularity.ARRAY: (tiling.groups, planes, tiling.features),",
+        ("test_layers.py::test_parameters_are_named_and_shaped_as_documented",),
+    ),
+    Fault(
+        "read groups take the weight steps of other arrays",
+        "core/step_sizes.py",
+        "jnp.take(per_plane, tiling.array_of_group, axis=0)",
+        "jnp.take(per_plane, tiling.array_of_group[::-1], axis=0)",
+        oracle("tiling-packed-read-twos"),
+    ),
+    Fault(
+        "outputs take the steps of other column tiles",
+        "core/step_sizes.py",
+        "jnp.take(step, tiling.column_tile_of_output, axis=-1)",
+        "jnp.take(step, tiling.column_tile_of_output[::-1], axis=-1)",
+        oracle("pair-array-layer"),
+    ),
+]
+
+CONVERSION = [
+    Fault(
+        "dummy columns have no ADC",
+        "core/adc.py",
+        "if spec.adc is None or spec.weight.reference != Reference.ADC:",
+        "if True:",
+        oracle("encoding-offset-adc-1"),
+    ),
+    Fault(
+        "the definition forgets an offset's constant",
+        "core/readout.py",
+        "if read.reference is None:",
+        "if True:",
+        oracle("encoding-offset-ideal-reference"),
+    ),
+    Fault(
+        "an offset's constant has the other sign",
+        "core/readout.py",
+        "* spec.weight.constant",
+        "* -spec.weight.constant",
+        oracle("encoding-offset"),
+    ),
+    Fault(
+        "slices all count the same",
+        "core/readout.py",
+        "[part.significance for part in spec.activation.slices]",
+        "[1 for part in spec.activation.slices]",
+        oracle("slices-sliced-uneven-twos-wide-top"),
+    ),
+    Fault(
+        "an offset's constant takes the lowest plane's step",
+        "core/readout.py",
+        "expand_weight(steps.weight, tiling)[:, -1]",
+        "expand_weight(steps.weight, tiling)[:, 0]",
+        oracle("encoding-offset-planes"),
+    ),
+    Fault(
+        "what is half a step beyond the ladder counts as saturated nowhere",
+        "core/adc.py",
+        "(u > code_range.q_max + margin)",
+        "(u > code_range.q_max + margin + 1e9)",
+        ("test_adc.py",),
+    ),
+    Fault(
+        "codes used are those of any column",
+        "core/adc.py",
+        "axis=(0, 1)), jnp.asarray(values))",
+        "axis=(0, 1, 2, 3, 4), keepdims=True)[0, 0], jnp.asarray(values))",
+        ("test_adc.py",),
+    ),
+]
+
+STEPS = [
+    Fault(
+        "weight steps' gradients have no factor",
+        "core/step_sizes.py",
+        "lsq.step_from_log(lsq.scale_gradient(stored.weight, factors.weight))",
+        "lsq.step_from_log(stored.weight)",
+        ("test_step_sizes.py::test_every_stored_step_gets_its_gradient_times_its_factor_once",),
+    ),
+    Fault(
+        "activation and psum steps' gradients have their factor twice",
+        "core/step_sizes.py",
+        "lsq.step_from_log(lsq.scale_gradient(jnp.asarray(log_step, jnp.float32), factor))",
+        "lsq.step_from_log(lsq.scale_gradient(jnp.asarray(log_step, jnp.float32), factor * factor))",
+        ("test_step_sizes.py::test_every_stored_step_gets_its_gradient_times_its_factor_once",),
+    ),
+    Fault(
+        "offsets' gradients have no factor",
+        "core/step_sizes.py",
+        "lsq.offset_in_limits(lsq.scale_gradient(zeta, factor))",
+        "lsq.offset_in_limits(zeta)",
+        ("test_step_sizes.py::test_every_stored_step_gets_its_gradient_times_its_factor_once",),
+    ),
+    Fault(
+        "gradient factors forget the slices",
+        "core/step_sizes.py",
+        "_columns_sharing(tiling, spec) * slices * output_size",
+        "_columns_sharing(tiling, spec) * output_size",
+        ("test_calibration.py::test_gradient_factors_count_what_shares_a_step",),
+    ),
+    Fault(
+        "a ladder widens from its lowest code",
+        "core/step_sizes.py",
+        "offset = middle - step * middle_code(spec)",
+        "offset = middle - jax.lax.stop_gradient(step) * middle_code(spec)",
+        ("test_calibration.py::test_gradients_of_a_ladder_beyond_its_ends_are_the_derivatives_of_its_values",),
+    ),
+    Fault(
+        "calibrated steps are trained",
+        "core/step_sizes.py",
+        "return jax.lax.stop_gradient(step) if kind == StepKind.CALIBRATED else step",
+        "return step",
+        ("test_step_sizes.py::test_every_stored_step_gets_its_gradient_times_its_factor_once",),
+    ),
+    Fault(
+        "calibrated offsets are trained",
+        "core/step_sizes.py",
+        "return (step, offset) if adc.trainable else jax.lax.stop_gradient((step, offset))",
+        "return step, offset",
+        ("test_step_sizes.py::test_every_stored_step_gets_its_gradient_times_its_factor_once",),
+    ),
+    Fault(
+        "a fixed step is one code too small",
+        "core/step_sizes.py",
+        "spec.adc.full_scale / (spec.adc_ranges[0][0].size - 1)",
+        "spec.adc.full_scale / spec.adc_ranges[0][0].size",
+        ("test_calibration.py::test_power_of_two_and_fixed_steps_are_kept_to_while_searching",),
+    ),
+    Fault(
+        "powers of two are not kept to",
+        "core/step_sizes.py",
+        "if kind == StepKind.POWER_OF_TWO:",
+        "if kind is None:",
+        ("test_step_sizes.py::test_steps_of_powers_of_two_are_such_however_they_are_stored",),
+    ),
+]
+
+VARIATION = [
+    Fault(
+        "varied digits are quantized again",
+        "core/cells.py",
+        "digits = variation.vary(digits, key, tiling, spec.variation)",
+        "digits = jnp.rint(variation.vary(digits, key, tiling, spec.variation))",
+        ("test_variation.py::test_factors_are_log_normal_with_median_one",),
+    ),
+    Fault(
+        "varied sums are rounded",
+        "core/array_mac.py",
+        "return sums if spec.variation is not None else _rounded(sums)",
+        "return _rounded(sums)",
+        ("test_variation.py::test_a_weights_factor_does_not_depend_on_the_tiling",),
+    ),
+    Fault(
+        "zero digits vary",
+        "core/variation.py",
+        "return digits * jnp.exp(spec.sigma * theta)",
+        "return digits + jnp.exp(spec.sigma * theta) - 1",
+        ("test_variation.py::test_zero_digits_stay_zero_and_weights_share_their_factor",),
+    ),
+    Fault(
+        "the cells of a weight share their factor",
+        "core/variation.py",
+        "theta = jax.random.normal(key, digits.shape, jnp.float32)",
+        "theta = jax.random.normal(key, digits.shape[1:], jnp.float32)",
+        ("test_variation.py::test_zero_digits_stay_zero_and_weights_share_their_factor",),
+    ),
+    Fault(
+        "dummy columns vary with weights",
+        "core/variation.py",
+        "if spec.on != VariationTarget.CELLS:\n        return digits",
+        "if spec.on == 0:\n        return digits",
+        ("test_variation.py::test_dummy_columns_vary_as_cells_only",),
+    ),
+]
+
+CALIBRATION = [
+    Fault(
+        "the search keeps the worse ladder",
+        "core/calibration/ladder.py",
+        "better = error < best.error",
+        "better = error > best.error",
+        ("test_calibration.py::test_with_an_offset_every_code_is_used_on_one_sided_psums",),
+    ),
+    Fault(
+        "ladders are placed at the mean alone",
+        "core/calibration/ladder.py",
+        "centre = jnp.where(is_across, low + half + place * (high - low - 2 * half), mean + place * spread)",
+        "centre = jnp.where(is_across, mean, mean)",
+        ("test_calibration.py::test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force[False-True-2]",),
+    ),
+    Fault(
+        "ladders are not refined",
+        "core/calibration/ladder.py",
+        "return self.keep_better(best, step, mean_value - step * mean_code)",
+        "return best",
+        tuple(
+            f"test_calibration.py::test_ladders_come_within_a_tenth_of_the_best_error_of_brute_force[{signed}-True-{bits}]"
+            for bits in (2, 3)
+            for signed in (False, True)
+        ),
+    ),
+    Fault(
+        "planes count alike when ladders are searched",
+        "core/calibration/steps.py",
+        "weight = jnp.square(slices * planes * (step / jnp.max(step)))",
+        "weight = jnp.square(slices * (planes * 0 + 1) * (step / jnp.max(step)))",
+        tuple(
+            f"test_calibration.py::test_every_group_is_fitted_on_its_own_psums_by_weight[{offset}-{granularity}]"
+            for granularity in ("layer", "array")
+            for offset in (False, True)
+        ),
+    ),
+    Fault(
+        "samples are those of another window",
+        "core/window.py",
+        "index.append(first + inside * window.kernel_dilation[axis])",
+        "index.append(first + inside)",
+        ("test_calibration.py::test_the_positions_looked_at_have_the_partial_sums_that_all_have",),
+    ),
+    Fault(
+        "weights start at half of LSQ's step",
+        "core/calibration/steps.py",
+        "2.0 * mean / math.sqrt(codes.magnitude)",
+        "mean / math.sqrt(codes.magnitude)",
+        ("test_calibration.py::test_weight_steps_are_the_mean_magnitude_of_the_weights_that_a_group_has",),
+    ),
+    Fault(
+        "a group that sees nothing gets a step of 0",
+        "core/calibration/ladder.py",
+        "silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) == 0",
+        "silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) < 0",
+        ("test_calibration.py::test_a_silent_group_gets_one_and_zero",),
+    ),
+]
+
+PROGRAMS = [
+    Fault(
+        "partial sums are kept in 16 bits that do not fit",
+        "core/programs/joined.py",
+        "SMALL_INTEGERS = 2**15 - 1",
+        "SMALL_INTEGERS = 2**30",
+        oracle("large-psums-joined"),
+    ),
+    Fault(
+        "the loop over read groups keeps the last one alone",
+        "core/programs/joined.py",
+        "return total + slice_adc.read(",
+        "return slice_adc.read(",
+        oracle("macro-offset-adc"),
+    ),
+    Fault(
+        "int8 operands hide what is no number",
+        "core/programs/products.py",
+        "missing = _missing(inputs, columns) if",
+        "missing = 0.0 if",
+        ("test_programs.py::test_what_is_no_number_stays_none_in_cheap_operands[int8]",),
+    ),
+    Fault(
+        "cheap operands are taken where they are not exact",
+        "core/programs/contract.py",
+        "spec.largest_operand <= operands.largest_integer",
+        "spec.largest_operand <= 2 * operands.largest_integer**2",
+        ("test_programs.py::test_operands_hold_the_integers_that_they_claim",),
+    ),
+    Fault(
+        "a program is that of the machine it is traced on",
+        "core/programs/contract.py",
+        'chosen.get(platform) or chosen["default"]',
+        'chosen.get(jax.default_backend()) or chosen["default"]',
+        ("test_programs.py::test_the_row_of_the_platform_is_lowered_and_no_other",),
+    ),
+]
+
+HARDWARE = [
+    Fault(
+        "read groups cost no multiplication",
+        "hardware/cost.py",
+        "outputs * (1 if _one_factor(spec) else groups) *",
+        "outputs * (1 if _one_factor(spec) else 1) *",
+        ("test_cost.py",),
+    ),
+    Fault(
+        "a digital reference costs nothing",
+        "hardware/cost.py",
+        "return count + outputs * (1 if layer_wide else groups)",
+        "return count",
+        ("test_cost.py",),
+    ),
+    Fault(
+        "conversions forget the slices",
+        "hardware/cost.py",
+        "conversions = slices * groups *",
+        "conversions = groups *",
+        ("test_cost.py",),
+    ),
+    Fault(
+        "dummy columns need no conversion",
+        "hardware/cost.py",
+        "(outputs * planes + dummies)",
+        "(outputs * planes)",
+        ("test_cost.py",),
+    ),
+    Fault(
+        "a loop's layers are counted once",
+        "hardware/survey.py",
+        'inside = turns * step.params["length"]',
+        "inside = turns",
+        ("test_survey.py::test_layers_in_lifted_transforms_are_counted_as_often_as_they_run",),
+    ),
+]
+
+LAYERS = [
+    Fault(
+        "a layer forgets its bias",
+        "nn/layers.py",
+        'y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)\n        return y.reshape(*batch',
+        'self.param("bias", self.bias_init, (self.features,), self.param_dtype)\n        return y.reshape(*batch',
+        ("test_layers.py::test_pretrained_weights_of_flax_drop_in",),
+    ),
+    Fault(
+        "ADCs stay on where they should be ideal",
+        "nn/ideal.py",
+        'dataclasses.replace(keywords["spec"], adc=None)',
+        'keywords["spec"]',
+        ("test_training.py::test_networks_of_ones_own_have_ideal_adcs_too",),
+    ),
+    Fault(
+        "a dense layer's positions are not counted",
+        "nn/layers.py",
+        "positions = math.prod(leading[1:])",
+        "positions = 1",
+        ("test_layers.py::test_a_dense_layer_of_several_positions_learns_as_a_convolution_of_one_pixel",),
+    ),
+    Fault(
+        "what several layers read is quantized by each",
+        "nn/rules.py",
+        'return Quantize(activation, name="quantize")(x)',
+        "return x",
+        ("test_models.py::test_a_tensor_that_two_layers_read_is_quantized_once",),
+    ),
+]
+
+TRAINING = [
+    Fault(
+        "decay touches steps",
+        "training/optimizer.py",
+        'lambda params: is_kind(params, "kernel"))',
+        "lambda params: jax.tree.map(lambda _: True, params))",
+        ("test_training.py::test_decay_touches_kernels_only_and_steps_have_their_own_rate",),
+    ),
+    Fault(
+        "every epoch has the same order",
+        "training/step.py",
+        "jax.random.fold_in(jax.random.fold_in(key, 3), epoch)",
+        "jax.random.fold_in(key, 3)",
+        ("test_training.py::test_order_and_augmentation_are_functions_of_seed_and_step",),
+    ),
+    Fault(
+        "every step augments alike",
+        "training/step.py",
+        "jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), size)",
+        "jax.random.split(jax.random.key(state.seed), size)",
+        ("test_training.py::test_every_step_takes_the_next_images_and_augments_them_in_its_own_way",),
+    ),
+    Fault(
+        "an epoch begins at any place of its order",
+        "training/step.py",
+        "position = state.step % (data.labels.shape[0] // size)",
+        "position = state.step % (data.labels.shape[0] // size + 1)",
+        ("test_training.py::test_every_step_takes_the_next_images_and_augments_them_in_its_own_way",),
+    ),
+    Fault(
+        "a resumed run has another order",
+        "training/loop.py",
+        "order_of_epoch(experiment.key, epoch, len(experiment.dataset.train))",
+        "order_of_epoch(experiment.key, step, len(experiment.dataset.train))",
+        ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
+    ),
+    Fault(
+        "a resumed run forgets what it saw of the epoch",
+        "training/loop.py",
+        'self.best, self.seen = extra["best"], extra["seen"]',
+        'self.best = extra["best"]',
+        ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
+    ),
+    Fault(
+        "images that pad a batch count",
+        "training/step.py",
+        "jnp.sum(right & real)",
+        "jnp.sum(right)",
+        ("test_training.py::test_evaluation_counts_every_image_once",),
+    ),
+    Fault(
+        "the best state is the last one",
+        "training/checkpoint.py",
+        'if save.best or which == "last"',
+        "if True",
+        ("test_checkpoint.py::test_the_last_and_the_best_are_kept",),
+    ),
+    Fault(
+        "the chip of an evaluation is another one",
+        "training/step.py",
+        'rngs = {"variation": chip_key(state.seed)}',
+        'rngs = {"variation": jax.random.key(0)}',
+        ("test_training.py::test_evaluation_is_on_the_chip_of_the_run",),
+    ),
+]
+
+FAULTS = [
+    *QUANTIZER,
+    *ENCODING,
+    *ARRAYS,
+    *CONVERSION,
+    *STEPS,
+    *VARIATION,
+    *CALIBRATION,
+    *PROGRAMS,
+    *HARDWARE,
+    *LAYERS,
+    *TRAINING,
+]

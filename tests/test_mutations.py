@@ -1,0 +1,68 @@
+"""The quick tier catches faults: one at a time is put into a copy of the package, and a few quick tests must fail.
+
+The table is in `faults.py`; a new one is a row there. Every test that a row names passes on a copy without a fault, and
+that the copy is what is tested, and can be imported, is made sure of first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults import FAULTS, Fault
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.full
+# Runs tests on the package of the working directory, after its faulty module; 9 where either is not as it should be.
+RUN = """
+import importlib, os, sys
+import pytest
+module, *arguments = sys.argv[1:]
+try:
+    found = importlib.import_module(module).__file__
+except Exception as error:
+    found = repr(error)
+if not found.startswith(os.path.join(os.getcwd(), "cimjax", "")):
+    print(f"{module} is not the copy's: {found}")
+    sys.exit(9)
+sys.exit(pytest.main(["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *arguments]))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in ("cimjax", "tests", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "train.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def tested(copy: Path, module: str, *tests: str) -> subprocess.CompletedProcess[str]:
+    # Of this run's environment that one takes the compiled programs, but it is no worker of this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", RUN, module, *(f"tests/{test}" for test in tests)]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_fault_all_tests_pass(copy: Path) -> None:
+    every = sorted({test for fault in FAULTS for test in fault.tests})
+    done = tested(copy, "cimjax", *every)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_caught(fault: Fault, copy: Path) -> None:
+    file = copy / "cimjax" / fault.file
+    text = file.read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
+    file.write_text(text.replace(fault.old, fault.new))
+    module = ".".join(["cimjax", *Path(fault.file).with_suffix("").parts]).removesuffix(".__init__")
+    done = tested(copy, module, *fault.tests)
+    assert done.returncode == 1, f"{fault.name} is not caught by {fault.tests}:\n{done.stdout}{done.stderr}"
