@@ -1,4 +1,4 @@
-"""Settings of the whole suite: its two tiers, no time limits for properties, and compiled programs kept while it runs.
+"""Settings of the whole suite: its two tiers, checked shapes, no time limits for properties, compiled programs kept.
 
 `pytest` runs the quick tier, `pytest --full` everything, `pytest --rest` what the quick tier leaves out.
 """
@@ -10,9 +10,14 @@ import shutil
 import tempfile
 
 import hypothesis
+import jaxtyping
 import pytest
 
-from cimjax.training.cache import keep_compiled_programs
+# The shapes and types in the signatures of the mathematics are checked in every call: from its import on.
+MATHEMATICS = ("adc", "array_mac", "cells", "encoding", "readout", "tiling", "variation")
+jaxtyping.install_import_hook([f"cimjax.core.{name}" for name in MATHEMATICS], "beartype.beartype")
+
+from cimjax.training.cache import keep_compiled_programs  # noqa: E402
 
 # Set within a run of the suite, for runs of it that its tests start.
 _WITHIN = "CIMJAX_WITHIN_SUITE"

@@ -159,7 +159,7 @@ class Stopping(Display):
     """Asks for an end, as Ctrl-C does, at the first look at the metrics after so many steps."""
 
     def __init__(self, after: int) -> None:
-        super().__init__(stream=open(os.devnull, "w"))
+        super().__init__(stream=open(os.devnull, "w"))  # noqa: SIM115
         self.after = after
 
     def progress(self, step: int, *args: Any) -> None:
@@ -387,13 +387,13 @@ def test_decay_touches_kernels_only_and_steps_have_their_own_rate() -> None:
         by_decay, _ = optimizer.update(zero, state, params)
         _, fresh = optimizer.update(zero, optimizer.init(zero), zero)
         by_gradient, _ = optimizer.update(one, fresh, zero)
-        for (path, change), step in zip(
+        for (path, change), moved in zip(
             jax.tree_util.tree_flatten_with_path(by_decay)[0], jax.tree.leaves(by_gradient), strict=True
         ):
             assert bool(jnp.any(change != 0)) == (kind_of(path) == "kernel"), path
             expected = 0.25 if kind_of(path) == "step" else 1.0
             reference = by_gradient["classifier"]["bias"][0]
-            np.testing.assert_allclose(np.asarray(step), expected * reference, rtol=1e-5)
+            np.testing.assert_allclose(np.asarray(moved), expected * reference, rtol=1e-5)
     with pytest.raises(ValueError, match=r"`config.optimizer.name` is 'adam'; allowed: sgd, adamw"):
         make_optimizer(config(optimizer={"name": "adam"}), 1437)
 

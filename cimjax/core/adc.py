@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core import lsq
 from cimjax.core.step_sizes import StepSizes, expand_outputs
@@ -16,7 +17,9 @@ from cimjax.spec import CIMSpec, CodeRange, Reference
 from cimjax.spec.codes import stack_ranges
 
 
-def convert(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
+def convert(
+    psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: Tiling, spec: CIMSpec
+) -> Float[Array, "T M R K O"]:
     """What the ADCs make of partial sums: `P^ = s p + z`, `p = floor(clip((P - z) / s, q_min, q_max) + 0.5)`.
 
     Exactly `2^bits` codes (3 for 1.5 bits); a signed 1-bit ADC gives the sign of `P - z`. The result depends on nothing
@@ -36,7 +39,9 @@ def convert(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Ar
     return lsq.dequantize(adc_codes(psums, steps, tiling, spec), step, offset)
 
 
-def adc_codes(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
+def adc_codes(
+    psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: Tiling, spec: CIMSpec
+) -> Float[Array, "T M R K O"]:
     """The codes `p` that the ADCs give; arguments as for `convert`, with `spec.adc`.
 
     Returns:
@@ -48,7 +53,7 @@ def adc_codes(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> 
     return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=True, margin=margin)
 
 
-def convert_reference(sums: Array, steps: StepSizes, spec: CIMSpec) -> Array:
+def convert_reference(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSpec) -> Float[Array, "T M R"]:
     """The dummy columns' sums after their own ADCs, one step for each read group; exact with a digital reference.
 
     Args:
@@ -87,7 +92,7 @@ class ADCStatistics(NamedTuple):
     codes_used: Array
 
 
-def adc_statistics(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> ADCStatistics:
+def adc_statistics(psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> ADCStatistics:
     """Look at the conversions of one layer.
 
     Args:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core.cells import StoredArrays, quantize_weight, store
 from cimjax.core.convolution import convolution
@@ -27,11 +28,13 @@ class PartialSums(NamedTuple):
     reference: (T, M, R) float32, the sum of the inputs that drive each read group; None without an `offset` encoding.
     """
 
-    columns: Array
-    reference: Array | None
+    columns: Float[Array, "T M R K O"]
+    reference: Float[Array, "T M R"] | None
 
 
-def array_mac(slices: Array, arrays: StoredArrays, tiling: Tiling, window: Window, spec: CIMSpec) -> PartialSums:
+def array_mac(
+    slices: Float[Array, "T N *space C"], arrays: StoredArrays, tiling: Tiling, window: Window, spec: CIMSpec
+) -> PartialSums:
     """`P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`, by ONE grouped convolution.
 
     Groups are read groups; the output channels of a group are its planes' columns and its dummy column, if it has one.
@@ -52,7 +55,13 @@ def array_mac(slices: Array, arrays: StoredArrays, tiling: Tiling, window: Windo
     return PartialSums(_by_plane(sums[..., :-1], tiling), sums[..., -1])
 
 
-def sum_columns(slices: Array, columns: Array, tiling: Tiling, window: Window, spec: CIMSpec) -> Array:
+def sum_columns(
+    slices: Float[Array, "T N *space C"],
+    columns: Float[Array, "*kernel R c m"],
+    tiling: Tiling,
+    window: Window,
+    spec: CIMSpec,
+) -> Float[Array, "T M R m"]:
     """The sums of any `m` columns of every read group: one grouped convolution.
 
     Args:
@@ -70,7 +79,7 @@ def sum_columns(slices: Array, columns: Array, tiling: Tiling, window: Window, s
     return sums.reshape(count, images * math.prod(sums.shape[1:-1]), groups, outputs)
 
 
-def by_column(values: Array) -> Array:
+def by_column(values: Float[Array, "K *kernel R c O"]) -> Float[Array, "*kernel R c K*O"]:
     """Planes (or the like) side by side: (K, kh, kw, R, c, O) to (kh, kw, R, c, K O)."""
     columns = jnp.moveaxis(values, 0, -2)
     return columns.reshape(*columns.shape[:-2], -1)
@@ -81,8 +90,8 @@ def _by_plane(sums: Array, tiling: Tiling) -> Array:
 
 
 def partial_sums(
-    codes: Array,
-    kernel: Array,
+    codes: Float[Array, "N *space C"],
+    kernel: Float[Array, "*kernel C O"],
     steps: StepSizes,
     tiling: Tiling,
     window: Window,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core import encoding, lsq, variation
 from cimjax.core.step_sizes import expand_weight
@@ -22,12 +23,14 @@ class StoredArrays(NamedTuple):
     codes: (kh, kw, R, c, O) float32, the weight codes that were divided; with a step per plane (K, kh, kw, R, c, O).
     """
 
-    digits: Array
-    reference: Array | None
-    codes: Array
+    digits: Float[Array, "K *kernel R c O"]
+    reference: Float[Array, "*kernel R c"] | None
+    codes: Float[Array, "*planes_and_kernel R c O"]
 
 
-def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -> Array:
+def quantize_weight(
+    kernel: Float[Array, "*kernel C O"], step: Float[Array, ...], tiling: Tiling, spec: CIMSpec
+) -> Float[Array, "*planes_and_kernel R c O"]:
     """Weight codes in the layout of the arrays: `q = clip(rint(w / s_w), q_min, q_max)` (the paper's eq. 1).
 
     Args:
@@ -49,7 +52,9 @@ def quantize_weight(kernel: Array, step: Array, tiling: Tiling, spec: CIMSpec) -
     return jnp.where(tiling.stored[..., None], lsq.quantize(tiled, step, spec.weight.code_range), 0)
 
 
-def store(codes: Array, tiling: Tiling, spec: CIMSpec, key: Array | None = None) -> StoredArrays:
+def store(
+    codes: Float[Array, "*planes_and_kernel R c O"], tiling: Tiling, spec: CIMSpec, key: Array | None = None
+) -> StoredArrays:
     """Write weight codes into the cells: encode, leave foreign and padding rows at digit 0, vary if asked.
 
     Args:

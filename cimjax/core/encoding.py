@@ -11,12 +11,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.spec import ActivationSpec, Encoding, Subtract, WeightSpec
 from cimjax.spec.codes import Plane
 
 
-def encode(codes: Array, spec: WeightSpec) -> Array:
+def encode(codes: Float[Array, ...], spec: WeightSpec) -> Float[Array, "K ..."]:
     """Digits of weight codes: `q = sum_k f_k d_k + constant`, `0 <= |d_k| < 2^cell_bits`.
 
     The gradient to a code averages what its planes say of it: `dL/dq = sum_k alpha_k (dL/d d_k) / f_k`, with `alpha_k`
@@ -73,7 +74,7 @@ def _by_sign(spec: WeightSpec) -> bool:
     return spec.encoding == Encoding.DIFFERENTIAL and spec.subtract == Subtract.DIGITAL
 
 
-def decode(digits: Array, spec: WeightSpec) -> Array:
+def decode(digits: Float[Array, "K ..."], spec: WeightSpec) -> Float[Array, ...]:
     """Codes of digits, `sum_k f_k d_k + constant`: the inverse of `encode` with one step for all planes.
 
     Args:
@@ -85,7 +86,7 @@ def decode(digits: Array, spec: WeightSpec) -> Array:
     return sum(p.significance * d for p, d in zip(spec.planes, digits, strict=True)) + float(spec.constant)
 
 
-def slice_codes(codes: Array, spec: ActivationSpec) -> Array:
+def slice_codes(codes: Float[Array, ...], spec: ActivationSpec) -> Float[Array, "T ..."]:
     """Slices of activation codes, as driven by a DAC of `slice_bits`: `a = sum_t g_t a_t`.
 
     The gradient to a code is the mean over the slices of `(dL/d a_t) / g_t`.

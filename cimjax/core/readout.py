@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core import lsq
 from cimjax.core.array_mac import PartialSums
@@ -13,7 +14,7 @@ from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
 
 
-def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
+def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "M O"]:
     """`sum_{t,r,k} g_t f_k s_w P^`, and what the constant of an `offset` encoding adds (the paper's eqs. 2 and 3).
 
     Args:
@@ -31,7 +32,7 @@ def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec
     return total + add_reference(read.reference, steps, tiling, spec)
 
 
-def add_reference(read: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
+def add_reference(read: Float[Array, "T M R"], steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "M O"]:
     """What the constant of an `offset` encoding adds: `sum_{t,r} g_t s_w constant` times the sum of the inputs.
 
     Args:

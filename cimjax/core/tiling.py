@@ -15,6 +15,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Shaped
 
 from cimjax.spec import ArraySpec, CIMSpec, TilingRule
 
@@ -168,12 +169,12 @@ def _require_exact(tiling: Tiling, spec: CIMSpec) -> None:
         )
 
 
-def tile_inputs(x: Array, tiling: Tiling) -> Array:
+def tile_inputs(x: Shaped[Array, "*space C"], tiling: Tiling) -> Shaped[Array, "*space places"]:
     """The channels that drive each read group, side by side: (..., C) -> (..., R * c); undriven places are 0."""
     return _by_group(x, tiling, x.ndim - 1)
 
 
-def tile_kernel(kernel: Array, tiling: Tiling) -> Array:
+def tile_kernel(kernel: Shaped[Array, "*kernel C O"], tiling: Tiling) -> Shaped[Array, "*kernel R c O"]:
     """The weights of each read group: (kh, kw, C, O) -> (kh, kw, R, c, O); places that store nothing are 0."""
     tiled = _by_group(kernel, tiling, kernel.ndim - 2)
     tiled = tiled.reshape(*tiling.kernel_size, *tiling.channels.shape, kernel.shape[-1])

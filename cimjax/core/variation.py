@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core.tiling import Tiling, tile_kernel
 from cimjax.spec import VariationSpec, VariationTarget
 
 
-def vary(digits: Array, key: Array, tiling: Tiling, spec: VariationSpec) -> Array:
+def vary(
+    digits: Float[Array, "K *kernel R c O"], key: Array, tiling: Tiling, spec: VariationSpec
+) -> Float[Array, "K *kernel R c O"]:
     """Digits multiplied by `exp(theta)`, `theta ~ N(0, sigma^2)` (the paper's eq. 5); zero digits stay zero.
 
     Args:
@@ -30,7 +33,7 @@ def vary(digits: Array, key: Array, tiling: Tiling, spec: VariationSpec) -> Arra
     return digits * jnp.exp(spec.sigma * theta)
 
 
-def vary_reference(digits: Array, key: Array, spec: VariationSpec) -> Array:
+def vary_reference(digits: Float[Array, "*kernel R c"], key: Array, spec: VariationSpec) -> Float[Array, "*kernel R c"]:
     """The dummy columns' cells under variation: they vary with `on="cells"`, being cells; weights they are not.
 
     Args:
