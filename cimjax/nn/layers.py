@@ -23,7 +23,7 @@ from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import hand_in, kinds_to_set, put_steps, refuse_shared
+from cimjax.nn.calibrate import kinds_to_set, refuse_shared, set_steps
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 
 # The parameter that stores each field of `StepSizes`.
@@ -55,18 +55,19 @@ class Quantize(nn.Module):
     def __call__(self, x: ArrayLike) -> Codes:
         """Quantize `x` (N, ..., C); returns `Codes` of the same shape, float32."""
         x = jnp.asarray(x)
-        log_step = None
         factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
+        first, log_step = not self.has_variable("params", "log_step"), None
         if self.spec.step != StepKind.FIXED:
             log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
-            if "activation" in kinds_to_set(self):
+        if kinds := kinds_to_set(self):
+            found = log_step
+            if log_step is not None and "activation" in kinds:
                 refuse_shared(self, x, log_step)
-                put_steps(self, {"log_step": lsq.log_from_step(activation_step(x, self.spec))})
-                log_step = self.get_variable("params", "log_step")
-        step = steps_lib.real_activation_step(log_step, factor, self.spec)
-        if kinds_to_set(self):
-            hand_in(self, report_input(x, step, self.spec))
-        return lsq.quantize_activation(x, step, self.spec)
+                found = lsq.log_from_step(activation_step(x, self.spec))
+            report = report_input(x, steps_lib.real_activation_step(found, factor, self.spec), self.spec)
+            set_steps(self, {"log_step": found}, report, first=first)
+            log_step = None if log_step is None else self.get_variable("params", "log_step")
+        return lsq.quantize_activation(x, steps_lib.real_activation_step(log_step, factor, self.spec), self.spec)
 
 
 class ArrayLayer(nn.Module):
@@ -85,19 +86,19 @@ class ArrayLayer(nn.Module):
     ) -> Array:
         """`x` (N, H, W, C) times `kernel` (kh, kw, C, O) through the arrays; both counts are per example."""
         tiled = tiling.tile(kernel.shape, spec)
+        first = not self.has_variable("params", PARAMETERS.weight)
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
         if kinds := kinds_to_set(self):
             refuse_shared(self, x.codes if isinstance(x, Codes) else x, kernel)
             found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
-            put_steps(self, dict(zip(PARAMETERS, found, strict=True)))
+            set_steps(self, dict(zip(PARAMETERS, found, strict=True)), report, first=first)
             stored = StepSizes(
                 *(
                     None if value is None else self.get_variable("params", name)
                     for name, value in zip(PARAMETERS, found, strict=True)
                 )
             )
-            hand_in(self, report)
         steps = _real_steps(kernel, stored, spec, input_size, positions)
         if spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS) and not self.is_initializing():
             inputs = lsq.quantize_activation(x, steps.activation, spec.activation)

@@ -16,12 +16,13 @@ MUCH = 0.2
 
 
 class CalibrationReport(NamedTuple):
-    """What the data of one layer was like; all () float32 or int32.
+    """What the data of one layer was like; all () float32 or int32, or one for each of several.
 
     below, above: the part of the input's magnitude that lies beyond the lowest and the highest code, 0 to 1.
     constant: 1 where the input is the same everywhere, else 0.
     silent, groups: ADC steps whose columns saw partial sums of 0 alone, and how many there are.
     empty: weight steps all of whose weights are 0.
+    calls: from how many calls of the layer its steps were set.
     """
 
     below: Any = 0.0
@@ -30,40 +31,64 @@ class CalibrationReport(NamedTuple):
     silent: Any = 0
     groups: Any = 0
     empty: Any = 0
+    calls: Any = 1
 
-    def worse(self, other: CalibrationReport) -> CalibrationReport:
-        """The worse of two reports of one layer, of each entry."""
-        return jax.tree.map(jnp.maximum, self, other)
+    @classmethod
+    def nothing(cls, like: Array) -> CalibrationReport:
+        """That of a layer that was not called, each entry of the shape of an array."""
+        shape = jnp.shape(like)
+        return cls(*(jnp.zeros(shape, jnp.float32 if isinstance(value, float) else jnp.int32) for value in cls()))
 
-    def messages(self, name: str) -> Iterator[str]:
-        """One line for each thing that is wrong.
+    def joined(self, other: CalibrationReport) -> CalibrationReport:
+        """The worse of two reports of one layer, of each entry, and the calls of both."""
+        worse = jax.tree.map(lambda one, two: jnp.maximum(one, jnp.asarray(two, one.dtype)), self, other)
+        return worse._replace(calls=self.calls + other.calls)
+
+    def worst(self) -> CalibrationReport:
+        """The worst of several reports of one path; of calls the fewest."""
+        worst = jax.tree.map(jnp.max, self)
+        return worst._replace(calls=jnp.min(self.calls))
+
+    def messages(self, name: str) -> Iterator[tuple[str, str]]:
+        """What is wrong: the name of the matter, and a line on it.
 
         Args:
           name: the layer's path.
         """
+        if not self.calls:
+            yield (
+                "calls",
+                f"{name}: no steps were set, it was not called, or where its parameters cannot change; calibrate it by "
+                "a call that reaches it.",
+            )
+            return
         if self.constant:
             yield (
+                "constant",
                 f"{name}: steps were set from an input that is the same everywhere, so they say nothing of real data; "
-                "give real data to `init`, or call cimjax.calibrate(model, variables, data) before training."
+                "give real data to `init`, or call cimjax.calibrate(model, variables, data) before training.",
             )
             return
         if self.below > MUCH:
             yield (
+                "below",
                 f"{name}: {self.below:.0%} of the input's magnitude lies below its lowest code and is lost; give the "
-                "layer's `activation` signed=True, or put a ReLU before it."
+                "layer's `activation` signed=True, or put a ReLU before it.",
             )
         if self.above > MUCH:
             yield (
+                "above",
                 f"{name}: {self.above:.0%} of the input's magnitude lies beyond its highest code and is lost; use more "
-                "activation bits, start='least_squares' or a larger step."
+                "activation bits, start='least_squares' or a larger step.",
             )
         if self.silent:
             yield (
+                "silent",
                 f"{name}: {self.silent:,} of {self.groups:,} ADC steps saw partial sums of 0 alone and stay at 1; "
-                "calibrate on data that drives all inputs."
+                "calibrate on data that drives all inputs.",
             )
         if self.empty:
-            yield f"{name}: {self.empty:,} weight steps have weights of 0 alone and stay at 1."
+            yield "empty", f"{name}: {self.empty:,} weight steps have weights of 0 alone and stay at 1."
 
 
 def report_input(x: Array, step: Array, spec: ActivationSpec) -> CalibrationReport:
