@@ -74,7 +74,7 @@ def calibrate(
       Variables with new steps; everything else, batch statistics too, as it was.
 
     Raises:
-      ValueError: for an unknown kind, or a layer that iterations of a loop share (see `refuse_shared`).
+      ValueError: for an unknown kind, or a layer that iterations of a loop share (see `refuse_unknown`).
 
     Warns:
       CalibrationWarning: for each layer whose steps cannot be good: much of the input lost, an input that is the same
@@ -158,20 +158,27 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
         module.put_variable("params", _RECORD, record.joined(report))
 
 
-def refuse_shared(module: nn.Module, x: Any, parameter: Any) -> None:
-    """Refuse to set steps inside a loop whose iterations share the layer's parameters, as recurrent cells do.
+def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
+    """Refuse to set steps where an input is not known before its parameters: inside a loop whose iterations share the
+    layer's parameters, as recurrent cells do, and in Flax's `lazy_init`.
 
     Raises:
       ValueError: naming the layer, and how to set its steps.
     """
     # Flax asks what is the same in all iterations by tracing the body with all else unknown.
-    unknown = type(x).__name__ == "JaxprTracer"
-    if unknown and not isinstance(parameter, type(x)):
+    if type(x).__name__ != "JaxprTracer" or isinstance(parameter, type(x)):
+        return
+    assert module.scope is not None
+    if not any("scan(" in part for part in module.scope.debug_path):
         raise ValueError(
-            f"`{name_of(module)}` is shared by the iterations of a loop (nn.RNN, or nn.scan with variable_broadcast), "
-            "inside which no steps can be set from data: initialise the network inside cimjax.without_calibration(), "
-            "then calibrate the body by itself on the input of one iteration, and put its parameters in their place."
+            f"`{name_of(module)}` sets its steps from data, which lazy_init has not: call it inside "
+            "cimjax.without_calibration(), then cimjax.calibrate(model, variables, data)."
         )
+    raise ValueError(
+        f"`{name_of(module)}` is shared by the iterations of a loop (nn.RNN, or nn.scan with variable_broadcast), "
+        "inside which no steps can be set from data: initialise the network inside cimjax.without_calibration(), "
+        "then calibrate the body by itself on the input of one iteration, and put its parameters in their place."
+    )
 
 
 def tell(name: str, report: CalibrationReport) -> None:
@@ -193,10 +200,10 @@ def _warn(name: str, said: set[str], report: CalibrationReport) -> None:
     for matter, message in report.messages(name):
         if matter not in said:
             said.add(matter)
-            warnings.warn(message, CalibrationWarning, stacklevel=_level_of_caller())
+            warnings.warn(message, CalibrationWarning, stacklevel=level_of_caller())
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """How far up the stack the user's own line is, as `warnings.warn` counts for its caller."""
     ours = tuple(str(Path(package.__file__).parent) for package in (sys.modules["cimjax"], flax, jax))  # type: ignore[arg-type]
     level, frame = 1, sys._getframe(1)

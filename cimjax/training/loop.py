@@ -113,6 +113,8 @@ class _Run:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
+        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+            self.display.warn(line)
         for line in advice.before_training(experiment.layers):
             self.display.note(line)
         with ThreadPoolExecutor(1) as background:
