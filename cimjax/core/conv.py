@@ -118,10 +118,19 @@ def _require_image(codes: Array, kernel: Array) -> None:
             f"`x` has shape {codes.shape}; a kernel of shape {kernel.shape} takes one batch axis, {kernel.ndim - 2} "
             "spatial axes and the channels last."
         )
-    if codes.shape[-1] != kernel.shape[-2]:
-        first = codes.ndim > 2 and codes.shape[1] == kernel.shape[-2]
-        hint = "move its channels last" if first else "grouped convolutions are not supported"
+    require_channels(codes.shape, kernel.shape, "`x`")
+
+
+def require_channels(shape: tuple[int, ...], kernel_shape: tuple[int, ...], what: str) -> None:
+    """Refuse an input, named `what`, of other channels than the kernel's.
+
+    Raises:
+      ValueError: with what may be meant.
+    """
+    channels = kernel_shape[-2]
+    if shape[-1] != channels:
+        first = len(shape) > 2 and shape[-len(kernel_shape) + 1] == channels
+        hint = "; move the channels last" if first else ""
         raise ValueError(
-            f"`x` has {codes.shape[-1]} channels but the kernel of shape {kernel.shape} takes {kernel.shape[-2]}; "
-            f"{hint}."
+            f"{what} has {shape[-1]} channels but the kernel of shape {kernel_shape} takes {channels}{hint}."
         )

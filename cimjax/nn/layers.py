@@ -6,6 +6,7 @@ They declare parameters and call `cimjax.core`. Networks made of them are elsewh
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +24,8 @@ from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import hand_in, kinds_to_set, put_steps, refuse_shared
+from cimjax.nn.calibrate import kinds_to_set, level_of_caller, name_of, refuse_unknown, set_steps
+from cimjax.nn.ideal import as_asked
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 
 # The parameter that stores each field of `StepSizes`.
@@ -54,24 +56,47 @@ class Quantize(nn.Module):
     @nn.compact
     def __call__(self, x: ArrayLike) -> Codes:
         """Quantize `x` (N, ..., C); returns `Codes` of the same shape, float32."""
-        x = jnp.asarray(x)
-        log_step = None
+        x = require_real(x, name_of(self))
         factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
+        first, log_step = not self.has_variable("params", "log_step"), None
         if self.spec.step != StepKind.FIXED:
             log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
-            if "activation" in kinds_to_set(self):
-                refuse_shared(self, x, log_step)
-                put_steps(self, {"log_step": lsq.log_from_step(activation_step(x, self.spec))})
-                log_step = self.get_variable("params", "log_step")
-        step = steps_lib.real_activation_step(log_step, factor, self.spec)
-        if kinds_to_set(self):
-            hand_in(self, report_input(x, step, self.spec))
-        return lsq.quantize_activation(x, step, self.spec)
+        if kinds := kinds_to_set(self):
+            found = log_step
+            if log_step is not None and "activation" in kinds:
+                refuse_unknown(self, x, log_step)
+                found = lsq.log_from_step(activation_step(x, self.spec))
+            report = report_input(x, steps_lib.real_activation_step(found, factor, self.spec), self.spec)
+            set_steps(self, {"log_step": found}, report, first=first)
+            log_step = None if log_step is None else self.get_variable("params", "log_step")
+        return lsq.quantize_activation(x, steps_lib.real_activation_step(log_step, factor, self.spec), self.spec)
 
 
 class ArrayLayer(nn.Module):
-    """What both layers share: the parameters of a layer's steps, and their calibration."""
+    """What both layers share: what they take, the parameters of their steps, and their calibration."""
 
+    @nn.nowrap
+    def checked(self, x: Any, spatial: int) -> Array | Codes:
+        """The input, before any parameter is made of it.
+
+        Raises:
+          ValueError: for `x` that is no array of real numbers, or has too few axes or other channels than the kernel.
+        """
+        x = x if isinstance(x, Codes) else require_real(x, name_of(self))
+        shape = _shape(x)
+        axes = ", ".join(("...", *("DHW"[3 - spatial :] if spatial <= 3 else "." * spatial), "C"))
+        if len(shape) <= spatial:
+            add = "; x[..., None] gives images their only channel" if spatial and len(shape) == spatial else ""
+            raise ValueError(f"`{name_of(self)}` got an input of shape {shape}; it takes ({axes}){add}.")
+        if not shape[-1]:
+            raise ValueError(f"`{name_of(self)}` got an input of shape {shape}, without channels; it takes ({axes}).")
+        if self.has_variable("params", "kernel"):
+            conv.require_channels(
+                shape, self.get_variable("params", "kernel").shape, f"the input of `{name_of(self)}`"
+            )
+        return x
+
+    @nn.nowrap
     def through_arrays(
         self,
         x: Array | Codes,
@@ -84,20 +109,21 @@ class ArrayLayer(nn.Module):
         positions: int,
     ) -> Array:
         """`x` (N, H, W, C) times `kernel` (kh, kw, C, O) through the arrays; both counts are per example."""
+        spec = as_asked(spec)
         tiled = tiling.tile(kernel.shape, spec)
+        first = not self.has_variable("params", PARAMETERS.weight)
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
         if kinds := kinds_to_set(self):
-            refuse_shared(self, x.codes if isinstance(x, Codes) else x, kernel)
+            refuse_unknown(self, x.codes if isinstance(x, Codes) else x, kernel)
             found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
-            put_steps(self, dict(zip(PARAMETERS, found, strict=True)))
+            set_steps(self, dict(zip(PARAMETERS, found, strict=True)), report, first=first)
             stored = StepSizes(
                 *(
                     None if value is None else self.get_variable("params", name)
                     for name, value in zip(PARAMETERS, found, strict=True)
                 )
             )
-            hand_in(self, report)
         steps = _real_steps(kernel, stored, spec, input_size, positions)
         if spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS) and not self.is_initializing():
             inputs = lsq.quantize_activation(x, steps.activation, spec.activation)
@@ -106,6 +132,7 @@ class ArrayLayer(nn.Module):
             self.sow(ADC_STATISTICS, "adc", found, reduce_fn=lambda _, new: new)
         return conv.cim_conv(x, kernel, steps, spec, variation_key=key, execution=execution, **window._asdict())
 
+    @nn.nowrap
     def _declare(self, shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSizes:
         """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
         if not has_step or spec.activation.step == StepKind.FIXED:
@@ -119,12 +146,45 @@ class ArrayLayer(nn.Module):
             )
         )
 
+    @nn.nowrap
     def _variation_key(self, spec: CIMSpec) -> Array | None:
         if spec.variation is None:
             return None
         if not self.has_rng("variation") and not self.is_initializing():
             raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
         return self.make_rng("variation")
+
+
+def require_real(x: Any, name: str) -> Array:
+    """`x` as an array.
+
+    Raises:
+      ValueError: for what is no array of real numbers.
+    """
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        kind = f"of type {type(x).__name__}" if array is None else f"of {array.dtype}"
+        raise ValueError(f"`{name}` got an input {kind}; give an array of real numbers.")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(f"`{name}` got an input of {array.dtype}; give real numbers, such as parts or magnitudes.")
+    return array
+
+
+def doubt_channels_first(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Say so where a new layer's input (N, H, W, C) looks like images with their channels first.
+
+    Warns:
+      UserWarning: for an image of 1 or 3 lines with as many channels as columns.
+    """
+    if len(shape) == 4 and shape[1] in (1, 3) and shape[2] == shape[3] >= 8:
+        warnings.warn(
+            f"{name_of(module)}: its input of shape {shape} is read as images of {shape[1]} x {shape[2]} pixels and "
+            f"{shape[3]} channels; if the channels come first, move them last: jnp.moveaxis(x, 1, -1).",
+            stacklevel=level_of_caller(),
+        )
 
 
 def _real_steps(kernel: Array, stored: StepSizes, spec: CIMSpec, input_size: int, positions: int) -> StepSizes:
@@ -178,8 +238,10 @@ class CIMConv(ArrayLayer):
                 "supported: use one `CIMConv` per group, or `flax.linen.Conv` for this layer."
             )
         kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
-        x, batch = _with_one_batch_axis(x, len(kernel_size) + 1)
+        x, batch = _with_one_batch_axis(self.checked(x, len(kernel_size)), len(kernel_size) + 1)
         shape = _shape(x)
+        if not self.has_variable("params", "kernel") and kernel_size[0] > 1:
+            doubt_channels_first(self, shape)
         kernel = self.param("kernel", self.kernel_init, (*kernel_size, shape[-1], self.features), self.param_dtype)
         window = window_lib.resolve(
             shape[1:-1],
@@ -224,6 +286,7 @@ class CIMDense(ArrayLayer):
     @nn.compact
     def __call__(self, x: ArrayLike | Codes) -> Array:
         """Multiply `x` (..., C), real or `Codes`, any leading axes; returns (..., features)."""
+        x = self.checked(x, 0)
         *leading, channels = _shape(x)
         flat, _ = _with_one_batch_axis(x, 1)
         kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
@@ -243,18 +306,18 @@ class CIMDense(ArrayLayer):
         return y.reshape(*leading, self.features).astype(self.dtype or _result_type(x, kernel))
 
 
-def _shape(x: ArrayLike | Codes) -> tuple[int, ...]:
-    return x.codes.shape if isinstance(x, Codes) else jnp.shape(x)
+def _shape(x: Array | Codes) -> tuple[int, ...]:
+    return x.codes.shape if isinstance(x, Codes) else x.shape
 
 
-def _result_type(x: ArrayLike | Codes, kernel: Array) -> Any:
+def _result_type(x: Array | Codes, kernel: Array) -> Any:
     return jnp.result_type(x.codes if isinstance(x, Codes) else x, kernel)
 
 
-def _with_one_batch_axis(x: ArrayLike | Codes, trailing: int) -> tuple[Array | Codes, tuple[int, ...]]:
+def _with_one_batch_axis(x: Array | Codes, trailing: int) -> tuple[Array | Codes, tuple[int, ...]]:
     """`x` with all axes before the last `trailing` flattened to one, and what they were."""
     shape = _shape(x)
     batch, flat = shape[: len(shape) - trailing], (-1, *shape[len(shape) - trailing :])
     if isinstance(x, Codes):
         return Codes(x.codes.reshape(flat), x.step, x.spec), batch
-    return jnp.asarray(x).reshape(flat), batch
+    return x.reshape(flat), batch

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from cimjax.core.lsq import Codes
+from cimjax.nn.layers import doubt_channels_first
 from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv, shared_input
 
 
@@ -65,6 +66,8 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits (N, classes) of images (N, H, W, C), float32."""
+        if self.is_initializing():
+            doubt_channels_first(self, x.shape)
         widths = [round(self.width * width) for width in self.widths]
         stem = conv_for(self, "stem", plain_conv, self.rules)
         if self.small_images:

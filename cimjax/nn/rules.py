@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from jax import Array
 from cimjax.core.lsq import Codes
 from cimjax.nn.layers import CIMConv, CIMDense, Quantize
 from cimjax.spec import ActivationSpec, CIMSpec, Execution
+from cimjax.spec.base import shown
 
 # Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
 ConvMaker = Callable[..., nn.Module]
@@ -79,17 +80,32 @@ def check_rules(rules: Any) -> Rules:
     Raises:
       ValueError: for a rule that is not a pair, a pattern that is no regular expression, or a refused specification.
     """
+    if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
+        raise ValueError(f"`rules` is {shown(rules)}; give pairs of a path pattern and a specification or None.")
     checked = []
     for rule in rules:
-        if len(rule) != 2 or not isinstance(rule[0], str):
-            raise ValueError(f"`rules` has {rule!r}; give pairs of a path pattern and a specification or None.")
+        if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(f"`rules` has {shown(rule)}; give pairs of a path pattern and a specification or None.")
         pattern, spec = rule
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"`rules` has the pattern {pattern!r}, which is no regular expression: {error}.") from None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"`rules` has the pattern {shown(pattern)}, which is no regular expression: {error}."
+            ) from None
         checked.append((pattern, spec if spec is None or isinstance(spec, CIMSpec) else CIMSpec.from_dict(spec)))
     return tuple(checked)
+
+
+def rules_without_layer(rules: Rules, paths: Iterable[str]) -> list[str]:
+    """The patterns that match no layer, or only layers that rules before them match."""
+    paths, idle = list(paths), []
+    for pattern, _ in rules:
+        left = [path for path in paths if not re.fullmatch(pattern, path)]
+        if len(left) == len(paths):
+            idle.append(pattern)
+        paths = left
+    return idle
 
 
 def _match(parent: nn.Module, name: str, rules: Rules) -> tuple[bool, CIMSpec | None]:

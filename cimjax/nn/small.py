@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from cimjax.nn.layers import doubt_channels_first
 from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv
 
 
@@ -31,6 +32,8 @@ class SmallNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """Logits (N, classes) of images (N, H, W, C), float32."""
+        if self.is_initializing():
+            doubt_channels_first(self, x.shape)
         plan = [("stem", 1, 1), ("conv1", 1, 1), ("conv2", 2, 2), ("conv3", 2, 1)]
         for name, widths, stride in plan:
             make = conv_for(self, name, plain_conv if name == "stem" else self.conv, self.rules)

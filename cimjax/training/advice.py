@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cimjax.hardware.survey import Layer
+from cimjax.nn.rules import Rules, rules_without_layer
 from cimjax.spec import ADCSpec, StepKind
 
 # When to say so: conversions beyond the ladder, codes that columns give, and movement of steps over a whole run.
@@ -22,6 +23,16 @@ FEWER_READS = 0.75
 def before_training(layers: Sequence[Layer]) -> list[str]:
     """What the layers of a network waste, or have against their purpose, known without any data."""
     return [*_idle_rows(layers), *_offsets_of_fixed_adcs(layers)]
+
+
+def on_rules(rules: Rules, layers: Sequence[Layer]) -> list[str]:
+    """Rules that change no layer, as those do in which a path is misspelt."""
+    names = [layer.name for layer in layers]
+    return [
+        f"`rules` has the pattern {pattern!r}, which names no layer that is left to it; the layers are "
+        f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
+        for pattern in rules_without_layer(rules, names)
+    ]
 
 
 def _idle_rows(layers: Sequence[Layer]) -> list[str]:

@@ -16,10 +16,11 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
+from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, Split, load
 from cimjax.hardware.survey import Layer, layers_of
-from cimjax.nn.calibrate import calibrate, without_calibration
+from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
@@ -30,6 +31,9 @@ from cimjax.training.step import Images, Stepper, TrainState, chip_key, stored_s
 
 # Images with which the layers of a network are looked up: a prime, which no other axis is likely to be a multiple of.
 _SURVEYED = 7
+
+# What the data was like from which the steps of each layer were set, by path.
+Reports = dict[str, CalibrationReport]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,33 +118,40 @@ class Experiment:
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
+        return self.first_state_and_reports()[0]
+
+    def first_state_and_reports(self) -> tuple[TrainState, Reports]:
+        """The first state, and what the data was like from which its steps were set, by layer."""
         return jax.jit(self._init, compiler_options=compiler_options())(
             jnp.int32(self.config.seed), self.calibration_images()
         )
 
-    def recalibrated(self, state: TrainState) -> TrainState:
-        """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset."""
+    def recalibrated(self, state: TrainState) -> tuple[TrainState, Reports]:
+        """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset; and
+        what the data was like, by layer."""
         return self._recalibrate(state, self.calibration_images())
 
     @functools.cached_property
-    def _recalibrate(self) -> Callable[[TrainState, Array], TrainState]:
+    def _recalibrate(self) -> Callable[[TrainState, Array], tuple[TrainState, Reports]]:
         """Compiled once, however often steps are set anew."""
 
-        def renew(state: TrainState, images: Array) -> TrainState:
+        def renew(state: TrainState, images: Array) -> tuple[TrainState, Reports]:
             variables = {"params": state.params, "batch_stats": state.batch_stats}
             rngs = {"variation": chip_key(state.seed)}
             model = self.model.clone(**self._without_axis())
-            params = calibrate(model, variables, images, kinds=("psum",), train=True, rngs=rngs)["params"]
+            variables, reports = calibrate_and_report(model, variables, images, kinds=("psum",), train=True, rngs=rngs)
+            params = variables["params"]
 
             def renewed(old: Any, new: Any) -> Any:
                 return jax.tree_util.tree_map_with_path(lambda path, o, n: n if is_of_adc(path) else o, old, new)
 
-            return state.replace(
+            state = state.replace(
                 params=params,
                 opt_state=renewed(state.opt_state, self.optimizer.init(params)),
                 # Copies, as in the first state.
                 first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
             )
+            return state, reports
 
         return jax.jit(renew, compiler_options=compiler_options())
 
@@ -151,13 +162,14 @@ class Experiment:
     def uncalibrated_state(self) -> TrainState:
         """A state with all steps at 1: quick, where values do not matter."""
         with without_calibration():
-            return jax.jit(self._init)(jnp.int32(self.config.seed), jnp.zeros((2, *self.dataset.image_shape)))
+            images = jnp.zeros((2, *self.dataset.image_shape))
+            return jax.jit(lambda *args: self._init(*args)[0])(jnp.int32(self.config.seed), images)
 
-    def _init(self, seed: Array, images: Array) -> TrainState:
+    def _init(self, seed: Array, images: Array) -> tuple[TrainState, Reports]:
         keys = {"params": jax.random.key(seed), "variation": chip_key(seed)}
-        variables = self.model.clone(**self._without_axis()).init(keys, images, train=True)
+        variables, reports = init_and_report(self.model.clone(**self._without_axis()), keys, images, train=True)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(
+        state = TrainState(
             seed=seed,
             step=jnp.int32(0),
             failed_at=jnp.int32(-1),
@@ -167,6 +179,7 @@ class Experiment:
             # Copies: the state is donated to every step, and no buffer may be donated twice.
             first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
         )
+        return state, reports
 
     def _without_axis(self) -> dict[str, Any]:
         # Initialisation runs outside the mapped axis.

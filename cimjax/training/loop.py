@@ -19,12 +19,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
+from cimjax.nn.calibrate import messages
 from cimjax.training import advice
 from cimjax.training.checkpoint import Checkpoints
 from cimjax.training.diagnosis import explain_failure
 from cimjax.training.display import Display
 from cimjax.training.evaluate import Evaluator, health
-from cimjax.training.experiment import Experiment, build, default_workdir, on_device
+from cimjax.training.experiment import Experiment, Reports, build, default_workdir, on_device
 from cimjax.training.metrics import mean_movement, movement
 from cimjax.training.optimizer import learning_rate
 from cimjax.training.report import describe_run, final_rows, layer_rows, step_rows
@@ -112,6 +113,8 @@ class _Run:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
+        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+            self.display.warn(line)
         for line in advice.before_training(experiment.layers):
             self.display.note(line)
         with ThreadPoolExecutor(1) as background:
@@ -123,7 +126,9 @@ class _Run:
             end = min(total, (epoch + 1) * per_epoch)
             if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
                 # Not saved before the next checkpoint: a run that stops here sets them again.
-                state = experiment.devices.put(experiment.recalibrated(state))
+                state, reports = experiment.recalibrated(state)
+                state = experiment.devices.put(state)
+                self._tell(reports, step)
                 if epoch == experiment.ideal_epochs:
                     # The best state is one with ADCs.
                     self.best = -1.0
@@ -154,13 +159,21 @@ class _Run:
         devices = self.experiment.devices
         if self.checkpoints.latest_step() is None:
             self.folder.forget_after(-1)
-            return devices.put(self.experiment.first_state()), 0
+            first, reports = self.experiment.first_state_and_reports()
+            self._tell(reports, 0)
+            return devices.put(first), 0
         state, extra = self.checkpoints.restore(self.experiment.abstract_state())
         step = int(state.step)
         self.folder.forget_after(step)
         self.best, self.seen = extra["best"], extra["seen"]
         self.display.resume(step, step / self.experiment.steps_per_epoch)
         return devices.put(state), step
+
+    def _tell(self, reports: Reports, step: int) -> None:
+        """Say and write down what is wrong with the data from which steps were set."""
+        for layer, message in messages(jax.device_get(reports)):
+            self.display.warn(message)
+            self.folder.log({"step": step, "split": "calibration", "layer": layer, "message": message})
 
     def _epoch(self, state: TrainState, step: int, end: int) -> tuple[TrainState, int]:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here."""

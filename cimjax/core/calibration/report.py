@@ -11,59 +11,108 @@ from jax import Array
 
 from cimjax.spec import ActivationSpec
 
-# The part of an input's magnitude whose loss is worth a word: LSQ's start loses below a tenth, at any number of bits.
-MUCH = 0.2
+# Parts whose loss is worth a word. LSQ's start clips a third of an input after a ReLU at one bit, and less at more.
+MUCH_NEGATIVE, MUCH_CLIPPED = 0.2, 0.4
+# A read group that nothing drives is worth a word, a column that holds a few digits is not.
+MANY_SILENT = 0.02
 
 
 class CalibrationReport(NamedTuple):
-    """What the data of one layer was like; all () float32 or int32.
+    """What the data of one layer was like; all () float32 or int32, or one for each of several.
 
-    below, above: the part of the input's magnitude that lies beyond the lowest and the highest code, 0 to 1.
-    constant: 1 where the input is the same everywhere, else 0.
+    negative: the part of the input's magnitude that is negative where codes are not, 0 to 1.
+    clipped: the part that lies beyond the codes otherwise, 0 to 1.
+    missing: values of the input that are no finite numbers.
+    constant: 1 where the input is empty or the same everywhere, else 0.
+    single: ADC steps that were each set from a single position's partial sums.
     silent, groups: ADC steps whose columns saw partial sums of 0 alone, and how many there are.
     empty: weight steps all of whose weights are 0.
+    calls: from how many calls of the layer its steps were set.
     """
 
-    below: Any = 0.0
-    above: Any = 0.0
+    negative: Any = 0.0
+    clipped: Any = 0.0
+    missing: Any = 0
     constant: Any = 0
+    single: Any = 0
     silent: Any = 0
     groups: Any = 0
     empty: Any = 0
+    calls: Any = 1
 
-    def worse(self, other: CalibrationReport) -> CalibrationReport:
-        """The worse of two reports of one layer, of each entry."""
-        return jax.tree.map(jnp.maximum, self, other)
+    @classmethod
+    def nothing(cls, like: Array) -> CalibrationReport:
+        """That of a layer that was not called, each entry of the shape of an array."""
+        shape = jnp.shape(like)
+        return cls(*(jnp.zeros(shape, jnp.float32 if isinstance(value, float) else jnp.int32) for value in cls()))
 
-    def messages(self, name: str) -> Iterator[str]:
-        """One line for each thing that is wrong.
+    def joined(self, other: CalibrationReport) -> CalibrationReport:
+        """The worse of two reports of one layer, of each entry, and the calls of both."""
+        worse = jax.tree.map(lambda one, two: jnp.maximum(one, jnp.asarray(two, one.dtype)), self, other)
+        return worse._replace(calls=self.calls + other.calls)
+
+    def worst(self) -> CalibrationReport:
+        """The worst of several reports of one path; of calls the fewest."""
+        worst = jax.tree.map(jnp.max, self)
+        return worst._replace(calls=jnp.min(self.calls))
+
+    def messages(self, name: str) -> Iterator[tuple[str, str]]:
+        """What is wrong: the name of the matter, and a line on it.
 
         Args:
           name: the layer's path.
         """
-        if self.constant:
+        if not self.calls:
             yield (
-                f"{name}: steps were set from an input that is the same everywhere, so they say nothing of real data; "
-                "give real data to `init`, or call cimjax.calibrate(model, variables, data) before training."
+                "calls",
+                f"{name}: no steps were set, it was not called, or where its parameters cannot change; calibrate it by "
+                "a call that reaches it.",
             )
             return
-        if self.below > MUCH:
+        if self.missing:
             yield (
-                f"{name}: {self.below:.0%} of the input's magnitude lies below its lowest code and is lost; give the "
-                "layer's `activation` signed=True, or put a ReLU before it."
+                "missing",
+                f"{name}: {self.missing:,} of its input's values are NaN or infinite, and steps were set from them; mend "
+                "that, then call cimjax.calibrate(model, variables, data).",
             )
-        if self.above > MUCH:
+            return
+        if self.constant:
             yield (
-                f"{name}: {self.above:.0%} of the input's magnitude lies beyond its highest code and is lost; use more "
-                "activation bits, start='least_squares' or a larger step."
+                "constant",
+                f"{name}: steps were set from an input that is empty or the same everywhere, and say nothing of others; "
+                "give real data to `init`, or call cimjax.calibrate(model, variables, data) before training.",
             )
-        if self.silent:
+            return
+        if self.negative > MUCH_NEGATIVE:
             yield (
+                "negative",
+                f"{name}: {self.negative:.0%} of the input's magnitude is negative and lost, because its codes are not "
+                "signed; give the layer's `activation` signed=True, or put a ReLU before it.",
+            )
+        if self.clipped > MUCH_CLIPPED:
+            yield (
+                "clipped",
+                f"{name}: {self.clipped:.0%} of the input's magnitude lies beyond its codes and is lost; give the "
+                "layer's `activation` start='least_squares', more bits or, where it is fixed, a larger full_scale.",
+            )
+        if self.single:
+            yield (
+                "single",
+                f"{name}: {self.single:,} ADC steps were set from one partial sum each; give more examples to `init`, "
+                "or call cimjax.calibrate(model, variables, data) before training.",
+            )
+        elif self.silent > MANY_SILENT * self.groups:
+            yield (
+                "silent",
                 f"{name}: {self.silent:,} of {self.groups:,} ADC steps saw partial sums of 0 alone and stay at 1; "
-                "calibrate on data that drives all inputs."
+                "calibrate on data that drives all inputs.",
             )
         if self.empty:
-            yield f"{name}: {self.empty:,} weight steps have weights of 0 alone and stay at 1."
+            yield (
+                "empty",
+                f"{name}: {self.empty:,} of its weight steps have weights of 0 alone and stay at 1; set them once the "
+                "weights are there, by cimjax.calibrate(model, variables, data).",
+            )
 
 
 def report_input(x: Array, step: Array, spec: ActivationSpec) -> CalibrationReport:
@@ -75,18 +124,16 @@ def report_input(x: Array, step: Array, spec: ActivationSpec) -> CalibrationRepo
     """
     x = jnp.asarray(x, jnp.float32)
     if not x.size:
-        return CalibrationReport()
+        return CalibrationReport(constant=jnp.int32(1))
     codes, magnitude = spec.code_range, jnp.maximum(jnp.sum(jnp.abs(x)), 1e-30)
-    # A sign stands for all values of its side.
-    below, above = (
-        (0.0, 0.0)
-        if codes.binary
-        else (
-            jnp.sum(jnp.maximum(step * codes.q_min - x, 0.0)) / magnitude,
-            jnp.sum(jnp.maximum(x - step * codes.q_max, 0.0)) / magnitude,
-        )
-    )
+    below = jnp.sum(jnp.maximum(step * codes.q_min - x, 0.0)) / magnitude
+    above = jnp.sum(jnp.maximum(x - step * codes.q_max, 0.0)) / magnitude
+    negative, clipped = (below, above) if codes.q_min == 0 else (jnp.zeros_like(above), below + above)
     constant = (jnp.max(x) == jnp.min(x)) & (x.size > 1)
     return CalibrationReport(
-        jnp.float32(below), jnp.float32(above), constant.astype(jnp.int32), *jnp.zeros(3, jnp.int32)
+        negative=negative,
+        # A sign stands for all values of its side.
+        clipped=jnp.zeros_like(clipped) if codes.binary else clipped,
+        missing=jnp.sum(~jnp.isfinite(x), dtype=jnp.int32),
+        constant=constant.astype(jnp.int32),
     )

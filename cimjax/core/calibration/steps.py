@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,9 @@ def calibrate_layer(
     arrays = store(quantize_weight(kernel, steps.weight, tiling, spec), tiling, spec, variation_key)
     psums = array_mac(slice_codes(inputs.codes, spec.activation), arrays, tiling, window, spec)
     if spec.adc.step != StepKind.FIXED:
-        report = report._replace(**silent_columns(psums.columns, arrays.digits, tiling, spec))
+        report = report._replace(**columns_seen(psums.columns, arrays.digits, tiling, spec))
+    if not psums.columns.shape[1]:
+        return stored, report
     step, offset = psum_steps(psums.columns, steps, tiling, spec)
     psum, zeta = stored_adc_steps(step, offset, units.offset, spec)
     stored = stored._replace(psum=psum, offset=zeta)
@@ -147,8 +150,10 @@ def empty_weight_groups(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
     return jnp.sum(total(jnp.abs(tile_kernel(kernel.astype(jnp.float32), tiling))) == 0, dtype=jnp.int32)
 
 
-def silent_columns(psums: Array, digits: Array, tiling: Tiling, spec: CIMSpec) -> dict[str, Array]:
-    """How many ADC steps saw partial sums of 0 alone though their columns hold something, and of how many.
+def columns_seen(psums: Array, digits: Array, tiling: Tiling, spec: CIMSpec) -> dict[str, Any]:
+    """What ADC steps saw too little: `single`, `silent` and `groups` of a `CalibrationReport`, () int32.
+
+    A column that holds nothing needs to see nothing.
 
     Args:
       psums: (T, M, R, K, O) float32.
@@ -157,7 +162,12 @@ def silent_columns(psums: Array, digits: Array, tiling: Tiling, spec: CIMSpec) -
     held = jnp.max(jnp.abs(digits), axis=(*range(1, digits.ndim - 3), -2)).swapaxes(0, 1)
     seen = jnp.max(jnp.abs(psums), axis=(0, 1), initial=0)
     held, seen = (max_over_groups(values, shapes(tiling, spec).psum, tiling) for values in (held, seen))
-    return {"silent": jnp.sum((held > 0) & (seen == 0), dtype=jnp.int32), "groups": jnp.int32(held.size)}
+    alone = psums.shape[1] == 1 and held.shape == psums.shape[2:]
+    return {
+        "single": jnp.int32(held.size if alone else 0),
+        "silent": jnp.sum((held > 0) & (seen == 0), dtype=jnp.int32),
+        "groups": jnp.int32(held.size),
+    }
 
 
 def _over_weight_groups(tiling: Tiling, spec: CIMSpec) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
