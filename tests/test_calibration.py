@@ -20,7 +20,7 @@ from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.spec import CIMSpec
 
-SAMPLES = 128
+SAMPLES = 512
 
 
 def distributions() -> dict[str, np.ndarray]:

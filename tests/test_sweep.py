@@ -31,8 +31,11 @@ def test_axes_are_options_or_fields_and_commas_in_brackets_stay() -> None:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a sweep are commands to this process, which has imported and compiled what they need."""
 
+    in_another = subprocess.run
+
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:3] == [sys.executable, "-m", "cimjax"]
+        if command[:3] != [sys.executable, "-m", "cimjax"]:
+            return in_another(command, **options)
         return subprocess.CompletedProcess(command, main(command[3:]), "", "")
 
     monkeypatch.setattr(subprocess, "run", run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from cimjax.core import lsq
 from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec, CodeRange, Reference
-from cimjax.spec.codes import stack_ranges
 
 
 def convert(
@@ -68,15 +67,20 @@ def convert_reference(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSp
 
 def psum_ranges(spec: CIMSpec) -> CodeRange:
     """The ADCs' codes, broadcastable to psums (T, M, R, K, O): they differ by slice and plane."""
-    return stack_ranges(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))
+    return _stacked(spec.adc_ranges, (-1, 1, 1, len(spec.weight.planes), 1))
 
 
 def reference_ranges(spec: CIMSpec) -> CodeRange:
     """The codes of the dummy columns' ADCs, broadcastable to their sums (T, M, R): they differ by slice."""
-    return stack_ranges([[codes] for codes in spec.reference_ranges], (-1, 1, 1))
+    return _stacked([[codes] for codes in spec.reference_ranges], (-1, 1, 1))
 
 
-def _of_columns(steps: StepSizes, tiling: Tiling) -> tuple[Array, Array | None]:
+def _stacked(ranges: Any, shape: tuple[int, ...]) -> CodeRange:
+    """A table of ranges as one range of float32 arrays of `shape`, to broadcast."""
+    return CodeRange(*np.moveaxis(np.asarray(ranges, np.float32), -1, 0).reshape(3, *shape))
+
+
+def _of_columns(steps: StepSizes, tiling: Tiling) -> tuple[Any, Any]:
     """Steps and offsets, broadcastable to (R, K, O)."""
     return expand_outputs(steps.psum, tiling), None if steps.offset is None else expand_outputs(steps.offset, tiling)
 

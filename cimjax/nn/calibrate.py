@@ -20,7 +20,6 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from cimjax.core.calibration.report import CalibrationReport
@@ -242,7 +241,7 @@ def _of_all_copies(module: nn.Module, steps: Any, report: CalibrationReport) -> 
     if not any("vmap(" in part for part in module.scope.debug_path):
         return steps, report
     # What copies with parameters of their own differ in; in `init` the steps do not exist yet.
-    own = [module.variables["params"]]
+    own: list[Any] = [module.variables["params"]]
     if (keys := module.scope.rngs.get("params")) is not None:
         own.append(keys.as_jax_rng())
     return _together(steps, report, own)

@@ -91,9 +91,7 @@ class ArrayLayer(nn.Module):
         if not shape[-1]:
             raise ValueError(f"`{name_of(self)}` got an input of shape {shape}, without channels; it takes ({axes}).")
         if self.has_variable("params", "kernel"):
-            conv.require_channels(
-                shape, self.get_variable("params", "kernel").shape, f"the input of `{name_of(self)}`"
-            )
+            conv.require_channels(shape, self.get_variable("params", "kernel").shape, f"the input of `{name_of(self)}`")
         return x
 
     @nn.nowrap

@@ -7,16 +7,13 @@ chooses, and its validation, is in `cimjax.spec`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 
 class CodeRange(NamedTuple):
     """The codes of one quantizer: `q_min .. q_max`, or only the two ends when `size` is 2 and `q_min` is -1.
 
-    Where parts of a tensor have different codes, the entries are arrays that broadcast to it (`stack_ranges`).
+    Where parts of a tensor have different codes, the entries are arrays that broadcast to it (`core.adc.psum_ranges`).
 
     q_min, q_max: the lowest and the highest code.
     size: how many codes there are; `{-1, +1}` has 2 and no 0, `{-1, 0, +1}` has 3.
@@ -35,11 +32,6 @@ class CodeRange(NamedTuple):
     def binary(self) -> Any:
         """True for `{-1, +1}`, whose code is the sign of the input."""
         return (self.q_min == -1) & (self.size == 2)
-
-
-def stack_ranges(ranges: Sequence[Sequence[CodeRange]], shape: tuple[int, ...]) -> CodeRange:
-    """A table of ranges as one range of float32 arrays of `shape`, to broadcast."""
-    return CodeRange(*np.moveaxis(np.asarray(ranges, np.float32), -1, 0).reshape(3, *shape))
 
 
 class Plane(NamedTuple):

@@ -72,15 +72,15 @@ class CalibrationReport(NamedTuple):
         if self.missing:
             yield (
                 "missing",
-                f"{name}: {self.missing:,} of its input's values are NaN or infinite, and steps were set from them; mend "
-                "that, then call cimjax.calibrate(model, variables, data).",
+                f"{name}: {self.missing:,} of its input's values are NaN or infinite, and steps were set from them; "
+                "mend that, then call cimjax.calibrate(model, variables, data).",
             )
             return
         if self.constant:
             yield (
                 "constant",
-                f"{name}: steps were set from an input that is empty or the same everywhere, and say nothing of others; "
-                "give real data to `init`, or call cimjax.calibrate(model, variables, data) before training.",
+                f"{name}: steps were set from an input that is empty or the same everywhere, and say nothing of "
+                "others; give real data to `init`, or call cimjax.calibrate(model, variables, data) before training.",
             )
             return
         if self.negative > MUCH_NEGATIVE:

@@ -95,7 +95,7 @@ def _sum_by_product(values: Array) -> Array:
     flat = values.reshape(-1, values.shape[-1])
     parts = 8 if flat.shape[0] % 8 == 0 else 1
     few = functools.reduce(jnp.add, jnp.split(flat, parts))
-    return jnp.matmul(jnp.ones((2, few.shape[0])), few, precision=lax.Precision.HIGHEST)[0]
+    return jnp.matmul(jnp.ones((2, few.shape[0]), few.dtype), few, precision=lax.Precision.HIGHEST)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
