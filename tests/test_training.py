@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,8 +117,9 @@ def test_a_run_can_be_loaded_and_evaluated(trained: tuple[Path, Any]) -> None:
     chex.assert_trees_all_equal(few[:4], apply(variables, jnp.asarray(other))[:4])
 
 
-def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any]) -> None:
-    folder, result = trained
+def test_starting_a_finished_run_again_changes_nothing(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    run, result = trained
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
     before = read_records(folder)
     again = cimjax.train(config(epochs=4.0), workdir=folder, display=quiet())
     assert (again.accuracy, again.best_accuracy, again.steps) == (result.accuracy, result.best_accuracy, 88)
