@@ -526,8 +526,8 @@ PROGRAMS = [
     Fault(
         "int8 operands hide what is no number",
         "core/programs/products.py",
-        "missing = _missing(inputs, columns) if",
-        "missing = 0.0 if",
+        "part.astype(jnp.float32) + _missing(inputs, columns)",
+        "part.astype(jnp.float32)",
         ("test_programs.py::test_what_is_no_number_stays_none_in_cheap_operands[int8]",),
     ),
     Fault(
@@ -595,8 +595,8 @@ LAYERS = [
     Fault(
         "ADCs stay on where they should be ideal",
         "nn/ideal.py",
-        'dataclasses.replace(keywords["spec"], adc=None)',
-        'keywords["spec"]',
+        "dataclasses.replace(spec, adc=None) if _ideal.value else spec",
+        "spec",
         ("test_training.py::test_networks_of_ones_own_have_ideal_adcs_too",),
     ),
     Fault(
