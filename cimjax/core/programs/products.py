@@ -137,14 +137,10 @@ class _Row(NamedTuple):
 
 
 def _row(layer: Layer, *, cpu: bool) -> _Row:
-    """The product of an execution; `auto` is one convolution per tile on CPU, elsewhere patches.
-
-    That `patches` suits GPUs is a guess until it is measured: XLA's gradients of grouped convolutions are known to be
-    slow there (jax-ml/jax#13800).
-    """
+    """The product of an execution; `auto` is one convolution per tile, the fastest on CPU and on an H100."""
     product = layer.execution.product
     if product == Product.AUTO:
-        product = Product.CONV_PER_TILE if cpu else Product.PATCHES
+        product = Product.CONV_PER_TILE
     convolve = cpu_convolve if cpu else convolution
     return _Row(PRODUCTS[product], convolve, operand_type(layer, cpu=cpu))
 
