@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cimjax.core import lsq
+from cimjax.core import lsq, numerics
 from cimjax.spec.codes import CodeRange, code_range, weight_range
 
 RANGES = {
@@ -192,8 +192,8 @@ def test_gradients_have_the_shape_of_any_broadcastable_step(
     each_step, each_offset = jax.grad(total, argnums=(0, 1))(full_step, full_offset)
     chex.assert_shape(to_step, step.shape)
     chex.assert_shape(to_offset, offset.shape)
-    chex.assert_trees_all_close(to_step, lsq.sum_to_shape(each_step, step.shape), rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(to_offset, lsq.sum_to_shape(each_offset, offset.shape), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(to_step, numerics.sum_to_shape(each_step, step.shape), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(to_offset, numerics.sum_to_shape(each_offset, offset.shape), rtol=1e-4, atol=1e-4)
 
 
 def test_ranges_may_differ_within_a_tensor() -> None:
@@ -263,3 +263,22 @@ def test_low_precision_inputs_are_quantized_in_float32() -> None:
     codes = lsq.quantize(x, 0.1, code_range(8, signed=False))
     assert codes.dtype == jnp.float32
     np.testing.assert_array_equal(codes, lsq.quantize(x.astype(jnp.float32), 0.1, code_range(8, signed=False)))
+
+
+@pytest.mark.parametrize("units", [-2, -1, 0, 1, 2])
+def test_reciprocals_are_the_nearest_whatever_the_division_gives(units: int) -> None:
+    """As on GPUs, whose quotients are some units in the last place off."""
+    rng = np.random.default_rng(0)
+    anywhere = np.exp(rng.uniform(-25, 25, 200_000)).astype(np.float32)
+    # Their reciprocals lie as close to the middle of two numbers as any.
+    hard = np.float32(2) - np.float32(2**-23) * np.arange(1, 5000, dtype=np.float32)
+    step = np.concatenate([anywhere, hard])
+    want = np.float32(1) / step
+    near = (want.view(np.int32) + np.int32(units)).view(np.float32)
+    np.testing.assert_array_equal(jax.jit(numerics.nearest_quotient)(step, near), want)
+    np.testing.assert_array_equal(jax.jit(numerics.reciprocal)(step), want)
+
+
+def test_reciprocals_of_extreme_steps_are_those_of_the_division() -> None:
+    step = np.asarray([2e-38, 1e-35, 1e35, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(numerics.reciprocal(jnp.asarray(step)), np.float32(1) / step)

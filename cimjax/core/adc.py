@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cimjax.core import lsq
+from cimjax.core.numerics import reciprocal
 from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec, CodeRange, Reference
@@ -106,7 +107,7 @@ def adc_statistics(psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: T
     """
     code_range = psum_ranges(spec)
     step, offset = _of_columns(steps, tiling)
-    u = lsq.in_steps(psums, 1.0 / step, offset)
+    u = lsq.in_steps(psums, reciprocal(step), offset)
     # A signed 1-bit ADC has two levels, one step from its middle, and reaches one step further.
     margin = np.where(code_range.binary, np.float32(1.0), np.float32(0.5))
     beyond = (u < code_range.q_min - margin) | (u > code_range.q_max + margin)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from cimjax.core.cells import StoredArrays, quantize_weight, store
 from cimjax.core.convolution import convolution
 from cimjax.core.encoding import slice_codes
+from cimjax.core.numerics import straight_through
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window
@@ -113,14 +113,4 @@ def partial_sums(
 def snap_to_integers(sums: Array, spec: CIMSpec) -> Array:
     """Sums that are integers by construction, freed from the rounding of inexact convolution algorithms; others as they
     are."""
-    return sums if spec.variation is not None else _rounded(sums)
-
-
-@jax.custom_jvp
-def _rounded(sums: Array) -> Array:
-    return jnp.rint(sums)
-
-
-@_rounded.defjvp
-def _rounded_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _rounded(primals[0]), tangents[0]
+    return sums if spec.variation is not None else straight_through(jnp.rint, sums)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from cimjax.core.numerics import reciprocal, spread, straight_through, sum_to_shape
 from cimjax.spec import ActivationSpec
 from cimjax.spec.codes import CodeRange
 
@@ -110,17 +110,17 @@ class Bounds(NamedTuple):
         return cls(q_min, q_max, sign if sign.any() else None, q_min - reach, q_max + reach)
 
 
-def in_steps(x: Array, reciprocal: Array, offset: Array | None) -> Array:
+def in_steps(x: Array, of_step: Array, offset: Array | None) -> Array:
     """`u`: the distance of `x` from the offset, in steps; the same float32 numbers in both passes.
 
     Args:
-      reciprocal: `1 / step`, computed before it is broadcast: no backend may turn this into a division.
+      of_step: `reciprocal(step)`, computed before it is broadcast: no backend may turn this into a division.
     """
-    return _from_offset(x, offset) * reciprocal
+    return _from_offset(x, offset) * of_step
 
 
 def round_to_codes(u: Array, x: Array, offset: Array | None, bounds: Bounds, *, half_up: bool) -> Array:
-    """The codes of `x` at `u = in_steps(x, 1 / step, offset)`; arguments as for `quantize`."""
+    """The codes of `x` at `u = in_steps(x, reciprocal(step), offset)`; arguments as for `quantize`."""
     # Clipping first changes no code, and keeps compilers from fusing the product in `u` with the sum below into one
     # operation that rounds once instead of twice: codes at ties are then the same on every backend.
     inside = jnp.clip(u, bounds.q_min, bounds.q_max)
@@ -154,7 +154,7 @@ def passes(u: Array, bounds: Bounds) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _quantize(half_up: bool, x: Array, step: Array, offset: Array | None, bounds: Bounds) -> Array:
-    return round_to_codes(in_steps(x, 1.0 / step, offset), x, offset, bounds, half_up=half_up)
+    return round_to_codes(in_steps(x, reciprocal(step), offset), x, offset, bounds, half_up=half_up)
 
 
 def _quantize_forward(half_up: bool, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -163,8 +163,9 @@ def _quantize_forward(half_up: bool, *operands: Any) -> tuple[Array, tuple[Any, 
 
 def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     x, step, offset, bounds = residuals
-    inside, rest = passes(in_steps(x, 1.0 / step, offset), bounds)
-    to_x = jnp.where(inside, gradient, 0.0) * (1.0 / step)
+    of_step = reciprocal(step)
+    inside, rest = passes(in_steps(x, of_step, offset), bounds)
+    to_x = jnp.where(inside, gradient, 0.0) * of_step
     to_offset = None if offset is None else sum_to_shape(-to_x, offset.shape)
     return sum_to_shape(to_x, x.shape), sum_to_shape(-rest * to_x, step.shape), to_offset, None
 
@@ -227,57 +228,6 @@ def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: Activati
 
 
 @jax.custom_jvp
-def step_from_log(log_step: Array) -> Array:
-    """The step that a stored logarithm stands for: `exp(clip(log_step, -25, 25))`, > 0 and finite.
-
-    The gradient, `step`, passes straight through the clip, so that a step at the limit can come back.
-
-    Args:
-      log_step: any shape, float32.
-
-    Returns:
-      Steps of the same shape.
-    """
-    return jnp.exp(jnp.clip(log_step, -LOG_STEP_LIMIT, LOG_STEP_LIMIT))
-
-
-@step_from_log.defjvp
-def _step_from_log_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    step = step_from_log(primals[0])
-    return step, step * tangents[0]
-
-
-def log_from_step(step: ArrayLike) -> Array:
-    """The logarithm to store for a positive step; steps outside the limits are clipped to them."""
-    return jnp.clip(jnp.log(jnp.asarray(step, jnp.float32)), -LOG_STEP_LIMIT, LOG_STEP_LIMIT)
-
-
-@jax.custom_jvp
-def offset_in_limits(zeta: Array) -> Array:
-    """A stored offset, clipped to +-2^24 with a straight-through gradient: beyond, float32 has no unit step left."""
-    return jnp.clip(zeta, -OFFSET_LIMIT, OFFSET_LIMIT)
-
-
-@offset_in_limits.defjvp
-def _offset_in_limits_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return offset_in_limits(primals[0]), tangents[0]
-
-
-@jax.custom_jvp
-def nearest_power_of_two(step: Array) -> Array:
-    """The step rounded to a power of two, `2^rint(log2(step))`, with a straight-through gradient on its logarithm."""
-    # Not `exp2`, which XLA computes as an exponential: off by a bit from 2^13 on.
-    exponent = jnp.rint(jnp.log2(step))
-    return jnp.where(jnp.isnan(step), step, jnp.ldexp(jnp.ones_like(step), exponent.astype(jnp.int32)))
-
-
-@nearest_power_of_two.defjvp
-def _nearest_power_of_two_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    rounded = nearest_power_of_two(primals[0])
-    return rounded, tangents[0] * (rounded / primals[0])
-
-
-@jax.custom_jvp
 def scale_gradient(x: Array, factor: ArrayLike) -> Array:
     """`x`, whose gradient is multiplied by `factor` (broadcastable to `x`): LSQ's `gradscale`."""
     del factor
@@ -291,30 +241,36 @@ def _scale_gradient_jvp(primals: tuple[Array, ArrayLike], tangents: tuple[Array,
     return x, (tangents[0] * factor).astype(tangents[0].dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """`x`, broadcast to a shape; its gradient is summed by `sum_to_shape`, quicker than the sum that JAX derives."""
-    return jnp.broadcast_to(x, shape)
+def step_from_log(log_step: Array) -> Array:
+    """The step that a stored logarithm stands for: `exp(clip(log_step, -25, 25))`, > 0 and finite.
+
+    The gradient, `step`, passes straight through the clip, so that a step at the limit can come back.
+
+    Args:
+      log_step: any shape, float32.
+
+    Returns:
+      Steps of the same shape.
+    """
+    return jnp.exp(straight_through(lambda x: jnp.clip(x, -LOG_STEP_LIMIT, LOG_STEP_LIMIT), log_step))
 
 
-def _spread_backward(shape: tuple[int, ...], x: Array, gradient: Array) -> tuple[Array]:
-    return (sum_to_shape(gradient, x.shape),)
+def log_from_step(step: ArrayLike) -> Array:
+    """The logarithm to store for a positive step; steps outside the limits are clipped to them."""
+    return jnp.clip(jnp.log(jnp.asarray(step, jnp.float32)), -LOG_STEP_LIMIT, LOG_STEP_LIMIT)
 
 
-spread.defvjp(lambda x, shape: (spread(x, shape), x), _spread_backward)
+def offset_in_limits(zeta: Array) -> Array:
+    """A stored offset, clipped to +-2^24 with a straight-through gradient: beyond, float32 has no unit step left."""
+    return straight_through(lambda x: jnp.clip(x, -OFFSET_LIMIT, OFFSET_LIMIT), zeta)
 
 
-def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sum `x` over the axes along which an array of `shape` was broadcast to it."""
-    extra = x.ndim - len(shape)
-    kept = (1,) * extra + shape
-    leading = next((axis for axis, size in enumerate(kept) if size != 1), x.ndim)
-    count, rest = math.prod(x.shape[:leading]), x.shape[leading:]
-    if count > 1 and math.prod(rest) > 1:
-        # As a product with ones: for a sum XLA's CPU backend walks through memory column by column.
-        x = jnp.matmul(jnp.ones((1, count), x.dtype), x.reshape(count, math.prod(rest)), precision="highest")
-    else:
-        x = jnp.sum(x, axis=tuple(range(leading)))
-    x = x.reshape(rest)
-    axes = tuple(axis for axis, size in enumerate(kept[leading:]) if size == 1)
-    return jnp.sum(x, axis=axes).reshape(shape)
+def nearest_power_of_two(step: Array) -> Array:
+    """The step rounded to a power of two, `2^rint(log2(step))`, with a straight-through gradient on its logarithm."""
+    return straight_through(_power_of_two, scale_gradient(step, _power_of_two(step) / step))
+
+
+def _power_of_two(step: Array) -> Array:
+    # Not `exp2`, which XLA computes as an exponential: off by a bit from 2^13 on.
+    rounded = jnp.ldexp(jnp.ones_like(step), jnp.rint(jnp.log2(step)).astype(jnp.int32))
+    return jnp.where(jnp.isnan(step), step, rounded)

@@ -7,8 +7,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from cimjax.core import lsq
 from cimjax.core.array_mac import PartialSums
+from cimjax.core.numerics import spread
 from cimjax.core.step_sizes import StepSizes, expand_weight
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
@@ -24,7 +24,7 @@ def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec
     Returns:
       (M, O) float32, not yet multiplied by the activation's step.
     """
-    scale = lsq.spread(output_scale(steps, tiling, spec), read.columns.shape)
+    scale = spread(output_scale(steps, tiling, spec), read.columns.shape)
     slices = slice_significances(spec)[:, None, None, None, None]
     total = jnp.sum(read.columns * scale * slices, axis=(0, 2, 3))
     if read.reference is None:

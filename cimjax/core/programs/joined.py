@@ -21,6 +21,7 @@ from jax import Array, lax
 from cimjax.core import adc, encoding, lsq, readout
 from cimjax.core.array_mac import by_column, snap_to_integers, sum_columns
 from cimjax.core.cells import StoredArrays
+from cimjax.core.numerics import reciprocal
 from cimjax.core.programs import products
 from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import materialize, sum_over_positions
@@ -51,7 +52,7 @@ class ColumnScales(NamedTuple):
 class Ladders(NamedTuple):
     """What passes over partial sums look up, (R, K O) float32 or, of one read group, (K O,); see `ColumnScales`.
 
-    reciprocal: `1 / step`; with step, offset and read_scale None behind an ideal ADC.
+    reciprocal: of the step; with step, offset and read_scale None behind an ideal ADC.
     read_scale: what a code counts but for its slice, `step f_k s_w`.
     """
 
@@ -65,7 +66,13 @@ class Ladders(NamedTuple):
     def of_groups(cls, scales: ColumnScales) -> Ladders:
         """Those of all read groups, written to memory: XLA's CPU backend would compute them for each partial sum."""
         step, offset, scale = scales
-        every = [step, None if step is None else 1.0 / step, offset, scale, None if step is None else step * scale]
+        every = [
+            step,
+            None if step is None else reciprocal(step),
+            offset,
+            scale,
+            None if step is None else step * scale,
+        ]
         present = [values for values in every if values is not None]
         rows = iter(materialize(lambda *values: jnp.stack(values), *present))
         return cls(*(None if values is None else next(rows) for values in every))

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton
 from cimjax.core import lsq
 from cimjax.core.cells import StoredArrays
 from cimjax.core.convolution import sum_type
+from cimjax.core.numerics import reciprocal
 from cimjax.core.programs import joined
 from cimjax.core.programs.contract import Layer, by_platform, operand_type
 from cimjax.core.programs.joined import Columns, ColumnScales
@@ -174,7 +175,7 @@ def _operands(layer: Layer, sizes: _Sizes, inputs: Array, digits: Array, scales:
     zero = jnp.zeros_like(scales.step) if scales.offset is None else scales.offset
     parameters = (
         columns(scales.step, 1.0),
-        columns(1.0 / scales.step, 1.0),
+        columns(reciprocal(scales.step), 1.0),
         columns(zero),
         columns(scales.output_scale),
     )
