@@ -133,16 +133,23 @@ QUANTIZER = [
     Fault(
         "a step at its limit is stuck",
         "core/lsq.py",
-        "return step, step * tangents[0]",
-        "return step, jnp.where(jnp.abs(primals[0]) < LOG_STEP_LIMIT, step * tangents[0], 0.0)",
+        "return jnp.exp(straight_through(lambda x: jnp.clip(x, -LOG_STEP_LIMIT, LOG_STEP_LIMIT), log_step))",
+        "return jnp.exp(jnp.clip(log_step, -LOG_STEP_LIMIT, LOG_STEP_LIMIT))",
         ("test_lsq.py::test_a_stored_step_is_positive_and_its_gradient_passes_the_clip",),
     ),
     Fault(
         "powers of two stop gradients",
         "core/lsq.py",
-        "tangents[0] * (rounded / primals[0])",
-        "jnp.zeros_like(tangents[0])",
+        "return straight_through(_power_of_two, scale_gradient(step, _power_of_two(step) / step))",
+        "return _power_of_two(step)",
         ("test_lsq.py::test_powers_of_two_pass_the_gradient_of_the_logarithm",),
+    ),
+    Fault(
+        "reciprocals are as the division gives them",
+        "core/numerics.py",
+        "best, least = jnp.where(distance < least, candidate, best), jnp.minimum(distance, least)",
+        "best, least = best, jnp.minimum(distance, least)",
+        ("test_lsq.py::test_reciprocals_are_the_nearest_whatever_the_division_gives",),
     ),
 ]
 

@@ -103,7 +103,7 @@ class Bounds(NamedTuple):
 
     @classmethod
     def of(cls, code_range: CodeRange, margin: float) -> Bounds:
-        """Those of a code range, passing gradients up to `margin` beyond its codes; a sign only up to its codes."""
+        """The bounds of a code range, passing gradients `margin` beyond its codes; a sign only up to them."""
         q_min, q_max, size = (np.asarray(entry, np.float32) for entry in code_range)
         sign = CodeRange(q_min, q_max, size).binary
         reach = np.where(sign, np.float32(0), np.float32(margin))

@@ -64,7 +64,7 @@ class Ladders(NamedTuple):
 
     @classmethod
     def of_groups(cls, scales: ColumnScales) -> Ladders:
-        """Those of all read groups, written to memory: XLA's CPU backend would compute them for each partial sum."""
+        """The ladders of all read groups, written to memory, or XLA:CPU would compute them for each partial sum."""
         step, offset, scale = scales
         every = [
             step,
@@ -78,7 +78,7 @@ class Ladders(NamedTuple):
         return cls(*(None if values is None else next(rows) for values in every))
 
     def of_group(self, group: int) -> Ladders:
-        """Those of one read group."""
+        """The ladders of one read group."""
         return Ladders(*(None if values is None else values[group] for values in self))
 
 
@@ -110,7 +110,7 @@ class SliceADC(NamedTuple):
 
     @classmethod
     def of_layer(cls, layer: Layer) -> SliceADC:
-        """Those of a layer; where codes are not divided, of one slice."""
+        """The ADCs of a layer; where codes are not divided, of one slice."""
         spec, features = layer.spec, layer.tiling.features
         significances = np.ones(1, np.float32) if spec.skips_decomposition else readout.slice_significances(spec)
         if spec.adc is None:
