@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import cimjax
 from cimjax.spec.base import closest, nearest, shortened, shown
-from cimjax.training.options import CIM_OPTIONS, describe_options
+from cimjax.training.config.options import CIM_OPTIONS, describe_options
 
 
 class UsageError(ValueError):
@@ -61,7 +61,7 @@ def start(argv: list[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from cimjax.training.config_file import load_config
+    from cimjax.training.config.file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workdir is not None:
@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cimjax.training.run_folder import read_config
+    from cimjax.training.run.folder import read_config
 
     run = Path(arguments.run).expanduser()
     read_config(run)  # says what is wrong with the folder before jax is imported
@@ -97,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from cimjax.analysis import sweep
-    from cimjax.training.config_file import load_config
+    from cimjax.training.config.file import load_config
 
     axes = sweep.parse_axes(arguments.over)
     load_config(arguments.config, arguments.overrides)  # says what is wrong before the first run
@@ -108,7 +108,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from cimjax.training.config_file import load_config
+    from cimjax.training.config.file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from cimjax.analysis import bench, timing
@@ -246,7 +246,7 @@ class _Parser(argparse.ArgumentParser):
         """What was typed, or one line about the first thing that is wrong with it."""
         overrides: list[Any] = []
         if "--config" in self.flags:
-            from cimjax.training.config_file import take_overrides
+            from cimjax.training.config.file import take_overrides
 
             overrides, argv = take_overrides(argv)
             if argv and ".py" in argv[0] and not argv[0].startswith("-"):

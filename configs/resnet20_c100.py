@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.defaults import RECIPE, default_config, train_as_cifar
-from cimjax.training.options import parse_options
+from cimjax.training.config.defaults import RECIPE, default_config, train_as_cifar
+from cimjax.training.config.options import parse_options
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """The fields of a training run; `cimjax.training.defaults` says what each means."""
+    """The fields of a training run; `cimjax.training.config.defaults` says what each means."""
     cells = {"act_bits": 4, "weight_bits": 4, "cell_bits": 2, "rows": 128, "columns": 128}
     options = parse_options(argument, **cells, adc_bits=3, **RECIPE)
     config = default_config(options)

@@ -5,7 +5,7 @@ import functools
 import flax.linen as nn
 
 import cimjax
-from cimjax.training.config_file import load_config
+from cimjax.training.config.file import load_config
 
 # The macro: 4-bit weights in plus and minus cells of 2 bits, bit-serial inputs, 32 rows to a 4-bit ADC conversion.
 macro = cimjax.CIMSpec(

@@ -10,10 +10,10 @@ import pytest
 
 from cimjax.hardware.survey import Layer
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
-from cimjax.training import advice
 from cimjax.training.metrics import mean_movement, movement
-from cimjax.training.report import describe_bits, describe_specs, layer_rows
-from cimjax.training.tables import TIMES, layer_row
+from cimjax.training.show import advice
+from cimjax.training.show.report import describe_bits, describe_specs, layer_rows
+from cimjax.training.show.tables import TIMES, layer_row
 
 LEARNED = CIMSpec(adc=ADCSpec(bits=3, offset=True))
 CALIBRATED = CIMSpec(adc=ADCSpec(bits=3, offset=True, step="calibrated"))

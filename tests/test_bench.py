@@ -12,7 +12,7 @@ from cimjax.analysis import bench, timing
 from cimjax.cli import main
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.spec import CIMSpec
-from cimjax.training.config_file import load_config
+from cimjax.training.config.file import load_config
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 

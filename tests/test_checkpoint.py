@@ -18,14 +18,14 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cimjax.training import checkpoint
-from cimjax.training.checkpoint import Checkpoints
-from cimjax.training.run_folder import RunFolderError
+from cimjax.training.run import checkpoint
+from cimjax.training.run.checkpoint import Checkpoints
+from cimjax.training.run.folder import RunFolderError
 
 # Saves for ever, from the step after the last one; every third state is marked as the best.
 _SAVE_FOR_EVER = """
 import sys, jax.numpy as jnp
-from cimjax.training.checkpoint import Checkpoints
+from cimjax.training.run.checkpoint import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 step = checkpoints.latest_step() or 0
 print("start", flush=True)
@@ -38,7 +38,7 @@ while True:
 _FOUR_DEVICES = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from cimjax.training.checkpoint import Checkpoints
+from cimjax.training.run.checkpoint import Checkpoints
 mesh = Mesh(np.array(jax.devices()), ("data",))
 shardings = {"w": NamedSharding(mesh, PartitionSpec("data")), "b": NamedSharding(mesh, PartitionSpec())}
 abstract = {k: jax.ShapeDtypeStruct((8, 3), "float32", sharding=s) for k, s in shardings.items()}

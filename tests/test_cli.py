@@ -20,8 +20,8 @@ import cimjax
 import cimjax.data
 from cimjax.cli import main
 from cimjax.data import DataError
-from cimjax.training.config_file import Override, load_config, take_overrides
-from cimjax.training.run_folder import RunFolderError
+from cimjax.training.config.file import Override, load_config, take_overrides
+from cimjax.training.run.folder import RunFolderError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = "configs/digits.py"
@@ -175,7 +175,7 @@ BROKEN_FILES = [
         "broken.py: TypeError: get_config() takes 0 positional arguments but 1 was given",
     ),
     (
-        "from ml_collections import ConfigDict\nfrom cimjax.training.options import parse_options\n"
+        "from ml_collections import ConfigDict\nfrom cimjax.training.config.options import parse_options\n"
         "def get_config(options=None):\n    parse_options(options, rwos=64)",
         "broken.py:4: ValueError: rwos=64 is no default",
     ),
@@ -200,7 +200,7 @@ def test_a_mistake_in_a_config_file_is_shown_with_its_line(
 def test_a_bug_of_cimjax_under_a_config_file_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr("cimjax.training.options.re", None)
+    monkeypatch.setattr("cimjax.training.config.options.re", None)
     with pytest.raises(AttributeError):
         main([*TRAIN[:-1], f"{DIGITS}:rows=64"])
 

@@ -15,10 +15,10 @@ import pytest
 import cimjax
 from cimjax.data import Dataset
 from cimjax.hardware.survey import layers_of
-from cimjax.training.config_file import load_config
-from cimjax.training.display import Display
+from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
-from cimjax.training.step import Images, order_of_epoch
+from cimjax.training.show.display import Display
+from cimjax.training.train_step import Images, order_of_epoch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The image and the classes that each file is for, and how many parameters its network has without steps.

@@ -17,10 +17,10 @@ import pytest
 
 from cimjax.hardware.cost import layer_cost
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
-from cimjax.training import display as display_lib
-from cimjax.training.display import Display
-from cimjax.training.report import describe_bits
-from cimjax.training.tables import TIMES, LayerRow, count
+from cimjax.training.show import display as display_lib
+from cimjax.training.show.display import Display
+from cimjax.training.show.report import describe_bits
+from cimjax.training.show.tables import TIMES, LayerRow, count
 
 RECORD = {
     "train_loss": 0.51234,
@@ -39,7 +39,7 @@ STEPS = [
 SCRIPT = """
 import os, signal, sys, time
 import test_display
-from cimjax.training.display import Display
+from cimjax.training.show.display import Display
 with Display() as display:
     display.start("title", {"run folder": "runs/" + "x" * 90}, test_display.resnet())
     time.sleep(0.3)

@@ -12,8 +12,15 @@ import hypothesis.strategies as st
 import pytest
 
 from cimjax.spec import CIMSpec, Granularity
-from cimjax.training.config_file import load_config
-from cimjax.training.options import CIM_OPTIONS, Option, OptionError, describe_options, parse_options, spec_from_options
+from cimjax.training.config.file import load_config
+from cimjax.training.config.options import (
+    CIM_OPTIONS,
+    Option,
+    OptionError,
+    describe_options,
+    parse_options,
+    spec_from_options,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = [option.name for option in CIM_OPTIONS]

@@ -27,7 +27,7 @@ from cimjax.core.window import resolve
 from cimjax.data import Dataset
 from cimjax.spec import CodeRange, Execution, Operands, Product, Residuals
 from cimjax.spec.codes import code_range
-from cimjax.training.config_file import load_config
+from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build, on_device
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -13,13 +13,13 @@ import sys
 import numpy as np
 import pytest
 
-from cimjax.training.run_folder import LOCK, RunFolder, RunFolderError, read_config, read_records
+from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, read_config, read_records
 
 CONFIG = {"seed": 0, "weight": {"bits": 4, "granularity": "column"}, "rules": [["stem", None]], "adc": None}
 
 _HOLD = """
 import sys, time
-from cimjax.training.run_folder import RunFolder
+from cimjax.training.run.folder import RunFolder
 with RunFolder.open(sys.argv[1], {"seed": 0}) as run:
     run.log({"step": 1})
     print("held", "jax" in sys.modules, flush=True)

@@ -25,17 +25,18 @@ import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
-from cimjax.training import loop, step
-from cimjax.training.checkpoint import Checkpoints
-from cimjax.training.config_file import Override, load_config
-from cimjax.training.diagnosis import explain_failure
-from cimjax.training.display import Display
+from cimjax.training import loop
+from cimjax.training import train_step as step
+from cimjax.training.config.file import Override, load_config
 from cimjax.training.evaluate import Evaluator, health
 from cimjax.training.experiment import build, on_device
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.optimizer import kind_of, learning_rate, make_optimizer, total_steps
-from cimjax.training.run_folder import RunFolderError, read_records
-from cimjax.training.step import TrainState, augment, chip_key, order_of_epoch, step_rngs
+from cimjax.training.run.checkpoint import Checkpoints
+from cimjax.training.run.folder import RunFolderError, read_records
+from cimjax.training.show.diagnosis import explain_failure
+from cimjax.training.show.display import Display
+from cimjax.training.train_step import TrainState, augment, chip_key, order_of_epoch, step_rngs
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "digits.py")

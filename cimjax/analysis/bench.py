@@ -35,7 +35,7 @@ from cimjax.spec import (
     TilingRule,
 )
 from cimjax.training.experiment import Experiment, build, on_device
-from cimjax.training.step import order_of_epoch
+from cimjax.training.train_step import order_of_epoch
 
 
 class Variant(NamedTuple):

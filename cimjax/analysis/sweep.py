@@ -79,7 +79,7 @@ def _run(config: str, options: dict[str, str], workdir: Path, fields: Sequence[s
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    from cimjax.training.run_folder import read_records
+    from cimjax.training.run.folder import read_records
 
     return read_records(folder)
 

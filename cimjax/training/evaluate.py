@@ -19,8 +19,8 @@ from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
-from cimjax.training.run_folder import read_config
-from cimjax.training.step import Images, TrainState, chip_key
+from cimjax.training.run.folder import read_config
+from cimjax.training.train_step import Images, TrainState, chip_key
 
 
 class Evaluator:
@@ -85,7 +85,7 @@ def restore(
     Raises:
       RunFolderError: when the folder holds no run, or its checkpoint is damaged or of another network.
     """
-    from cimjax.training.checkpoint import Checkpoints
+    from cimjax.training.run.checkpoint import Checkpoints
 
     experiment = build(ConfigDict(read_config(run)), model=model, dataset=dataset)
     state, extra = Checkpoints(Path(run)).restore(experiment.abstract_state(), which=which)
@@ -103,8 +103,8 @@ def load(
 
     The specification is that of the network's own array layers, whoever built it: one where all layers agree, a
     dictionary by path ("block1/conv2") where they differ, None where there are none. Images go in normalised, as
-    `experiment.stepper.normalise` makes them; with `variation`, the run's chip is
-    `apply(..., rngs={"variation": cimjax.training.step.chip_key(config.seed)})`. Arguments and errors as for `restore`.
+    `experiment.stepper.normalise` makes them; with `variation`, the run's chip is `apply(...,
+    rngs={"variation": cimjax.training.train_step.chip_key(config.seed)})`. Arguments and errors as for `restore`.
 
     >>> model, variables, spec = load("runs/digits")  # doctest: +SKIP
     >>> logits = model.apply(variables, images)  # doctest: +SKIP

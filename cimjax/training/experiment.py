@@ -27,7 +27,7 @@ from cimjax.spec import CIMSpec, Execution
 from cimjax.spec.base import LARGEST_COUNT, shown
 from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
-from cimjax.training.step import Images, Stepper, TrainState, chip_key, stored_steps
+from cimjax.training.train_step import Images, Stepper, TrainState, chip_key, stored_steps
 
 # Images with which the layers of a network are looked up: a prime, which no other axis is likely to be a multiple of.
 _SURVEYED = 7

@@ -20,17 +20,17 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
 from cimjax.nn.calibrate import messages
-from cimjax.training import advice
-from cimjax.training.checkpoint import Checkpoints
-from cimjax.training.diagnosis import explain_failure
-from cimjax.training.display import Display
 from cimjax.training.evaluate import Evaluator, health
 from cimjax.training.experiment import Experiment, Reports, build, default_workdir, on_device
 from cimjax.training.metrics import mean_movement, movement
 from cimjax.training.optimizer import learning_rate
-from cimjax.training.report import describe_run, final_rows, layer_rows, step_rows
-from cimjax.training.run_folder import RunFolder
-from cimjax.training.step import Stepper, TrainState, order_of_epoch, stored_steps
+from cimjax.training.run.checkpoint import Checkpoints
+from cimjax.training.run.folder import RunFolder
+from cimjax.training.show import advice
+from cimjax.training.show.diagnosis import explain_failure
+from cimjax.training.show.display import Display
+from cimjax.training.show.report import describe_run, final_rows, layer_rows, step_rows
+from cimjax.training.train_step import Stepper, TrainState, order_of_epoch, stored_steps
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5

@@ -1,6 +1,6 @@
 """What a user should know of a run, one line each; a line advises only what the layers that it is about can do.
 
-What is measured comes from `cimjax.training.metrics`; `cimjax.training.display` prints the lines.
+What is measured comes from `cimjax.training.metrics`; `cimjax.training.show.display` prints the lines.
 """
 
 from __future__ import annotations

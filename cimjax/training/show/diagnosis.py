@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cimjax.training.experiment import Experiment
-from cimjax.training.step import Images, Stepper, TrainState, augment, order_of_epoch, step_rngs
+from cimjax.training.train_step import Images, Stepper, TrainState, augment, order_of_epoch, step_rngs
 
 
 def explain_failure(experiment: Experiment, state: TrainState, data: Images, step: int) -> str:

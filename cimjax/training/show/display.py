@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cimjax.training.tables import (
+from cimjax.training.show.tables import (
     Column,
     LayerRow,
     Row,
@@ -36,7 +36,7 @@ from cimjax.training.tables import (
     totals_of,
     width_of,
 )
-from cimjax.training.terminal import SPINNER, SafeStream, VisibleConsole, plain_width
+from cimjax.training.show.terminal import SPINNER, SafeStream, VisibleConsole, plain_width
 
 # Seconds between plain progress lines; a long run waits longer, this part of its time so far.
 _PLAIN_SECONDS, _PLAIN_PART = 15.0, 0.02

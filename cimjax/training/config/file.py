@@ -22,9 +22,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from cimjax.spec import CIMSpec
 from cimjax.spec.base import LARGEST_COUNT, closest, nearest, shortened, shown
-from cimjax.training.options import OptionError
+from cimjax.training.config.options import OptionError
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 _MODULE = "cimjax_config_file"
 
 

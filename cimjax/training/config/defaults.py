@@ -7,7 +7,7 @@ import types
 from ml_collections import ConfigDict
 
 from cimjax.spec import Execution
-from cimjax.training.options import spec_from_options
+from cimjax.training.config.options import spec_from_options
 
 
 def default_config(options: types.SimpleNamespace) -> ConfigDict:

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from cimjax.training.run_folder import CHECKPOINTS, RunFolderError
+from cimjax.training.run.folder import CHECKPOINTS, RunFolderError
 
 PyTree = Any
 Which = Literal["last", "best"]

@@ -1,7 +1,7 @@
 """The options in a config path, `configs/digits.py:weight=column,psum=layer,adc_bits=2,smoke`, and their specification.
 
 An option is a short, typed name for what people change most; any other field of a config is set by
-`--config.field=value`, which `cimjax.training.config_file` reads. Nothing is validated here that `cimjax.spec` knows:
+`--config.field=value`, which `cimjax.training.config.file` reads. Nothing is validated here that `cimjax.spec` knows:
 its refusals are passed on in the names that were typed.
 """
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
-from cimjax.training.tables import TIMES
+from cimjax.training.show.tables import TIMES
 
 # Width of plain output where neither COLUMNS nor a terminal tells it.
 _PLAIN_WIDTH = 120

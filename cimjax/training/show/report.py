@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cimjax.hardware.survey import Layer
 from cimjax.spec import CIMSpec, StepKind
 from cimjax.training.experiment import Experiment
-from cimjax.training.tables import LayerRow
+from cimjax.training.show.tables import LayerRow
 
 if TYPE_CHECKING:
     from cimjax.training.loop import Result

@@ -3,7 +3,7 @@
     config.json      the options of the run
     versions.json    a list of starts: time, command, versions, git commit
     metrics.jsonl    one strict JSON object per line
-    checkpoints/     written by `cimjax.training.checkpoint`
+    checkpoints/     written by `cimjax.training.run.checkpoint`
     .lock            held while a process trains here; names that process
 
 Neither jax nor orbax is imported here, so that a run can be looked at quickly. In a run of several processes only the

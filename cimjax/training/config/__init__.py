@@ -1,0 +1,1 @@
+"""What a run is asked for: options in a config path, files, and the fields with their meanings."""
