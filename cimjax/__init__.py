@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
-    from cimjax.training.loop import train
+    from cimjax.training.train import train
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _HOMES = {
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
     "cimjax.nn.calibrate": ("CalibrationWarning", "calibrate", "without_calibration"),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
-    "cimjax.training.loop": ("train",),
+    "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -67,7 +67,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.workdir is not None:
         _check_folder(arguments.workdir)
     from cimjax.training.cache import keep_compiled_programs
-    from cimjax.training.loop import train
+    from cimjax.training.train import train
 
     keep_compiled_programs()
     workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
@@ -163,7 +163,7 @@ _COMMANDS = {
         "cimjax evaluate runs/digits-20250131-120000 --json",
         {
             "run": {"metavar": "RUN", "help": "the folder of a run"},
-            "--which": {"choices": ("best", "last"), "default": "best", "help": "which checkpoint; best if not given"},
+            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
             "--json": {"action": "store_true", "help": "print one JSON object"},
         },
         _evaluate,

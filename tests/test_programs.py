@@ -28,7 +28,8 @@ from cimjax.data import Dataset
 from cimjax.spec import CodeRange, Execution, Operands, Product, Residuals
 from cimjax.spec.codes import code_range
 from cimjax.training.config.file import load_config
-from cimjax.training.experiment import build, on_device
+from cimjax.training.experiment import build
+from cimjax.training.train_step import train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 REST = [(case, program) for case in CASES for program in PROGRAMS if (case, program) not in QUICK]
@@ -238,9 +239,12 @@ def test_the_step_of_a_network_is_lowered_for_the_platform_that_is_asked_for() -
         config.batch_size = 8
     pixels, labels = np.zeros((8, 32, 32, 3), np.uint8), np.arange(8)
     experiment = build(config, dataset=Dataset.from_arrays("random", pixels, labels, pixels, labels, classes=10))
-    order = jax.ShapeDtypeStruct((8,), jnp.int32)
-    state, data = experiment.abstract_state(), jax.eval_shape(lambda: on_device(experiment.dataset.train))
-    traced = jax.jit(experiment.stepper_on_one_device().train).trace(state, data, order)
+    setup, plain = experiment.setup_on_one_device(), experiment.preparation.plain
+
+    def step(state: Any, pixels: Any, labels: Any) -> Any:
+        return train_step(setup, state, plain(pixels, labels))
+
+    traced = jax.jit(step).trace(experiment.abstract_state(), pixels, labels)
     texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")}
     assert "stablehlo.case" not in texts["cuda"] and "stablehlo.case" in texts["cpu"]
     products = {name: re.findall(r"stablehlo\.convolution.*xbf16>", text) for name, text in texts.items()}

@@ -51,12 +51,33 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
             "weight_decay": 5e-4,
             # Multiplies the learning rate of quantization steps and offsets.
             "step_factor": 1.0,
+            # Norm to which the gradient of all parameters together is scaled down; 0: never.
+            "clip_norm": 0.0,
+            # Parts that a batch is computed in, one after the other, whose gradients are averaged.
+            "accumulate": 1,
+            # What follows the warm-up: one of `training.optimizer.SCHEDULES`, and what that takes: the part of the rate
+            # at the end, a factor, a power, parts of the steps, restarts.
+            "schedule": "cosine",
+            "schedule_options": ConfigDict(
+                {"alpha": 0.0, "decay_rate": 0.1, "power": 1.0, "boundaries": (0.5, 0.75), "cycles": 1}
+            ),
         }
     )
+    # Decay of the running average of the parameters, which is evaluated beside them; 0: none.
+    config.ema = 0.0
     config.label_smoothing = 0.0
+    # The `alpha` of mixup; 0: none.
+    config.mixup = 0.0
     # Random shifts of at most so many pixels, and mirror images.
     config.augment = ConfigDict({"shift": 0, "flip": False})
 
+    # With `variation`: "chip", one for the run, or "step", a fresh one in every step; and how many fresh chips the
+    # trained network is evaluated on.
+    config.variation_draw = "chip"
+    config.fresh_chips = 0
+
+    # The part of the training images that is held out to choose the best state by; 0: the last state is the result.
+    config.validation = 0.0
     config.eval_batch_size = 500
     # Training images from which all steps are set before training.
     config.calibration_images = 256
@@ -67,6 +88,8 @@ def default_config(options: types.SimpleNamespace) -> ConfigDict:
     config.recalibrate_epochs = ()
     # Optimizer steps in one program; 0: chosen by the program.
     config.steps_per_dispatch = 0
+    # How steps are spread over several devices: "shard_map" or "pmap".
+    config.parallel = "shard_map"
     # Epochs between checkpoints; the best state is kept as well.
     config.checkpoint_epochs = 1.0
     return config
