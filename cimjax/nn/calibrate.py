@@ -157,7 +157,7 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
         module.put_variable("params", _RECORD, record.joined(report))
 
 
-def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
+def refuse_unknown(module: nn.Module, x: Any) -> None:
     """Refuse to set steps where an input is not known before its parameters: inside a loop whose iterations share the
     layer's parameters, as recurrent cells do, and in Flax's `lazy_init`.
 
@@ -165,9 +165,9 @@ def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
       ValueError: naming the layer, and how to set its steps.
     """
     # Flax asks what is the same in all iterations by tracing the body with all else unknown.
-    if type(x).__name__ != "JaxprTracer" or isinstance(parameter, type(x)):
-        return
     assert module.scope is not None
+    if type(x).__name__ != "JaxprTracer" or any(isinstance(value, type(x)) for value in jax.tree.leaves(_own(module))):
+        return
     if not any("scan(" in part for part in module.scope.debug_path):
         raise ValueError(
             f"`{name_of(module)}` sets its steps from data, which lazy_init has not: call it inside "
@@ -240,11 +240,17 @@ def _of_all_copies(module: nn.Module, steps: Any, report: CalibrationReport) -> 
     assert module.scope is not None
     if not any("vmap(" in part for part in module.scope.debug_path):
         return steps, report
-    # What copies with parameters of their own differ in; in `init` the steps do not exist yet.
-    own: list[Any] = [module.variables["params"]]
-    if (keys := module.scope.rngs.get("params")) is not None:
-        own.append(keys.as_jax_rng())
-    return _together(steps, report, own)
+    return _together(steps, report, _own(module))
+
+
+def _own(module: nn.Module) -> list[Any]:
+    """What copies of a layer with parameters of their own differ in.
+
+    In `init` that is the random key alone: steps are made of nothing that differs.
+    """
+    assert module.scope is not None
+    keys = module.scope.rngs.get("params")
+    return [module.variables.get("params", {}), *([] if keys is None else [keys.as_jax_rng()])]
 
 
 @jax.custom_batching.custom_vmap

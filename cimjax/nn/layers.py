@@ -64,7 +64,7 @@ class Quantize(nn.Module):
         if kinds := kinds_to_set(self):
             found = log_step
             if log_step is not None and "activation" in kinds:
-                refuse_unknown(self, x, log_step)
+                refuse_unknown(self, x)
                 found = lsq.log_from_step(activation_step(x, self.spec))
             report = report_input(x, steps_lib.real_activation_step(found, factor, self.spec), self.spec)
             set_steps(self, {"log_step": found}, report, first=first)
@@ -113,7 +113,7 @@ class ArrayLayer(nn.Module):
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
         if kinds := kinds_to_set(self):
-            refuse_unknown(self, x.codes if isinstance(x, Codes) else x, kernel)
+            refuse_unknown(self, x.codes if isinstance(x, Codes) else x)
             found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
             set_steps(self, dict(zip(PARAMETERS, found, strict=True)), report, first=first)
             stored = StepSizes(

@@ -95,7 +95,7 @@ class CalibrationReport(NamedTuple):
                 f"{name}: {self.clipped:.0%} of the input's magnitude lies beyond its codes and is lost; give the "
                 "layer's `activation` start='least_squares', more bits or, where it is fixed, a larger full_scale.",
             )
-        if self.single:
+        elif self.single:
             yield (
                 "single",
                 f"{name}: {self.single:,} ADC steps were set from one partial sum each; give more examples to `init`, "
