@@ -178,6 +178,8 @@ class Stepper:
 def augment(pixels: Array, keys: Array, shift: int, flip: bool) -> Array:
     """Random shifts by up to `shift` pixels (edges filled with 0) and mirror images, each from its own key.
 
+    Types are written out: with JAX_ENABLE_X64 others would be drawn, and other numbers of them.
+
     Args:
       pixels: (N, H, W, C) uint8.
       keys: (N,) random keys.
@@ -187,16 +189,16 @@ def augment(pixels: Array, keys: Array, shift: int, flip: bool) -> Array:
         for_shift, for_flip = jax.random.split(key)
         if shift:
             padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)))
-            corner = jax.random.randint(for_shift, (2,), 0, 2 * shift + 1)
-            image = lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
-        return jnp.where(jax.random.bernoulli(for_flip), image[:, ::-1], image) if flip else image
+            corner = jax.random.randint(for_shift, (2,), 0, 2 * shift + 1, jnp.int32)
+            image = lax.dynamic_slice(padded, (corner[0], corner[1], jnp.int32(0)), image.shape)
+        return jnp.where(jax.random.bernoulli(for_flip, jnp.float32(0.5)), image[:, ::-1], image) if flip else image
 
     return jax.vmap(one)(pixels, keys) if shift or flip else pixels
 
 
 def order_of_epoch(key: Array, epoch: int | Array, images: int) -> Array:
     """The order of the training images in an epoch: a permutation drawn from (seed, epoch), (N,) int32."""
-    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 3), epoch), images)
+    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 3), epoch), images).astype(jnp.int32)
 
 
 def stored_steps(params: Any) -> dict[str, Array]:
