@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -253,65 +249,6 @@ def test_images_with_channels_first_are_doubted_and_later_refused() -> None:
         layer.apply(variables, first)
     with pytest.raises(ValueError, match=r"^the input of `CIMConv` has 5 channels but the kernel .* takes 3\.(\n|$)"):
         layer.apply(variables, jnp.ones((2, 4, 4, 5)))
-
-
-WIDE = """
-import dataclasses, os
-import jax, jax.numpy as jnp
-import cimjax
-from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpec, Execution, WeightSpec
-from cimjax.training.config_file import load_config
-from cimjax.training.display import Display
-assert jax.config.jax_enable_x64
-x = jax.random.uniform(jax.random.key(0), (2, 4, 3, 7))
-assert x.dtype == jnp.float64
-spec = CIMSpec(
-    activation=ActivationSpec(bits=4, slice_bits=2),
-    weight=WeightSpec(bits=3, cell_bits=2, encoding="offset", reference="adc"),
-    adc=ADCSpec(offset=True),
-    array=ArraySpec(rows=36, columns=32),
-)
-executions = {
-    "default": Execution(),
-    "reference": Execution(program="reference"),
-    "inputs": Execution(residuals="inputs"),
-}
-for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
-    for adc in (spec.adc, None):
-        layer = CIMConv(4, (3, 3), spec=dataclasses.replace(spec, adc=adc), param_dtype=dtype)
-        inputs = x.astype(dtype)
-        variables = jax.jit(layer.init)(jax.random.key(1), inputs)
-        variables = jax.jit(lambda v: cimjax.calibrate(layer, v, inputs))(variables)
-        results = {}
-        for name, execution in executions.items():
-            run = layer.clone(execution=execution)
-            loss = lambda v, x: jnp.sum(jnp.sin(run.apply(v, x).astype(jnp.float32)))
-            results[name] = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(variables, inputs)
-            for to, of in zip(jax.tree.leaves(results[name][1]), jax.tree.leaves((variables, inputs)), strict=True):
-                assert to.dtype == of.dtype and jnp.isfinite(to.astype(jnp.float32)).all(), (name, to.dtype, of.dtype)
-        for name, (value, gradient) in results.items():
-            for one, two in zip(jax.tree.leaves(gradient), jax.tree.leaves(results["reference"][1]), strict=True):
-                one, two = one.astype(jnp.float32), two.astype(jnp.float32)
-                wrong = jnp.abs(one - two).max() / (jnp.abs(two).max() + 1e-6)
-                assert wrong <= (0.02 if dtype == jnp.bfloat16 else 1e-4), (name, dtype, wrong)
-for options in ("smoke", "smoke,psum=none"):
-    config = load_config("configs/digits.py:" + options, [])
-    with config.unlocked():
-        config.model.width, config.epochs, config.augment.shift = 4, 0.15, 1
-        config.rules = (("conv[23]", None),)
-    folder = os.path.join(os.environ["RUNS"], options)
-    result = cimjax.train(config, workdir=folder, display=Display(stream=open(os.devnull, "w")))
-    assert result.steps == 3 and cimjax.evaluate(folder)["accuracy"] == result.best_accuracy
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(cimjax.load(folder)[1])} == {"float32"}
-"""
-
-
-def test_64_bits_change_nothing_but_the_width_of_what_is_wide(tmp_path: Path) -> None:
-    """All of it under JAX_ENABLE_X64: layers, calibration, both programs, training and evaluation."""
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "RUNS": str(tmp_path)}
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", WIDE], cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_frozen_kinds_of_steps_get_no_gradient_and_power_of_two_steps_are_powers() -> None:
