@@ -23,8 +23,8 @@ from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpe
 from cimjax.core.step_sizes import shapes
 from cimjax.core.tiling import tile
 from cimjax.hardware.survey import layers_of
-from cimjax.training.config_file import load_config
-from cimjax.training.display import Display
+from cimjax.training.config.file import load_config
+from cimjax.training.show.display import Display
 
 ROOT = Path(__file__).parents[1]
 SPEC = CIMSpec(

@@ -29,7 +29,8 @@ from cimjax import (
     Quantize,
     WeightSpec,
 )
-from cimjax.nn.calibrate import calibrate_and_report, init_and_report, messages, without_calibration
+from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
+from cimjax.nn.calibration_warnings import messages
 from cimjax.nn.ideal import ideal_adcs
 
 SIGNED = CIMSpec(

@@ -24,7 +24,8 @@ from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import kinds_to_set, level_of_caller, name_of, refuse_unknown, set_steps
+from cimjax.nn.calibrate import kinds_to_set, refuse_unknown, set_steps
+from cimjax.nn.calibration_warnings import level_of_caller, name_of
 from cimjax.nn.ideal import as_asked
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
-from cimjax.nn.calibrate import messages
+from cimjax.nn.calibration_warnings import messages
 from cimjax.training.evaluate import Evaluator, health
 from cimjax.training.experiment import Experiment, Reports, build, default_workdir, on_device
 from cimjax.training.metrics import mean_movement, movement
