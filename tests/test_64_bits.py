@@ -59,6 +59,7 @@ def check_core(
         ),
     )
     single = jax.tree.map(lambda value: value.astype(jnp.float32), wide)
+    tolerance = 1e-2 if jnp.bfloat16 in (x, kernel) else 2e-4
     moved = (*(i for i in (0, 1) if jnp.issubdtype(wide[i].dtype, jnp.floating)), 2)
     compute = cimjax.cim_conv if len(shape) == 4 else cimjax.cim_dense
     expected: Any = None
@@ -74,7 +75,7 @@ def check_core(
         chex.assert_trees_all_equal_shapes_and_dtypes(gradient, tuple(wide[i] for i in moved))
         if expected is None:
             expected = gradients(*single)
-        chex.assert_trees_all_close(_single((value, gradient)), _single(expected), rtol=2e-4, atol=2e-3)
+        chex.assert_trees_all_close(_single((value, gradient)), _single(expected), rtol=tolerance, atol=10 * tolerance)
 
 
 def check_layer(layer: Any = WIDE_LAYER, x: Any = jnp.float64) -> None:
@@ -82,9 +83,11 @@ def check_layer(layer: Any = WIDE_LAYER, x: Any = jnp.float64) -> None:
     pixels = RNG.uniform(0, 9, (2, 4, 3, 7))
     inputs = jnp.asarray(pixels, x)
     variables = jax.jit(layer.init)(jax.random.key(1), inputs)
+    # Compilers may leave a half kernel as it was drawn.
+    tolerance = 1e-2 if layer.param_dtype == jnp.bfloat16 else 1e-5
     again = jax.jit(cimjax.calibrate, static_argnums=0)(layer, variables, inputs)
     chex.assert_trees_all_equal_shapes_and_dtypes(variables, again)
-    chex.assert_trees_all_close(_single(again), _single(variables), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(_single(again), _single(variables), rtol=tolerance, atol=tolerance)
     for name, value in variables["params"].items():
         assert value.dtype == (layer.param_dtype if name in ("kernel", "bias") else jnp.float32), name
     y, gradient = jax.jit(jax.value_and_grad(lambda v: jnp.sum(layer.apply(v, inputs))))(variables)
