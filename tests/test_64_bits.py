@@ -95,7 +95,7 @@ def check_layer(layer: Any = WIDE_LAYER, x: Any = jnp.float64) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(gradient, variables)
     chex.assert_tree_all_finite(gradient)
     (found,) = layers_of(layer, inputs)
-    assert found.cost is not None and found.cost.adc_conversions > 0
+    assert found.cost is not None and found.cost.arrays > 0
 
 
 def check_training(options: str = "smoke", *, folder: str = "", **fields: Any) -> None:
