@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from cimjax.core.programs.cpu import compiler_options
     from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
-    from cimjax.nn.calibrate import CalibrationWarning, calibrate, without_calibration
+    from cimjax.nn.calibrate import calibrate, without_calibration
+    from cimjax.nn.calibration_warnings import CalibrationWarning
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
@@ -43,7 +44,8 @@ _HOMES = {
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
     "cimjax.core.programs.cpu": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
-    "cimjax.nn.calibrate": ("CalibrationWarning", "calibrate", "without_calibration"),
+    "cimjax.nn.calibrate": ("calibrate", "without_calibration"),
+    "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
     "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),

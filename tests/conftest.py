@@ -54,3 +54,5 @@ def pytest_configure(config: pytest.Config) -> None:
         # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.
         os.environ["XDG_CACHE_HOME"] = folder
     keep_compiled_programs()
+    # Not in `pyproject.toml`: it would import the mathematics before its types are checked.
+    config.addinivalue_line("filterwarnings", "error::cimjax.CalibrationWarning")

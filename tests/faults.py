@@ -513,6 +513,20 @@ CALIBRATION = [
         "silent = grouping.largest(jnp.max(jnp.abs(values), axis=(0, 1))) < 0",
         ("test_calibration.py::test_a_silent_group_gets_one_and_zero",),
     ),
+    Fault(
+        "what a layer's second call sets is dropped",
+        "nn/calibrate.py",
+        "jnp.where(calls == 0, value, mean)",
+        "jnp.where(calls == 0, value, before)",
+        ("test_calibrate_network.py::test_a_layer_called_several_times_gets_the_mean_of_what_each_call_sets[twice]",),
+    ),
+    Fault(
+        "nothing is said of an input that is half lost",
+        "nn/calibration_warnings.py",
+        "if report.negative > MUCH_NEGATIVE:",
+        "if report.negative > 1:",
+        ("test_calibrate_network.py::test_what_data_cannot_tell_is_one_line_of_its_layer[negative]",),
+    ),
 ]
 
 PROGRAMS = [
@@ -685,6 +699,13 @@ TRAINING = [
         'rngs = {"variation": chip_key(state.seed)}',
         'rngs = {"variation": jax.random.key(0)}',
         ("test_training.py::test_evaluation_is_on_the_chip_of_the_run",),
+    ),
+    Fault(
+        "with 64 bits the order of an epoch is of another type",
+        "training/train_step.py",
+        "epoch), images).astype(jnp.int32)",
+        "epoch), images)",
+        ("test_64_bits.py::test_the_mathematics_layers_and_training_hold_with_64_bits",),
     ),
 ]
 

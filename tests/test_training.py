@@ -261,6 +261,30 @@ def test_several_devices_give_the_result_of_one(tmp_path: Path) -> None:
     assert json.loads(output) == pytest.approx([one.accuracy, one.loss], rel=1e-5)
 
 
+@pytest.mark.full
+def test_a_run_says_first_from_what_data_no_good_steps_follow(tmp_path: Path) -> None:
+    """One line for each layer, before it trains and in its records; and of rules that change nothing."""
+    chosen = config("smoke", epochs=0.2)
+    with chosen.unlocked():
+        # The first layer reads normalised images, half of whose magnitude is negative.
+        chosen.rules = (("stem", chosen.spec.to_dict()), ("conv[123]", None), ("conv4", None))
+    with (tmp_path / "output").open("w") as stream:
+        cimjax.train(chosen, workdir=tmp_path / "run", display=Display(stream=stream))
+    output = (tmp_path / "output").read_text()
+    lines = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert lines[0].startswith("warning: `rules` has the pattern 'conv4', which names no layer that is left to it")
+    assert [line for line in lines if "magnitude is negative and lost" in line] == [lines[1]]
+    assert lines[1].startswith("warning: stem: ") and output.index(lines[1]) < output.index("\nepoch ")
+    (record,) = [record for record in read_records(tmp_path / "run") if record["split"] == "calibration"]
+    assert (record["step"], record["layer"]) == (0, "stem") and record["message"] in lines[1]
+    assert not any("callback" in line for line in first_program(chosen).splitlines())
+
+
+def first_program(chosen: Any) -> str:
+    experiment = build(chosen)
+    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images()).as_text()
+
+
 class OwnNet(nn.Module):
     """A network of the caller's own, without batch normalisation or an axis name."""
 
@@ -481,6 +505,8 @@ def test_every_step_takes_the_next_images_and_augments_them_in_its_own_way(monke
         ({"dataset": "digit"}, r"unknown dataset 'digit'"),
         ({"rules": (("conv[", None),)}, r"`rules` has the pattern 'conv\['"),
         ({"rules": (("conv1",),)}, r"give pairs of a path pattern and a specification"),
+        ({"rules": (3,)}, r"`rules` has 3; give pairs of a path pattern and a specification or None"),
+        ({"rules": (("x" * 5000, None, 0),)}, r"`rules` has \('x{,40}\.\.\.x+', None, 0\); give pairs"),
         ({"batch_size": 0}, r"`config.batch_size` is 0; give at least 1"),
         (
             {"seed": 10**400},

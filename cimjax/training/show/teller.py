@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from cimjax.nn.calibrate import messages
+from cimjax.nn.calibration_warnings import messages
 from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
