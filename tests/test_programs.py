@@ -79,7 +79,7 @@ def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["slices-sliced-offset-adc", pytest.param("window-stride-2-twos", marks=pytest.mark.full)]
+    "name", [pytest.param("slices-sliced-offset-adc", marks=pytest.mark.full), "window-stride-2-twos"]
 )
 def test_the_fused_kernel_equals_the_oracle_on_a_row_or_two(name: str) -> None:
     assert_equals_oracle(next(case for case in CASES if case.name == name), program="pallas")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -25,7 +26,8 @@ import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
-from cimjax.training import loop, step
+from cimjax.training import loop
+from cimjax.training import step as step_module
 from cimjax.training.checkpoint import Checkpoints
 from cimjax.training.config_file import Override, load_config
 from cimjax.training.diagnosis import explain_failure
@@ -166,7 +168,7 @@ class Stopping(Display):
     """Asks for an end, as Ctrl-C does, at the first look at the metrics after so many steps."""
 
     def __init__(self, after: int) -> None:
-        super().__init__(stream=open(os.devnull, "w"))  # noqa: SIM115
+        super().__init__(stream=io.StringIO())
         self.after = after
 
     def progress(self, step: int, *args: Any) -> None:
@@ -450,8 +452,8 @@ def test_every_step_takes_the_next_images_and_augments_them_in_its_own_way(monke
     experiment = build(config("smoke,weight=none", batch_size=4, augment={"shift": 1}))
     state, data = experiment.first_state(), on_device(experiment.dataset.train)
     order = jnp.arange(len(data.labels))
-    monkeypatch.setattr(step, "augment", lambda pixels, keys, *_: (pixels, jax.random.key_data(keys)))
-    monkeypatch.setattr(step.Stepper, "_update", lambda _, state, pixels_and_keys, labels: pixels_and_keys)
+    monkeypatch.setattr(step_module, "augment", lambda pixels, keys, *_: (pixels, jax.random.key_data(keys)))
+    monkeypatch.setattr(step_module.Stepper, "_update", lambda _, state, pixels_and_keys, labels: pixels_and_keys)
     # Two steps, the second once more, and the same place an epoch later.
     pixels, keys = zip(
         *(
