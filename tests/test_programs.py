@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,8 @@ PRODUCT_CASES = [
     and "kernel-1x1" not in case.name
 ][::2]
 # How programs of one's own are compiled, and those of cimjax: `conftest` has not changed the latter's options yet.
-COMPILERS = {
-    "default": {"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": "true"},
-    "cimjax": cpu._OPTIONS | {"xla_cpu_use_fusion_emitters": "true"},
-}
+FUSED = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+COMPILERS = {"default": {"xla_backend_optimization_level": "3"} | FUSED, "cimjax": cpu._OPTIONS | FUSED}
 
 
 def name_of(value: Case | str) -> str:
