@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -168,7 +169,7 @@ class Stopping(Display):
     """Asks for an end, as Ctrl-C does, at the first look at the metrics after so many steps."""
 
     def __init__(self, after: int) -> None:
-        super().__init__(stream=open(os.devnull, "w"))  # noqa: SIM115
+        super().__init__(stream=io.StringIO())
         self.after = after
 
     def progress(self, step: int, *args: Any) -> None:
