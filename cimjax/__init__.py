@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
+    from cimjax.training.state import Batch
     from cimjax.training.train import train
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOMES = {
     "cimjax.nn.calibrate": ("calibrate", "without_calibration"),
     "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
+    "cimjax.training.state": ("Batch",),
     "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),
 }
@@ -77,6 +79,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "compiler_options",
     "LayerCost",
     "layer_cost",
+    "Batch",
     "train",
     "load",
     "evaluate",

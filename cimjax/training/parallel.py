@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from cimjax.core.programs.cpu import compiler_options
@@ -95,7 +96,8 @@ class Devices:
     def _pmap(self, step: Callable[..., Any], specs: tuple[PartitionSpec, ...]) -> Callable[..., Any]:
         """Arguments that are split have their axis cut in two, and the devices in front."""
         axes = [next((axis for axis, name in enumerate(spec) if name == AXIS), None) for spec in specs]
-        mapped = jax.pmap(step, AXIS, in_axes=(None, *axes), out_axes=None, axis_size=self.count)
+        # It wants an argument that is split, which is the number of the device.
+        mapped = jax.pmap(lambda _, *arguments: step(*arguments), AXIS, in_axes=(0, None, *axes), out_axes=None)
 
         def call(state: Any, *arguments: Any) -> Any:
             def cut(axis: int | None, values: Any) -> Any:
@@ -104,6 +106,6 @@ class Devices:
                 return values.reshape(*values.shape[:axis], self.count, -1, *values.shape[axis + 1 :])
 
             trees = [jax.tree.map(functools.partial(cut, axis), x) for axis, x in zip(axes, arguments, strict=True)]
-            return mapped(state, *trees)
+            return mapped(np.arange(self.count), state, *trees)
 
         return call
