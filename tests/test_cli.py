@@ -450,7 +450,7 @@ def test_a_resolved_config_is_a_config(
         ("1" * 5000, "is no JSON: "),
         ("\udc80", "is no JSON: "),
         ("[]", "[] is no config; that is a group of fields (dataset, data_dir, "),
-        ("{}", "`config.dataset` is missing; give it"),
+        ("{}", "`config.dataset` is missing; `cimjax config resolve` prints all fields of a config."),
         ('{"epochs": null}', "`config.epochs` is None; give a number above 0"),
         ('{"seed": "22"}', "`config.seed` is '22'; give a whole number"),
         ('{"epochs": NaN}', "`config.epochs` is nan; give a number"),

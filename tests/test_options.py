@@ -365,7 +365,7 @@ def test_what_is_no_config_is_refused_in_one_line(change: dict[str, Any], messag
 
 
 def test_a_config_to_train_has_every_field() -> None:
-    with pytest.raises(ValueError, match=r"^`config.ema` is missing; start from `default_config`, or use `completed`"):
+    with pytest.raises(ValueError, match=r"^`config.ema` is missing; `cimjax config resolve` prints"):
         check_config(ConfigDict({name: value for name, value in USUAL.items() if name != "ema"}))
     with pytest.raises(ValueError, match="give a ConfigDict, as `load_config` returns"):
         check_config(USUAL)  # type: ignore[arg-type]

@@ -6,8 +6,7 @@ the devices can tell (a batch larger than the data) is refused where these are b
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -20,14 +19,8 @@ from cimjax.training.config.options import CIM_OPTIONS, in_other_names, tabulate
 # Beyond everything that is trained, and far from the end of float32.
 _LARGE = 1_000_000
 
-
-_SPEC_GROUPS: dict[str, Any] = {
-    "array": ArraySpec,
-    "adc": ADCSpec,
-    "weight": WeightSpec,
-    "activation": ActivationSpec,
-    "variation": VariationSpec,
-}
+_SPEC_GROUPS: dict[str, Any] = {"array": ArraySpec, "adc": ADCSpec, "weight": WeightSpec, "activation": ActivationSpec}
+_SPEC_GROUPS["variation"] = VariationSpec
 
 
 class Kind(NamedTuple):
@@ -145,83 +138,88 @@ _RULES = Kind(
 )
 
 
-def _names(kind: type[enum.StrEnum]) -> Kind:
-    return _one_of(*map(str, kind))
-
+_PART = _number(0, 1, without=1)
+_OPTIONS = "optimizer.schedule_options"
+_ROW = "whole numbers, one for each stage"
+_SCHEDULES = ("cosine", "constant", "linear", "exponential", "step", "one_cycle", "sgdr")
 
 # By what they are about.
 SECTIONS: dict[str, tuple[Field, ...]] = {
     "data": (
-        Field("dataset", "", TEXT, "one of `cimjax data list`"),
-        Field("data_dir", "", TEXT, "its folder; empty: that of tensorflow-datasets"),
+        Field("dataset", "", TEXT, "a name of `cimjax data list`"),
+        Field("data_dir", "", TEXT, "folder of data sets; empty: tensorflow-datasets' own"),
         Field("subset.classes", 0, _whole(), "only the first so many classes; 0: all"),
-        Field("subset.images", 0, _whole(), "so many training images of these; 0: all"),
-        Field("validation", 0.0, _number(0, 1, without=1), "part of the training images that chooses the best state"),
+        Field("subset.images", 0, _whole(), "only so many training images of these; 0: all"),
+        Field(
+            "validation", 0.0, _PART, "part of the training images that is held out to choose the best state; 0: none"
+        ),
         Field("augment.shift", 0, _whole(0, 1000), "random shifts by up to so many pixels"),
         Field("augment.flip", False, FLAG, "random mirror images"),
-        Field("mixup", 0.0, _number(0, _LARGE), "alpha of mixed images and labels; 0: none"),
-        Field("label_smoothing", 0.0, _number(0, 1, without=1), "part of a label given to all classes"),
+        Field("mixup", 0.0, _number(0, _LARGE), "alpha of the mixture of two images; 0: none"),
+        Field("label_smoothing", 0.0, _PART, "part of a label that is spread over all classes"),
         Field("calibration_images", 256, _whole(1), "training images from which steps are set"),
     ),
     "network": (
-        Field("model.name", "", TEXT, "a network by name; its own options stand beside it"),
+        Field("model.name", "", TEXT, "a network by name, whose own options stand beside it"),
         Field("model.width", None, _WIDTH, "factor of all channels; of `small`, channels"),
-        Field("model.blocks", None, _several(_whole(1, 1000), "whole numbers, one for each stage", 1), "of a stage"),
-        Field("model.widths", None, _several(_whole(1, 65536), "whole numbers, one for each stage", 1), "of a stage"),
-        Field("model.stem_stride", None, _whole(1, 16), "of the first convolution"),
-        Field("model.small_images", None, FLAG, "a first convolution of 3 x 3 pixels"),
-        Field("model.bottleneck", None, FLAG, "blocks of three convolutions"),
-        Field("model.preactivation", None, FLAG, "normalisation before convolutions"),
-        Field("model.shortcut", None, _one_of("pad", "projection"), "where shapes change"),
+        Field("model.blocks", None, _several(_whole(1, 1000), _ROW, 1), "blocks of each stage"),
+        Field("model.widths", None, _several(_whole(1, 65536), _ROW, 1), "channels of each stage, before the factor"),
+        Field("model.stem_stride", None, _whole(1, 16), "stride of the first convolution"),
+        Field("model.small_images", None, FLAG, "the first convolution is 3 x 3, not 7 x 7"),
+        Field("model.bottleneck", None, FLAG, "blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
+        Field("model.preactivation", None, FLAG, "normalisation and ReLU before convolutions"),
+        Field("model.shortcut", None, _one_of("pad", "projection"), "how a shortcut changes shape"),
         Field("model.residual", None, _one_of("wide", "codes"), "what a shortcut carries"),
-        Field("model.norm_momentum", None, _number(0, 1), "of running statistics"),
+        Field("model.norm_momentum", None, _number(0, 1), "momentum of running batch statistics"),
     ),
     "arrays": (
-        Field("spec", None, _SPEC, "all array layers (`CIMSpec`); None: full precision"),
+        Field("spec", None, _SPEC, "what array layers are built as (`CIMSpec`); None: full precision"),
         Field("rules", (), _RULES, "(pattern of paths, spec or None) of layers that differ"),
-        Field("ideal_share", 0.0, _number(0, 1, without=1), "part of the epochs, at the start, without ADCs"),
-        Field("recalibrate_epochs", (), _several(_whole(1), "whole numbers from 1"), "after these ADCs are set anew"),
+        Field("ideal_share", 0.0, _PART, "part of the epochs, at the start, without ADCs"),
+        Field(
+            "recalibrate_epochs",
+            (),
+            _several(_whole(1), "whole numbers from 1"),
+            "epochs after which ADCs are set anew",
+        ),
         Field("variation_draw", "chip", _one_of("chip", "step"), "one chip for the run, or a new one in each step"),
-        Field("fresh_chips", 0, _whole(0, _LARGE), "new chips on which the end is tested too"),
-        Field("execution.program", "auto", _names(Program), "how layers are computed; changes no result"),
-        Field("execution.product", "auto", _names(Product), "of inputs and digits"),
-        Field("execution.operands", "auto", _names(Operands), "numbers that are multiplied"),
-        Field("execution.residuals", "auto", _names(Residuals), "what is kept for the backward pass"),
+        Field("fresh_chips", 0, _whole(0, _LARGE), "new chips that are tested at the end, where cells vary"),
+        Field("execution.program", "auto", _one_of(*Program), "how layers are computed; changes no result"),
+        Field("execution.product", "auto", _one_of(*Product), "how inputs and digits are multiplied"),
+        Field("execution.operands", "auto", _one_of(*Operands), "in which numbers they are multiplied"),
+        Field("execution.residuals", "auto", _one_of(*Residuals), "what is kept for the backward pass"),
     ),
     "training": (
-        Field("seed", 0, _whole(-LARGEST_COUNT), "of everything random"),
-        Field("batch_size", 64, _whole(1), "images of a batch"),
+        Field("seed", 0, _whole(-LARGEST_COUNT), "seed of everything random"),
+        Field("batch_size", 64, _whole(1), "images of a batch, over all devices"),
         Field("epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "passes over the training images"),
-        Field("warmup_epochs", 1.0, _number(0, LARGEST_COUNT), "in which the rate rises from 0"),
+        Field("warmup_epochs", 1.0, _number(0, LARGEST_COUNT), "epochs in which the rate rises from 0"),
         Field("optimizer.name", "sgd", _one_of("sgd", "adamw"), "the optimizer"),
-        Field("optimizer.learning_rate", 0.1, _number(0, _LARGE), "the highest rate"),
-        Field("optimizer.momentum", 0.9, _number(0, 1, without=1), "of sgd"),
-        Field("optimizer.nesterov", True, FLAG, "Nesterov's form of it"),
-        Field("optimizer.weight_decay", 5e-4, _number(0, _LARGE), "of kernels only"),
-        Field("optimizer.step_factor", 1.0, _number(0, _LARGE), "factor of the rate of steps and offsets"),
+        Field("optimizer.learning_rate", 0.1, _number(0, _LARGE), "the highest learning rate"),
+        Field("optimizer.momentum", 0.9, _PART, "momentum of sgd"),
+        Field("optimizer.nesterov", True, FLAG, "whether it is Nesterov's"),
+        Field("optimizer.weight_decay", 5e-4, _number(0, _LARGE), "weight decay, of kernels only"),
+        Field("optimizer.step_factor", 1.0, _number(0, _LARGE), "factor of the rate of quantization steps and offsets"),
         Field("optimizer.clip_norm", 0.0, _number(0, _LARGE), "longest gradient, over all parameters; 0: any"),
         Field("optimizer.accumulate", 1, _whole(1), "batches of an optimizer step"),
+        Field("optimizer.schedule", "cosine", _one_of(*_SCHEDULES), "the learning rate after the warm-up"),
+        Field(f"{_OPTIONS}.end_factor", 0.0, _number(0, 1), "last rate / highest, of cosine, linear and sgdr"),
         Field(
-            "optimizer.schedule",
-            "cosine",
-            _one_of("cosine", "constant", "linear", "exponential", "step", "one_cycle", "sgdr"),
-            "the rate after the warm-up",
+            f"{_OPTIONS}.decay_rate", 0.1, _number(0, 1), "factor at each boundary of step, or in all of exponential"
         ),
-        Field("optimizer.schedule_options.end_factor", 0.0, _number(0, 1), "last rate of cosine, linear and sgdr"),
-        Field("optimizer.schedule_options.decay_rate", 0.1, _number(0, 1), "by `step` each time, exponential in all"),
         Field(
-            "optimizer.schedule_options.boundaries",
+            f"{_OPTIONS}.boundaries",
             (0.5, 0.75),
-            _several(_number(0, 1, without=1), "parts of the run, from 0 to below 1", 1),
-            "where `step` does so, in parts of the run",
+            _several(_PART, "numbers from 0 to below 1", 1),
+            "where step lowers the rate, as parts of the run",
         ),
-        Field("optimizer.schedule_options.cycles", 4, _whole(1, 1000), "of sgdr, all as long"),
-        Field("ema", 0.0, _number(0, 1, without=1), "decay of averaged weights; 0: none"),
+        Field(f"{_OPTIONS}.cycles", 4, _whole(1, 1000), "equally long cycles of sgdr"),
+        Field("ema", 0.0, _PART, "decay of the average of weights; 0: none"),
     ),
     "evaluation and files": (
-        Field("eval_batch_size", 500, _whole(1), "images at once in evaluation"),
+        Field("eval_batch_size", 500, _whole(1), "images of a batch in evaluation"),
         Field("steps_per_dispatch", 0, _whole(), "optimizer steps in one program; 0: chosen"),
-        Field("checkpoint_epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "between checkpoints"),
+        Field("checkpoint_epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "epochs between checkpoints"),
     ),
 }
 FIELDS = {field.name: field for section in SECTIONS.values() for field in section}
@@ -269,12 +267,7 @@ def completed(plain: Mapping[str, Any]) -> ConfigDict:
       ValueError: in one line, for what is no config: an unknown field, a value that is refused, or no data set, network
         or specification at all.
     """
-    given = _checked(plain)
-    for name in _NEEDED:
-        if name not in given:
-            raise ValueError(
-                f"`config.{name}` is missing; give it, or start from the fields of `cimjax config resolve`."
-            )
+    given = _checked(plain, _NEEDED)
     usual = {name: field.default for name, field in FIELDS.items() if field.default is not None}
     nested: dict[str, Any] = {}
     for name, value in (usual | given).items():
@@ -294,15 +287,14 @@ def check_config(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(f"`config` is {shown(config)}; give a ConfigDict, as `load_config` returns.")
-    given = _checked(config.to_dict())
-    for name, field in FIELDS.items():
-        if name not in given and (field.default is not None or name in _NEEDED):
-            raise ValueError(f"`config.{name}` is missing; start from `default_config`, or use `completed`.")
+    _checked(config.to_dict(), (*_NEEDED, *(name for name, field in FIELDS.items() if field.default is not None)))
 
 
-def _checked(plain: Any) -> dict[str, Any]:
+def _checked(plain: Any, needed: Iterable[str] = ()) -> dict[str, Any]:
     """The fields of a plain dictionary by dotted name, each checked."""
     values = {name: field_of(name).read(value) for name, value in _given(plain)}
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"`config.{missing[0]}` is missing; `cimjax config resolve` prints all fields of a config.")
     if values.get("model.name") == "small" and "model.width" in values:
         FIELDS["model.width"]._replace(kind=_whole(1, 4096)).read(values["model.width"])
     return values
