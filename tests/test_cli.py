@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -273,6 +275,18 @@ def test_options_and_overrides_reach_training_typed(calls: list[Any], tmp_path: 
     assert spec.adc == cimjax.ADCSpec(bits=2, granularity="layer", offset=True)
     assert (spec.weight.bits, spec.weight.subtract, spec.array.active_rows) == (1.5, "analog", 16)
     assert spec.variation == cimjax.VariationSpec(sigma=0.1)
+
+
+@pytest.mark.parametrize("file", [*sorted(ROOT.glob("configs/*.py")), ROOT / "README.md"], ids=lambda file: file.stem)
+def test_commands_in_documents_can_run(file: pathlib.Path, calls: list[Any], tmp_path: pathlib.Path) -> None:
+    """As far as their configs go, and on data that this version reads."""
+    text = file.read_text().replace("OPTIONS", "psum=layer").replace("\\\n", " ")
+    for line in re.findall(r"^ *python train\.py (--config .*)$", text, re.MULTILINE):
+        calls.clear()
+        assert main(["train", *shlex.split(line, comments=True), "--workdir", str(tmp_path)]) == 0
+        assert calls[0][0].dataset in cimjax.data.names()
+    for line in re.findall(r"`cimjax (config show [^`]*)`", text):
+        assert main(line.split()) == 0
 
 
 def test_an_override_can_switch_the_adc_or_the_arrays_off_and_on() -> None:
