@@ -15,8 +15,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from cimjax.spec import CIMSpec, Execution, Granularity
+from cimjax.training import optimizer
 from cimjax.training.config.defaults import default_config
-from cimjax.training.config.fields import FIELDS, check_config, completed
+from cimjax.training.config.fields import FIELDS, SCHEDULES, check_config, completed
 from cimjax.training.config.file import Override, load_config
 from cimjax.training.config.options import (
     CIM_OPTIONS,
@@ -279,7 +280,7 @@ USUAL: dict[str, Any] = {
         "clip_norm": 0.0,
         "accumulate": 1,
         "schedule": "cosine",
-        "schedule_options": {"end_factor": 0.0, "decay_rate": 0.1, "boundaries": (0.5, 0.75), "cycles": 4},
+        "schedule_options": {"alpha": 0.0, "power": 1.0, "decay_rate": 0.1, "boundaries": (0.5, 0.75), "cycles": 1},
     },
     "ema": 0.0,
     "validation": 0.0,
@@ -293,6 +294,7 @@ USUAL: dict[str, Any] = {
     "ideal_share": 0.0,
     "recalibrate_epochs": (),
     "steps_per_dispatch": 0,
+    "parallel": "shard_map",
     "checkpoint_epochs": 1.0,
 }
 
@@ -301,6 +303,7 @@ def test_the_defaults_are_those_of_every_run_so_far() -> None:
     config = default_config(parse_options(None))
     assert not config.is_locked and config.to_dict() == USUAL
     check_config(config)
+    assert tuple(optimizer.SCHEDULES) == SCHEDULES
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
@@ -317,7 +320,7 @@ def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.P
 
 def older() -> dict[str, Any]:
     """The fields of a run of the first version, as `config.json` holds them."""
-    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips")
+    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel")
     plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
     optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}
     spec = plain["spec"] | {"activation": {"bits": 3}}

@@ -16,9 +16,8 @@ from cimjax.spec.base import LARGEST_COUNT, closest, is_number, shortened, shown
 from cimjax.spec.execution import Operands, Product, Program, Residuals
 from cimjax.training.config.options import CIM_OPTIONS, in_other_names, tabulated
 
-# Beyond everything that is trained, and far from the end of float32.
-_LARGE = 1_000_000
-
+# The largest real number that a field takes: float32 holds it, and its product with a million.
+_LARGE = 1e30
 _SPEC_GROUPS: dict[str, Any] = {"array": ArraySpec, "adc": ADCSpec, "weight": WeightSpec, "activation": ActivationSpec}
 _SPEC_GROUPS["variation"] = VariationSpec
 
@@ -140,8 +139,13 @@ _RULES = Kind(
 
 _PART = _number(0, 1, without=1)
 _OPTIONS = "optimizer.schedule_options"
+_BOUNDS = _several(_PART, "numbers from 0 to below 1")
 _ROW = "whole numbers, one for each stage"
-_SCHEDULES = ("cosine", "constant", "linear", "exponential", "step", "one_cycle", "sgdr")
+# Those of `training.optimizer`, which imports jax; a test compares them.
+SCHEDULES = (
+    *("cosine", "constant", "linear", "polynomial", "exponential", "piecewise_constant"),
+    *("cosine_onecycle", "linear_onecycle", "sgdr"),
+)
 
 # By what they are about.
 SECTIONS: dict[str, tuple[Field, ...]] = {
@@ -150,9 +154,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("data_dir", "", TEXT, "folder of data sets; empty: tensorflow-datasets' own"),
         Field("subset.classes", 0, _whole(), "only the first so many classes; 0: all"),
         Field("subset.images", 0, _whole(), "only so many training images of these; 0: all"),
-        Field(
-            "validation", 0.0, _PART, "part of the training images that is held out to choose the best state; 0: none"
-        ),
+        Field("validation", 0.0, _PART, "part of the training images held out to choose the best state; 0: the last"),
         Field("augment.shift", 0, _whole(0, 1000), "random shifts by up to so many pixels"),
         Field("augment.flip", False, FLAG, "random mirror images"),
         Field("mixup", 0.0, _number(0, _LARGE), "alpha of the mixture of two images; 0: none"),
@@ -183,7 +185,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
             "epochs after which ADCs are set anew",
         ),
         Field("variation_draw", "chip", _one_of("chip", "step"), "one chip for the run, or a new one in each step"),
-        Field("fresh_chips", 0, _whole(0, _LARGE), "new chips that are tested at the end, where cells vary"),
+        Field("fresh_chips", 0, _whole(0, 1_000_000), "new chips that are tested at the end, where cells vary"),
         Field("execution.program", "auto", _one_of(*Program), "how layers are computed; changes no result"),
         Field("execution.product", "auto", _one_of(*Product), "how inputs and digits are multiplied"),
         Field("execution.operands", "auto", _one_of(*Operands), "in which numbers they are multiplied"),
@@ -201,24 +203,19 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("optimizer.weight_decay", 5e-4, _number(0, _LARGE), "weight decay, of kernels only"),
         Field("optimizer.step_factor", 1.0, _number(0, _LARGE), "factor of the rate of quantization steps and offsets"),
         Field("optimizer.clip_norm", 0.0, _number(0, _LARGE), "longest gradient, over all parameters; 0: any"),
-        Field("optimizer.accumulate", 1, _whole(1), "batches of an optimizer step"),
-        Field("optimizer.schedule", "cosine", _one_of(*_SCHEDULES), "the learning rate after the warm-up"),
-        Field(f"{_OPTIONS}.end_factor", 0.0, _number(0, 1), "last rate / highest, of cosine, linear and sgdr"),
-        Field(
-            f"{_OPTIONS}.decay_rate", 0.1, _number(0, 1), "factor at each boundary of step, or in all of exponential"
-        ),
-        Field(
-            f"{_OPTIONS}.boundaries",
-            (0.5, 0.75),
-            _several(_PART, "numbers from 0 to below 1", 1),
-            "where step lowers the rate, as parts of the run",
-        ),
-        Field(f"{_OPTIONS}.cycles", 4, _whole(1, 1000), "equally long cycles of sgdr"),
+        Field("optimizer.accumulate", 1, _whole(1), "parts of a batch, computed one after the other"),
+        Field("optimizer.schedule", "cosine", _one_of(*SCHEDULES), "the learning rate after the warm-up"),
+        Field(f"{_OPTIONS}.alpha", 0.0, _number(0, 1), "last rate / highest, of cosine, linear, polynomial and sgdr"),
+        Field(f"{_OPTIONS}.power", 1.0, _number(0, 100, without=0), "power of polynomial"),
+        Field(f"{_OPTIONS}.decay_rate", 0.1, _number(0, 1, without=0), "factor of exponential, or at each boundary"),
+        Field(f"{_OPTIONS}.boundaries", (0.5, 0.75), _BOUNDS, "of piecewise_constant, as parts of the run"),
+        Field(f"{_OPTIONS}.cycles", 1, _whole(1, 1000), "equally long cycles of sgdr"),
         Field("ema", 0.0, _PART, "decay of the average of weights; 0: none"),
     ),
     "evaluation and files": (
         Field("eval_batch_size", 500, _whole(1), "images of a batch in evaluation"),
         Field("steps_per_dispatch", 0, _whole(), "optimizer steps in one program; 0: chosen"),
+        Field("parallel", "shard_map", _one_of("shard_map", "pmap"), "how a batch is spread over devices"),
         Field("checkpoint_epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "epochs between checkpoints"),
     ),
 }
