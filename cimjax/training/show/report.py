@@ -26,7 +26,8 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
         "title": f"{type(experiment.model).__name__} on {data.name}, {describe_specs(specs)}",
         "facts": {
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
-            "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
+            "training": f"{_counted(config.epochs, 'epoch')}, {_counted(experiment.total_steps, 'step')} of "
+            f"{_counted(config.batch_size, 'image')}, "
             f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
             + _with_ideal_adcs(experiment.ideal_epochs),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
@@ -34,6 +35,10 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
             + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
         },
     }
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,.10g} {what}{'' if number == 1 else 's'}"
 
 
 def _with_ideal_adcs(epochs: int) -> str:
