@@ -77,7 +77,7 @@ def test_programs_are_kept_where_there_is_a_place(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv(name, value)
         chosen.clear()
         cache.keep_compiled_programs()
-        return chosen
+        return list(chosen)
 
     assert kept() == []
     assert kept(HOME="/proc") == kept(XDG_CACHE_HOME=f"{tmp_path}/file") == kept(XDG_CACHE_HOME="relative") == []
