@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
-from cimjax.training.run import checkpoint
 from cimjax.training.run.checkpoint import Checkpoints
-from cimjax.training.run.folder import RunFolderError
+from cimjax.training.run.files import RunFolderError, RunFolderWarning
 
 # Saves for ever, from the step after the last one; every third state is marked as the best.
 _SAVE_FOR_EVER = """
@@ -121,7 +122,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     for step, best in [(10, True), (20, False), (30, True), (40, False), (40, False), (35, False)]:
         checkpoints.save(step, {"a": jnp.full(2, step)}, {"step": step}, best=best)
         assert Checkpoints(tmp_path).latest_step() == step
-    assert names(tmp_path) == ["000003_step_30_best", "000006_step_35"]
+    assert names(tmp_path) == ["000003_step_30_best", "000005_step_40", "000006_step_35"]
     assert checkpoints.restore({"a": jnp.zeros(2, int)}, which="best")[1] == {"step": 30}
     assert checkpoints.restore({"a": jnp.zeros(2, int)})[1] == {"step": 35}
     with pytest.raises(ValueError, match="`step` is -1"):
@@ -149,7 +150,7 @@ def test_kill_at_random_moments(tmp_path):
         step = checkpoints.latest_step()
     assert step >= 3
     Checkpoints(tmp_path).save(step + 1, state, {"step": step + 1})
-    assert len(names(tmp_path)) == 2
+    assert len(names(tmp_path)) in (2, 3)
 
 
 def test_what_killed_processes_leave_is_passed_over_and_swept(tmp_path):
@@ -157,14 +158,18 @@ def test_what_killed_processes_leave_is_passed_over_and_swept(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"a": jnp.full(2, 1)}, {"step": 1}, best=True)
     folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "000001_step_1_best", folder / "000002_step_2_best.orbax-checkpoint-tmp")
+    for name in ("000002_step_2_best.orbax-checkpoint-tmp", "000002_step_2.orbax-checkpoint-tmp-17"):
+        shutil.copytree(folder / "000001_step_1_best", folder / name)
     (folder / "000000_step_0_best").mkdir()  # a removal that was cut short
-    (folder / "notes.txt").touch()
+    others = ["000001_step_1_best of Monday", "000001_step_1.orbax-checkpoint-tmp.mine", "notes.txt"]
+    for name in others:
+        (folder / name).mkdir()
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore(like)[1] == checkpoints.restore(like, which="best")[1] == {"step": 1}
-    assert len(names(tmp_path)) == 4  # reading removes nothing
-    checkpoints.save(2, {"a": jnp.full(2, 2)}, {"step": 2})
-    assert names(tmp_path) == ["000001_step_1_best", "000002_step_2", "notes.txt"]
+    assert len(names(tmp_path)) == 7  # reading removes nothing
+    for step in (2, 3):
+        checkpoints.save(step, {"a": jnp.full(2, step)}, {"step": step})
+    assert names(tmp_path) == sorted(["000001_step_1_best", "000002_step_2", "000003_step_3", *others])
 
 
 def test_another_number_of_devices(tmp_path):
@@ -241,12 +246,146 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, capfd):
 def test_reading_while_the_run_goes_on(tmp_path, monkeypatch):
     state = {"a": jnp.ones(3)}
     Checkpoints(tmp_path).save(1, state, {"step": 1})
-    read = checkpoint._read
+    read = Checkpoints._read
 
-    def replaced_meanwhile(path, like):
-        if path.name == "000001_step_1":
-            Checkpoints(tmp_path).save(2, state, {"step": 2})
-        return read(path, like)
+    def replaced_meanwhile(self, save, *arguments):
+        if save.number == 1:
+            for step in (2, 3):
+                Checkpoints(tmp_path).save(step, state, {"step": step})
+        return read(self, save, *arguments)
 
-    monkeypatch.setattr(checkpoint, "_read", replaced_meanwhile)
-    assert Checkpoints(tmp_path).restore(state)[1] == {"step": 2}
+    monkeypatch.setattr(Checkpoints, "_read", replaced_meanwhile)
+    assert Checkpoints(tmp_path).restore(state)[1] == {"step": 3}
+
+
+# ---- damage
+
+
+def flip(path, place):
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def damage(folder):
+    """Flip a bit in the arrays of a save."""
+    largest = max(
+        (path for path in folder.glob("state/**/d/*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    flip(largest, largest.stat().st_size // 2)
+
+
+def saved(run, *, best=2, last=3):
+    """A run folder with a state after every step, of numbers that begin with the step's."""
+    numbers = jax.random.uniform(jax.random.key(0), (30, 30))
+    for step in range(1, last + 1):
+        Checkpoints(run).save(step, {"a": step + numbers}, {"step": step}, best=step == best)
+    return run / "checkpoints"
+
+
+LIKE = {"a": jnp.zeros((30, 30))}
+
+
+def test_a_damaged_state_is_replaced_by_the_one_before_it_with_a_warning(tmp_path):
+    folder = saved(tmp_path, best=1, last=4)
+    damage(folder / "000004_step_4")
+    words = r"checkpoint .*000004_step_4 is damaged \(a is not what was saved\); 000003_step_3 takes its place"
+    with pytest.warns(RunFolderWarning, match=words):
+        state, extra = Checkpoints(tmp_path).restore(LIKE)
+    assert extra == {"step": 3} and (state["a"] // 1 == 3).all()
+    damage(folder / "000003_step_3")
+    with pytest.warns(RunFolderWarning) as caught:
+        state, extra = Checkpoints(tmp_path).restore(LIKE)
+    assert len(caught) == 2 and extra == {"step": 1}
+    damage(folder / "000001_step_1_best")
+    refused(
+        lambda: Checkpoints(tmp_path).restore(LIKE), "000004_step_4 is damaged", "); train anew in another --workdir"
+    )
+
+
+def test_nothing_takes_the_place_of_a_damaged_best_state(tmp_path):
+    folder = saved(tmp_path)
+    damage(folder / "000002_step_2_best")
+    refused(
+        lambda: Checkpoints(tmp_path).restore(LIKE, which="best"),
+        "000002_step_2_best is damaged (a is not what was saved); take the last state instead",
+    )
+    assert Checkpoints(tmp_path).restore(LIKE)[1] == {"step": 3}
+    shutil.rmtree(folder / "000002_step_2_best")
+    assert Checkpoints(tmp_path).has("last") and not Checkpoints(tmp_path).has("best")
+    refused(
+        lambda: Checkpoints(tmp_path).restore(LIKE, which="best"), "no best checkpoint; take the last state instead"
+    )
+    # The best state is the last one: the state before it is there.
+    other = saved(tmp_path / "other", best=3)
+    damage(other / "000003_step_3_best")
+    refused(lambda: Checkpoints(tmp_path / "other").restore(LIKE, which="best"), "take the last state instead")
+    with pytest.warns(RunFolderWarning, match="000002_step_2 takes its place"):
+        assert Checkpoints(tmp_path / "other").restore(LIKE)[1] == {"step": 2}
+
+
+def test_every_bit_of_what_stands_beside_the_arrays_counts(tmp_path):
+    folder = saved(tmp_path, last=2)
+    about = folder / "000002_step_2_best" / "_CHECKPOINT_METADATA"
+    whole = about.read_bytes()
+    begin = whole.index(b'"custom_metadata"')
+    outcomes = set()
+    for place in range(begin + 2, len(whole) - 1, 7):
+        flip(about, place)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _, extra = Checkpoints(tmp_path).restore(LIKE)
+        outcomes.add((extra["step"], len(caught)))
+        about.write_bytes(whole)
+    assert outcomes <= {(1, 1), (2, 0)}  # a space between words may change
+    assert (1, 1) in outcomes
+
+
+def test_what_is_missing_beside_a_state_is_named(tmp_path):
+    state = {"a": jnp.ones(2)}
+    checkpoints = Checkpoints(tmp_path)
+    for step, extra in enumerate(({}, {"best": "0.5"}, {"best": None, "seen": {}})):
+        checkpoints.save(step, state, extra)
+        refused(
+            lambda: Checkpoints(tmp_path).restore(state, holding={"best": float, "seen": dict}),
+            "is damaged (it holds no `best` of type float)",
+        )
+    checkpoints.save(9, state, {"best": 0.5, "seen": {}})
+    assert checkpoints.restore(state, holding={"best": float, "seen": dict})[1] == {"best": 0.5, "seen": {}}
+
+
+def test_a_save_of_an_older_version_is_read_and_told_of(tmp_path):
+    state = {"a": jnp.ones(2)}
+    path = tmp_path / "checkpoints" / "000001_step_1"
+    ocp.save(path, state, custom_metadata={"extra": {"best": 0.5}})
+    with pytest.warns(RunFolderWarning, match="saved by an older version, without checksums"):
+        restored, extra = Checkpoints(tmp_path).restore(state)
+    same_bits(restored, state)
+    assert extra == {"best": 0.5}
+
+
+def test_a_renamed_save_is_not_of_another_step(tmp_path):
+    folder = saved(tmp_path, best=0, last=1)
+    (folder / "000001_step_1").rename(folder / "000001_step_2")
+    refused(lambda: Checkpoints(tmp_path).restore(LIKE), "000001_step_2 is damaged (it was saved after step 1)")
+
+
+def test_options_that_were_changed_in_the_folder_are_refused(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"spec": {"adc": {"bits": 3}}, "epochs": 4}')
+    folder = saved(tmp_path, last=1)
+    for text in (
+        '{"spec": {"adc": {"bits": 3}}, "epochs": 6, "data_dir": "/elsewhere"}',
+        '{"spec": {"adc": {"bits": 3, "added": 0}}, "epochs": 4, "added": 1}',
+    ):
+        config.write_text(text)
+        Checkpoints(tmp_path).restore(LIKE)
+    config.write_text('{"spec": {"adc": {"bits": 1}}, "epochs": 4}')
+    refused(
+        lambda: Checkpoints(tmp_path).restore(LIKE),
+        f"{config} holds other options than {folder.name}"[:30],
+        "(spec.adc.bits: 3 -> 1); put them back",
+    )
+    config.write_text('{"spfc": {"adc": {"bits": 3}}}')
+    refused(lambda: Checkpoints(tmp_path).restore(LIKE), "-> absent")

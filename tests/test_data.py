@@ -109,6 +109,17 @@ REFUSED = {
     "std": (lambda: Dataset("a", *splits(), 3, (0.5,) * 3, (1, 0, 1)), "`std` must be greater than 0"),
     "std that is not a number": (lambda: Dataset("a", *splits(), 3, (0.5,) * 3, (1, np.nan, 1)), "finite"),
     "name": (lambda: Dataset("", *splits(), 3, (0.5,) * 3, (1,) * 3), "`name`"),
+    "one number for mean": (
+        lambda: Dataset.from_arrays("a", np.zeros((1, 4, 4), UINT8), [0], np.zeros((1, 4, 4), UINT8), [0], mean=0.5),
+        r"`mean` must hold one finite number per channel \(1\), got 0.5",
+    ),
+    "no numbers for std": (lambda: Dataset("a", *splits(), 3, (0.5,) * 3, (None,) * 3), "`std` must hold one finite"),
+    "words for std": (lambda: Dataset("a", *splits(), 3, (0.5,) * 3, "abc"), "`std` must hold .*, got 'abc'"),
+    "a label far off": (
+        lambda: Dataset.from_arrays("a", *2 * [np.zeros((2, 4, 4), UINT8), [0, 2**31 - 1]]),
+        "largest label is 2147483647, and there are 2 training images: number the classes from 0, or give `classes`",
+    ),
+    "validation": (lambda: Dataset("a", *splits(), 3, (0.5,) * 3, (1,) * 3, 0.1), "`validation` must be .*, got float"),
     "float images given": (lambda: Dataset.from_arrays("a", np.zeros((1, 4, 4)), [0], [[[0.5]]], [0]), "255 . images"),
     "one-hot labels": (
         lambda: Dataset.from_arrays("a", np.zeros((1, 4, 4), UINT8), [[0, 1]], np.zeros((1, 4, 4), UINT8), [0]),
@@ -591,3 +602,62 @@ def test_a_part_has_the_first_classes_and_the_first_images_of_each() -> None:
         lambda: whole.part(classes=3, images=13), ValueError
     )
     assert "up to 60" in message_of(lambda: whole.part(images=66), ValueError)
+
+
+def test_some_training_images_are_held_out() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, 4, 4, 3), np.uint8)
+    labels = rng.permutation(np.repeat(np.arange(4), (40, 30, 20, 10)))
+    whole = Dataset.from_arrays("mine", images, labels, images[:30], labels[:30])
+    assert whole.validation is None and whole.holding_out(0) is whole
+    held = whole.holding_out(0.2, seed=3)
+    assert held.validation is not None
+    assert np.bincount(held.validation.labels).tolist() == [8, 6, 4, 2]
+    assert (held.mean, held.std, held.test) == (whole.mean, whole.std, whole.test)
+    # Both are in the order of the whole, and together they are the whole.
+    places = {image.tobytes(): place for place, image in enumerate(images)}
+    train, validation = ([places[image.tobytes()] for image in s.images] for s in (held.train, held.validation))
+    assert train == sorted(train) and validation == sorted(validation)
+    assert sorted(train + validation) == list(range(100))
+    np.testing.assert_array_equal(held.train.labels, labels[train])
+    # A function of the seed alone, the same everywhere.
+    assert validation[:5] == [places[image.tobytes()] for image in whole.holding_out(0.2, 3).validation.images[:5]]
+    assert validation != [places[image.tobytes()] for image in whole.holding_out(0.2, 4).validation.images]
+    part = held.part(classes=2)
+    assert np.bincount(part.validation.labels).tolist() == [8, 6] and len(part.train) == 56
+    for call, words in (
+        (lambda: whole.holding_out(1), "`part` is 1; give the part"),
+        (lambda: whole.holding_out(-0.1), "0 to below 1"),
+        (lambda: whole.holding_out("a"), "`part` is 'a'"),
+        (lambda: whole.holding_out(float("nan")), "`part` is nan"),
+        (lambda: whole.holding_out(0.001), "leaves a split empty"),
+        (lambda: whole.holding_out(0.999), "leaves a split empty"),
+        (lambda: held.holding_out(0.1), "20 images are held out already"),
+    ):
+        assert words in message_of(call, ValueError)
+
+
+@pytest.mark.parametrize("call", [cimjax.data.load, cimjax.data.prepare])
+def test_the_folder_of_one_data_set_is_not_that_of_all(
+    call: Callable, digits_dir: pathlib.Path, miniature: pathlib.Path, tmp_path: pathlib.Path, server: list[str]
+) -> None:
+    for name, root, one in (("digits", digits_dir, DIGITS), ("cifar100", miniature, CIFAR100)):
+        before = sorted(root.rglob("*"))
+        for folder in (root / one, (root / one).parent):
+            message = message_of(functools.partial(call, name, folder))
+            assert message.startswith(f"{folder} is the folder of one data set, not of all: give {root} as `data_dir`")
+        assert sorted(root.rglob("*")) == before
+    # Nothing is there, and the place is wrong all the same.
+    message = message_of(functools.partial(call, "cifar100", tmp_path / CIFAR100))
+    assert f"give {tmp_path} as `data_dir`" in message
+    assert list(tmp_path.iterdir()) == [] == server
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
+    for call in (cimjax.data.load, cimjax.data.prepare):
+        assert "there is no home for '~/tensorflow_datasets'; give" in message_of(functools.partial(call, "digits"))

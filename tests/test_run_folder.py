@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import json
 import math
 import os
@@ -13,7 +15,9 @@ import sys
 import numpy as np
 import pytest
 
-from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, read_config, read_records
+from cimjax.training.run import lock, writers
+from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, RunFolderWarning, read_config, read_records
+from cimjax.training.run.options import MAY_CHANGE
 
 CONFIG = {"seed": 0, "weight": {"bits": 4, "granularity": "column"}, "rules": [["stem", None]], "adc": None}
 
@@ -25,6 +29,23 @@ with RunFolder.open(sys.argv[1], {"seed": 0}) as run:
     print("held", "jax" in sys.modules, flush=True)
     time.sleep(60)
 """
+
+
+def untimed(records):
+    """Records without what differs from run to run."""
+    return [{name: value for name, value in record.items() if "second" not in name} for record in records]
+
+
+def warned(call, *parts):
+    """The result of a call that gives one `RunFolderWarning`: one line with every part in it."""
+    with pytest.warns(RunFolderWarning) as caught:
+        result = call()
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return result
 
 
 def refused(call, *parts):
@@ -46,12 +67,12 @@ def test_a_second_process_waits_until_the_first_one_is_killed(tmp_path):
             lambda: RunFolder.open(tmp_path, {"seed": 0}), f"in use by process PID {holder.pid}", "another --workdir"
         )
         assert read_config(tmp_path) == {"seed": 0}
-        assert read_records(tmp_path) == [{"step": 1}]
+        assert untimed(read_records(tmp_path)) == [{"step": 1}]
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.communicate()
     with RunFolder.open(tmp_path, {"seed": 0}) as run:
-        assert run.records() == [{"step": 1}]
+        assert untimed(run.records()) == [{"step": 1}]
         refused(lambda: RunFolder.open(tmp_path, {"seed": 0}), f"PID {os.getpid()}")
     RunFolder.open(tmp_path, {"seed": 0}).close()
 
@@ -61,6 +82,7 @@ def test_options_are_kept_and_resumed(tmp_path):
     config = {**CONFIG, "rules": (("stem", None),)}  # tuples are lists in the file, and no difference
     for _ in range(2):
         with RunFolder.open(path, config) as run:
+            run.log({})
             assert run.path == path
             assert run.config_path.parent == run.metrics_path.parent == run.checkpoints_path.parent == path
             assert read_config(path) == CONFIG
@@ -96,16 +118,22 @@ def test_every_start_is_recorded(tmp_path, monkeypatch):
     repository.mkdir()
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     monkeypatch.chdir(repository)
-    RunFolder.open(tmp_path / "run", {}).close()
+
+    def start():
+        with RunFolder.open(tmp_path / "run", {}) as run:
+            run.log({})
+            run.log({})
+
+    start()
     subprocess.run(["git", "init", "-q"], check=True)
     (repository / "file").write_text("1")
     subprocess.run(["git", "add", "file"], check=True)
     subprocess.run(["git", *identity, "commit", "-qm", "one"], check=True)
-    RunFolder.open(tmp_path / "run", {}).close()
+    start()
     (repository / "file").write_text("2")
-    RunFolder.open(tmp_path / "run", {}).close()
+    start()
     monkeypatch.setenv("PATH", "")
-    RunFolder.open(tmp_path / "run", {}).close()
+    start()
     starts = json.loads((tmp_path / "run" / "versions.json").read_text())
     commit = starts[1]["git"]["commit"]
     assert len(commit) == 40
@@ -127,9 +155,9 @@ def test_every_line_is_strict_json(tmp_path):
             {"step": 1, "loss": None, "drift": [1.0, None], "split": "train"},
             {"step": 2, "steps": {"a": [None, 0.1]}, "done": True, "none": None},
         ]
-        assert run.records() == expected
+        assert untimed(run.records()) == expected
         lines = run.metrics_path.read_text().splitlines()
-    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == expected
+    assert untimed(json.loads(line, parse_constant=pytest.fail) for line in lines) == expected
     refused(lambda: run.log({}), "closed")
 
 
@@ -147,8 +175,10 @@ def test_a_torn_line_is_dropped_and_a_resumed_run_forgets(tmp_path):
         run.forget_after(2)
         run.log({"step": 3})
         assert [record.get("step") for record in run.records()] == [0, 1, 2, None, 3]
-        run.forget_after(-1)
-        assert run.records() == [{"note": "no step"}]
+        warned(
+            lambda: run.forget_after(-1), "metrics.jsonl.damaged is what metrics.jsonl held", "there is no checkpoint"
+        )
+        assert untimed(run.records()) == [{"note": "no step"}]
 
 
 def test_a_line_damaged_by_hand_is_named(tmp_path):
@@ -195,17 +225,203 @@ def test_a_line_that_is_cut_by_a_full_disk_is_taken_back(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         run.log({"step": 3})
-        assert run.records() == [{"step": 1}, {"step": 3}]
+        assert untimed(run.records()) == [{"step": 1}, {"step": 3}]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk(tmp_path):
     with RunFolder.open(tmp_path / "run", {}) as run:
+        run.log({"step": 0})
         run.metrics_path.unlink()
         run.metrics_path.symlink_to("/dev/full")
         refused(lambda: run.log({"step": 1}), "cannot write", "No space left on device")
     new = tmp_path / "new"
     new.mkdir()
-    (new / "config.json.tmp").symlink_to("/dev/full")
+    (new / ".config.json.unfinished").symlink_to("/dev/full")
     refused(lambda: RunFolder.open(new, {}), "cannot write", "No space left on device")
     RunFolder.open(new, {}).close()
+
+
+def test_the_metrics_are_taken_back_to_what_a_state_was_saved_with(tmp_path):
+    with RunFolder.open(tmp_path, {}) as run:
+        for step in (1, 1, 2):
+            run.log({"step": step})
+        marked, before = run.mark(), run.metrics_path.read_bytes()
+        for step in (2, 3):
+            run.log({"step": step})  # after the save, also of its own step
+        run.check(marked)
+        run.forget_after(2, marked)
+        assert run.metrics_path.read_bytes() == before
+    lines = before.splitlines(keepends=True)
+    assert marked["lines"] == 3
+    for content, kept, words in (
+        (b"", 0, "3 of 3 lines are missing"),
+        (b"".join(lines[:2]), 2, "1 of 3 lines are missing"),
+        (before[:-4], 2, "1 of 3 lines are missing"),
+        (before.replace(b'"step": 2', b'"step": 1'), 3, "a line was changed"),
+    ):
+        run.metrics_path.write_bytes(content)
+        with RunFolder.open(tmp_path, {}) as run:
+            warned(lambda run=run: run.check(marked), "metrics.jsonl is not what this run logged", words)
+            warned(lambda run=run: run.forget_after(2, marked), words)
+            assert len(run.records()) == kept
+    run.metrics_path.unlink()
+    with RunFolder.open(tmp_path, {}) as run:
+        warned(lambda: run.check(marked), "3 of 3 lines are missing")
+        run.check(None)
+
+
+@pytest.mark.parametrize("line", ["[2]", '{"step": "22"}', '{"step": null}', "{", 10_000 * "[", "\udcff"])
+def test_damaged_lines_are_put_aside_and_the_run_goes_on(tmp_path, line):
+    with RunFolder.open(tmp_path, {}) as run:
+        run.log({"step": 1})
+        run.log({"step": 2})
+    damaged = run.metrics_path.read_bytes() + line.encode(errors="surrogateescape") + b"\n"
+    for name in ("metrics.jsonl.damaged", "metrics.jsonl.damaged-2"):
+        run.metrics_path.write_bytes(damaged)
+        refused(lambda: read_records(tmp_path), "metrics.jsonl, line 3 is no JSON object of a step")
+        with RunFolder.open(tmp_path, {}) as run:
+            warned(lambda run=run: run.forget_after(1), f"{name} is what metrics.jsonl held")
+            assert untimed(run.records()) == [{"step": 1}]
+        assert (tmp_path / name).read_bytes() == damaged
+
+
+def test_seconds_go_on_over_all_starts(tmp_path):
+    with RunFolder.open(tmp_path, {}) as run:
+        run.log({"step": 1, "seconds": 3})
+        assert run.records()[0]["seconds"] < 3  # it is the run that counts
+    run.metrics_path.write_text('{"step": 1, "seconds": 100.5}\n{"step": 2, "seconds": 200.5}\n')
+    with RunFolder.open(tmp_path, {}) as run:
+        run.log({"step": 3})
+        assert 200.5 <= run.records()[-1]["seconds"] < 230
+        run.forget_after(1)
+        run.log({"step": 2})
+        assert 100.5 <= run.records()[-1]["seconds"] < 130
+
+
+def test_a_damaged_list_of_starts_is_put_aside(tmp_path):
+    for content in (b"{}", b"[1", b"", b"\xff", b"null"):
+        (tmp_path / "versions.json").write_bytes(content)
+        with RunFolder.open(tmp_path, {}) as run:
+            warned(lambda run=run: run.log({}), "versions.json is damaged", "it is kept as", "goes on")
+        assert len(json.loads((tmp_path / "versions.json").read_text())) == 1
+    assert len(list(tmp_path.glob("versions.json.damaged*"))) == 5
+
+
+def test_opening_changes_no_file_and_removes_nothing(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        run.log({"step": 1})
+    for name in ("config.json.tmp", "metrics.jsonl.tmp", "notes", ".config.json.mine"):
+        (tmp_path / name).write_text("of the user's own")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir() if path.name != LOCK}
+    with RunFolder.open(tmp_path, CONFIG) as run:
+        run.check(run.mark())
+        assert len(run.records()) == 1
+    assert (tmp_path / LOCK).read_bytes() == b""
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before}
+    assert {*before, tmp_path / LOCK} == {*tmp_path.iterdir()}
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    old = {"seed": 0, "epochs": 4.0, "data_dir": "", "execution": {"program": "auto"}}
+    with RunFolder.open(tmp_path, old) as run:
+        for epoch in (1, 2):
+            run.log({"step": 22 * epoch, "epoch": epoch})
+    new = {**old, "epochs": 6, "data_dir": "/data", "execution": {"program": "joined"}}
+    RunFolder.open(tmp_path, new).close()
+    assert read_config(tmp_path) == new
+    RunFolder.open(tmp_path, {**old, "epochs": 2}).close()
+    refused(
+        lambda: RunFolder.open(tmp_path, {**old, "epochs": 1.5}), "has trained 2 epochs, more than the 1.5", "at least"
+    )
+    message = refused(lambda: RunFolder.open(tmp_path, {**old, "seed": 1}), "(seed: 0 -> 1)", "may differ")
+    assert all(name in message for name in MAY_CHANGE)
+
+
+def test_options_of_a_later_version_count_as_their_defaults(tmp_path):
+    RunFolder.open(tmp_path, {"seed": 0, "optimizer": {"name": "sgd"}}).close()
+    defaults = {"ema": 0.0, "optimizer": {"name": "adamw", "clip": None}, "gone": 3}
+    new = {"seed": 0, "ema": 0.0, "optimizer": {"name": "sgd", "clip": 1.0}}
+    refused(lambda: RunFolder.open(tmp_path, new, defaults=defaults), "(optimizer.clip: null -> 1.0)")
+    refused(lambda: RunFolder.open(tmp_path, {"seed": 0}, defaults=defaults), '(optimizer: {"name": "sgd"} -> absent)')
+    new["optimizer"]["clip"] = None
+    refused(lambda: RunFolder.open(tmp_path, new), "(optimizer.clip: absent -> null, ema: absent -> 0.0)")
+    RunFolder.open(tmp_path, new, defaults=defaults).close()
+    assert read_config(tmp_path) == new
+    (tmp_path / "config.json").write_text("{}")
+    refused(lambda: RunFolder.open(tmp_path, new, defaults=defaults), "(seed: absent -> 0", "optimizer.name")
+
+
+def test_a_place_where_a_later_save_would_fail_is_refused_at_once(tmp_path):
+    refused(lambda: RunFolder.open(os.fsdecode(bytes(tmp_path) + b"/\xff"), {}), "not UTF-8", "another --workdir")
+    refused(lambda: RunFolder.open("gs://bucket/run", {}), "on this machine", "another --workdir")
+    refused(lambda: RunFolder.open(tmp_path / ("\0" + "a"), {}), "no path")
+    refused(lambda: RunFolder.open(tmp_path / "/".join(2000 * "ab"), {}), "too long")
+    refused(lambda: RunFolder.open(tmp_path / (300 * "a"), {}), "File name too long")
+    (tmp_path / "checkpoints").touch()
+    refused(lambda: RunFolder.open(tmp_path, {}), "checkpoints is no folder that can be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    odd = tmp_path / "a b#c?d%20e:f'ü"
+    RunFolder.open(odd, {}).close()
+    assert read_config(odd) == {}
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(lambda: RunFolder.open("run", {}), "cannot find run: No such file or directory")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    for code in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+
+        def flock(*_, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        warned(lambda: RunFolder.open(tmp_path, {}), "without locks: start no second process").close()
+    first = warned(lambda: RunFolder.open(tmp_path, {}), "without locks")
+    warned(lambda: RunFolder.open(tmp_path, {}), f"the last one to start was PID {os.getpid()} on").close()
+    first.close()
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: os.stat("/absent"))
+    refused(lambda: RunFolder.open(tmp_path, {}), "cannot lock")
+
+
+def test_records_go_into_a_table_too(tmp_path):
+    with RunFolder.open(tmp_path, {}) as run:
+        run.log({"step": 1, "split": "train", "loss": math.nan})
+    with RunFolder.open(tmp_path, {}, formats=("csv",)) as run:
+        run.log({"step": 2, "split": "test", "best": True, "drift": [1, 2]})
+        run.log({"step": 3, "split": "train", "loss": 0.5})
+        rows = list(csv.DictReader((tmp_path / writers.TABLE).open(newline="")))
+        assert [[row[name] for name in ("step", "split", "loss", "best", "drift")] for row in rows] == [
+            ["1", "train", "", "", ""],
+            ["2", "test", "", "True", "[1, 2]"],
+            ["3", "train", "0.5", "", ""],
+        ]
+        run.forget_after(1)
+        run.log({"step": 2})
+        rows = list(csv.DictReader((tmp_path / writers.TABLE).open(newline="")))
+        assert [row["step"] for row in rows] == ["1", "2"]
+    refused(lambda: RunFolder.open(tmp_path / "new", {}, formats=("cvs",)), "no writer 'cvs' (did you mean 'csv'?)")
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensorboard_is_asked_for_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    refused(lambda: RunFolder.open(tmp_path, {}, formats=("tensorboard",)), "pip install tensorboard")
+
+
+def test_records_become_curves(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with RunFolder.open(tmp_path, {}, formats=("tensorboard",)) as run:
+        for step in (1, 2, 3):
+            run.log({"step": step, "split": "health", "layer": "conv", "codes": 10.0 * step, "best": True})
+    with RunFolder.open(tmp_path, {}, formats=("tensorboard",)) as run:
+        run.forget_after(1)
+        run.log({"step": 2, "split": "health", "layer": "conv", "codes": 5.0})
+        curves = accumulator.EventAccumulator(str(tmp_path / writers.TENSORBOARD))
+        curves.Reload()
+        points = [(point.step, point.value) for point in curves.Scalars("health/conv/codes")]
+        assert points == [(1, 10.0), (2, 5.0)]

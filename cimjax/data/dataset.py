@@ -7,6 +7,7 @@ by `cimjax.data.loading`, how they become batches by `cimjax.training`.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+
+from cimjax.spec.base import is_number, shown
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -49,6 +52,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def _where(self, chosen: npt.NDArray[np.bool_]) -> Split:
+        return Split(self.images[chosen], self.labels[chosen])
+
     def __repr__(self) -> str:
         return f"Split(images=uint8 {self.images.shape}, labels=int32 {self.labels.shape})"
 
@@ -62,6 +68,7 @@ class Dataset:
       train, test: images of one shape (H, W, C).
       classes: number of classes, >= 2; labels are 0 .. classes - 1.
       mean, std: per channel, of the training images divided by 255; C numbers each, `std` > 0.
+      validation: training images that were held out, or None.
 
     Raises:
       ValueError: splits of different image shapes, a label beyond `classes`, or statistics that do not fit.
@@ -73,22 +80,26 @@ class Dataset:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: Split | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"`name` must be a word, got {self.name!r}")
-        for field in ("train", "test"):
-            if not isinstance(getattr(self, field), Split):
-                raise ValueError(f"`{field}` must be a `cimjax.data.Split`, got {type(getattr(self, field)).__name__}")
-        if self.test.images.shape[1:] != self.image_shape:
-            raise ValueError(
-                "`train` and `test` must have images of one shape, "
-                f"got {self.image_shape} and {self.test.images.shape[1:]}"
-            )
+        splits = {name: getattr(self, name) for name in ("train", "test", "validation")}
+        if self.validation is None:
+            del splits["validation"]
+        for field, split in splits.items():
+            if not isinstance(split, Split):
+                raise ValueError(f"`{field}` must be a `cimjax.data.Split`, got {type(split).__name__}")
+            if split.images.shape[1:] != self.image_shape:
+                raise ValueError(
+                    f"`train` and `{field}` must have images of one shape, "
+                    f"got {self.image_shape} and {split.images.shape[1:]}"
+                )
         if isinstance(self.classes, bool) or not isinstance(self.classes, numbers.Integral) or self.classes < 2:
             raise ValueError(f"`classes` must be an integer, 2 or more, got {self.classes!r}")
         object.__setattr__(self, "classes", int(self.classes))
-        for field, split in (("train", self.train), ("test", self.test)):
+        for field, split in splits.items():
             if split.labels.max() >= self.classes:
                 raise ValueError(
                     f"labels of `{field}` must be 0 .. {self.classes - 1} (`classes` = {self.classes}), "
@@ -109,10 +120,13 @@ class Dataset:
 
     def _per_channel(self, field: str, values: Sequence[float]) -> tuple[float, ...]:
         channels = self.image_shape[-1]
-        numbers = tuple(float(value) for value in values)
-        if len(numbers) != channels or not all(math.isfinite(number) for number in numbers):
-            raise ValueError(f"`{field}` must hold one finite number per channel ({channels}), got {numbers}")
-        return numbers
+        try:
+            given = tuple(float(value) for value in values)
+        except (TypeError, ValueError, OverflowError):
+            given = ()
+        if len(given) != channels or not all(math.isfinite(number) for number in given):
+            raise ValueError(f"`{field}` must hold one finite number per channel ({channels}), got {shown(values)}")
+        return given
 
     @classmethod
     def from_arrays(
@@ -133,7 +147,7 @@ class Dataset:
           name: what to call it.
           train_images, test_images: (N, H, W, C) or, grey, (N, H, W); uint8, 0 .. 255; not copied.
           train_labels, test_labels: (N,) of any integer dtype.
-          classes: number of classes; the largest label + 1 when not given.
+          classes: number of classes; the largest label + 1 when not given, at most the number of training images.
           mean, std: per channel, of images divided by 255; measured on `train_images` when not given (a channel
             that is the same everywhere gets `std` 1).
 
@@ -149,11 +163,16 @@ class Dataset:
         test = Split(_images(test_images), _labels(test_labels))
         if classes is None:
             classes = max(2, 1 + int(max(train.labels.max(), test.labels.max())))
+            if classes > max(2, len(train)):
+                raise ValueError(
+                    f"the largest label is {classes - 1}, and there are {len(train)} training images: number the "
+                    "classes from 0, or give `classes`"
+                )
         if mean is None or std is None:
             measured_mean, measured_std = channel_statistics(train.images)
             mean = measured_mean if mean is None else mean
             std = measured_std if std is None else std
-        return cls(name, train, test, classes, tuple(mean), tuple(std))
+        return cls(name, train, test, classes, mean, std)  # type: ignore[arg-type]  # which makes tuples of them
 
     def part(self, classes: int = 0, images: int = 0) -> Dataset:
         """A smaller data set: the first classes, and of each the first training images.
@@ -185,12 +204,48 @@ class Dataset:
             of_label = self.train.labels == label
             rank[of_label] = np.arange(of_label.sum())
         chosen = (self.train.labels < classes) & ((rank < each) | (images == 0))
-        train = Split(self.train.images[chosen], self.train.labels[chosen])
-        kept = self.test.labels < classes
-        if not kept.any():
-            raise ValueError(f"`subset.classes` is {classes}; no test image is of these classes, give more.")
-        test = Split(self.test.images[kept], self.test.labels[kept])
-        return dataclasses.replace(self, train=train, test=test, classes=classes)
+        kept = {name: getattr(self, name) for name in ("test", "validation")}
+        for name, split in kept.items():
+            if split is not None and (of_these := split.labels < classes).any():
+                kept[name] = split._where(of_these)
+            elif split is not None:
+                raise ValueError(f"`subset.classes` is {classes}; no {name} image is of these classes, give more.")
+        return dataclasses.replace(self, train=self.train._where(chosen), classes=classes, **kept)
+
+    def holding_out(self, part: float, seed: int = 0) -> Dataset:
+        """A data set with some of the training images as `validation`, to choose by without looking at `test`.
+
+        Of each class `round(part * n)` of its n training images are held out, those that come first in the order of a
+        hash of seed and index: the same under every version of Python and NumPy. Both splits keep their order; `mean`
+        and `std` stay those of all training images.
+
+        Args:
+          part: of the training images, 0 to below 1; 0: none, and the data set is returned as it is.
+          seed: another number holds out others.
+
+        Raises:
+          ValueError: another `part`, one that leaves either split empty, or images that were held out before.
+
+        >>> images, labels = np.zeros((8, 4, 4), np.uint8), [0, 0, 0, 0, 1, 1, 1, 1]
+        >>> Dataset.from_arrays("mine", images, labels, images, labels).holding_out(0.25).validation.labels
+        array([0, 1], dtype=int32)
+        """
+        if not is_number(part) or not 0 <= part < 1:
+            raise ValueError(
+                f"`part` is {shown(part)}; give the part of the training images to hold out, 0 to below 1."
+            )
+        if self.validation is not None:
+            raise ValueError(f"{len(self.validation)} images are held out already; hold out all of them at once.")
+        if part == 0:
+            return self
+        hashes = [hashlib.sha256(f"{seed} {index}".encode()).digest() for index in range(len(self.train))]
+        held = np.zeros(len(self.train), bool)
+        for label in np.unique(self.train.labels):
+            of_label = np.flatnonzero(self.train.labels == label)
+            held[sorted(of_label, key=hashes.__getitem__)[: round(part * len(of_label))]] = True
+        if held.all() or not held.any():
+            raise ValueError(f"`part` is {part} of {len(self.train)} images, which leaves a split empty; give another.")
+        return dataclasses.replace(self, train=self.train._where(~held), validation=self.train._where(held))
 
 
 def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import shlex
 
-from cimjax.data.catalog import Source
+from cimjax.data.catalog import Source, find, names
 
 
 class DataError(ValueError):
@@ -27,7 +27,26 @@ def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
         data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     if "://" in str(data_dir):
         raise DataError(f"`data_dir` must be a folder of this machine, got {str(data_dir)!r}")
-    return pathlib.Path(data_dir).expanduser().absolute()
+    try:
+        return pathlib.Path(data_dir).expanduser().absolute()
+    except RuntimeError as error:  # a user of a container may have no home
+        raise DataError(
+            f"there is no home for {str(data_dir)!r}; give the folder of all data sets as `data_dir` or TFDS_DATA_DIR"
+        ) from error
+
+
+def require_folder_of_all(source: Source, root: pathlib.Path) -> None:
+    """`DataError` with the folder that is meant, where `root` is the folder of one data set, which holds no others."""
+    of_one = {(known.folder, known.version) for known in map(find, names())}
+    if root.parts[-2:] in of_one:
+        meant = root.parents[1]
+    elif root.name == source.folder and is_there(source, root.parent) and not is_there(source, root):
+        meant = root.parent
+    else:
+        return
+    raise DataError(
+        f"{root} is the folder of one data set, not of all: give {shlex.quote(str(meant))} as `data_dir` (--data_dir)"
+    )
 
 
 def folder_of(source: Source, root: pathlib.Path) -> pathlib.Path:

@@ -7,7 +7,7 @@ import os
 from cimjax.data.cache import cached_splits
 from cimjax.data.catalog import find
 from cimjax.data.dataset import Dataset, channel_statistics
-from cimjax.data.folder import absent, is_there, resolve
+from cimjax.data.folder import absent, is_there, require_folder_of_all, resolve
 from cimjax.data.preparation import prepare
 
 
@@ -31,6 +31,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """
     source = find(name)
     root = resolve(data_dir)
+    require_folder_of_all(source, root)
     if not is_there(source, root):
         if source.downloads:
             raise absent(source, root)

@@ -10,7 +10,16 @@ import uuid
 from cimjax.data.bridge import builder_of, quiet
 from cimjax.data.cache import cached_splits
 from cimjax.data.catalog import Source, find
-from cimjax.data.folder import DamagedDataError, DataError, folder_of, is_there, resolve, unprepared, unreachable
+from cimjax.data.folder import (
+    DamagedDataError,
+    DataError,
+    folder_of,
+    is_there,
+    require_folder_of_all,
+    resolve,
+    unprepared,
+    unreachable,
+)
 
 
 def prepare(name: str, data_dir: str | os.PathLike[str] | None = None, *, progress: bool = False) -> pathlib.Path:
@@ -34,6 +43,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None, *, progre
     """
     source = find(name)
     root = resolve(data_dir)
+    require_folder_of_all(source, root)
     folder = folder_of(source, root)
     if _is_whole(source, root):
         return folder

@@ -14,13 +14,20 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None
 
     Args:
       folder: where to keep programs; `$XDG_CACHE_HOME/cimjax` or `~/.cache/cimjax` if not given. A folder that
-        cannot be written is no error: programs are then compiled anew.
+        cannot be written, or no home (a container's user may have none), is no error: programs are then compiled anew.
     """
     if jax.config.values["jax_compilation_cache_dir"] or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    chosen = Path(folder) if folder is not None else home / "cimjax"
-    with contextlib.suppress(OSError):
+    # No home: no RuntimeError of `Path.home`, and no folder that others could fill with programs of theirs.
+    with contextlib.suppress(OSError, RuntimeError):
+        chosen = Path(folder) if folder is not None else _caches() / "cimjax"
         chosen.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(chosen))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        if os.access(chosen, os.W_OK | os.X_OK):
+            jax.config.update("jax_compilation_cache_dir", str(chosen))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _caches() -> Path:
+    """The user's folder of caches; a relative `$XDG_CACHE_HOME` is none, as its specification says."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"

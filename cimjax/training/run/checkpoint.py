@@ -2,8 +2,11 @@
 
 Every save is a folder of its own, `checkpoints/<number>_step_<step>[_best]` in the run folder. Orbax writes it under
 another name and renames it when it is complete, so that a process may be killed at any moment: the highest number is
-the last state, the highest number that is marked is the best one, and all others are removed afterwards. Which states
-are worth keeping, and what is in them, is decided elsewhere.
+the last state, the highest number that is marked is the best one. These and the one before the last are kept, all
+others are removed afterwards. Which states are worth keeping, and what is in them, is decided elsewhere.
+
+Within the save, `cimjax.training.run.seal` keeps what must be found again when it is read: a save that was damaged
+since is never taken for a whole one.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +25,21 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from cimjax.training.run.folder import CHECKPOINTS, RunFolderError
+from cimjax.training.run import seal
+from cimjax.training.run.files import RunFolderError, warn
+from cimjax.training.run.folder import CHECKPOINTS, CONFIG, read_config
+from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
 
 PyTree = Any
 Which = Literal["last", "best"]
 
 _NAME = re.compile(r"(\d+)_step_(\d+)(_best)?")
+# What orbax calls a save that is not complete.
+_UNFINISHED = re.compile(_NAME.pattern + r"\.orbax-checkpoint-tmp(-\d+)?")
+
+
+class DamagedCheckpointError(RunFolderError):
+    """A save that cannot be read whole, or is not what was saved."""
 
 
 class _Save(NamedTuple):
@@ -40,7 +52,7 @@ class _Save(NamedTuple):
 
 
 class Checkpoints:
-    """The last and the best state of a run.
+    """The last two states of a run, and the best.
 
     Nothing is written or removed before the first `save`, so that a run can be read while another process trains it.
     Saves are synchronous: when `save` returns, the state is on the disk, and there is nothing to wait for or to close.
@@ -48,7 +60,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """`folder` is the run folder; the checkpoints are in its folder `checkpoints`."""
-        self._folder = Path(folder).absolute() / CHECKPOINTS
+        self._run = Path(folder).absolute()
+        self._folder = self._run / CHECKPOINTS
         self._number = 0
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any], *, best: bool = False) -> None:
@@ -72,9 +85,10 @@ class Checkpoints:
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
         leaves = _named_leaves(state)
+        sealed = seal.close(int(step), leaves, extra, self._options())
         try:
             with _quiet():
-                ocp.save(path, leaves, custom_metadata={"extra": extra})
+                ocp.save(path, leaves, custom_metadata=sealed)
         except Exception as error:
             self._sweep()
             raise RunFolderError(
@@ -87,31 +101,48 @@ class Checkpoints:
         last = self._newest("last")
         return None if last is None else last.step
 
-    def restore(self, abstract_state: PyTree, *, which: Which = "last") -> tuple[PyTree, dict[str, Any]]:
+    def has(self, which: Which) -> bool:
+        """Whether there is such a state, whole or not."""
+        return self._newest(which) is not None
+
+    def restore(
+        self, abstract_state: PyTree, *, which: Which = "last", holding: Mapping[str, type] | None = None
+    ) -> tuple[PyTree, dict[str, Any]]:
         """Restore a state exactly, on whatever devices `abstract_state` names.
+
+        In the place of a damaged last state comes the latest one that is whole: what follows from it is the same. A
+        `RunFolderWarning` names both. Nothing takes the place of the best.
 
         Args:
           abstract_state: the pytree of the state, with arrays or `jax.ShapeDtypeStruct`s as leaves. An array is
             restored to the devices of its leaf, or to one device where the leaf has no sharding.
           which: `"last"` or `"best"`.
+          holding: entries that the dictionary beside the state must have, and their types.
 
         Returns:
           The state, of the structure of `abstract_state`, and the dictionary that was saved with it.
 
         Raises:
-          RunFolderError (a ValueError): where there is no such state, where it is damaged, and where the name, the
-            shape or the dtype of a leaf differs: then the first one is named.
+          RunFolderError (a ValueError): where there is no such state, where it is damaged, where the name, the shape or
+            the dtype of a leaf differs (then the first one is named), and where `config.json` has other options.
         """
-        save = self._newest(which)
-        while save is not None:
+        damaged: dict[_Save, DamagedCheckpointError] = {}
+        while (save := next((save for save in self._candidates(which) if save not in damaged), None)) is not None:
             try:
-                return _read(save.path, abstract_state)
-            except RunFolderError:
-                newer = self._newest(which)
-                if newer == save:
-                    raise
-                save = newer  # the process that trains here has replaced it meanwhile
-        raise RunFolderError(f"{self._folder} has no {which} checkpoint; train first, or give another --workdir.")
+                state, extra = self._read(save, abstract_state, holding or {})
+            except DamagedCheckpointError as error:
+                damaged[save] = error
+                continue
+            for before, reason in damaged.items():
+                if before in self._kept():  # else the process that trains here has replaced it meanwhile
+                    warn(f"{reason}; {save.path.name} takes its place, which was saved after step {save.step}.")
+            return state, extra
+        for save, reason in damaged.items():
+            if save in self._kept():
+                other = "take the last state instead, or " if set(self._saves()) - {*damaged} else ""
+                raise RunFolderError(f"{reason}; {other}train anew in another --workdir.") from reason
+        other = "take the last state instead" if self.has("last") else "train first"
+        raise RunFolderError(f"{self._folder} has no {which} checkpoint; {other}, or give another --workdir.")
 
     def _saves(self) -> list[_Save]:
         """The complete saves, oldest first."""
@@ -120,31 +151,65 @@ class Checkpoints:
         return sorted(_Save(int(m[1]), int(m[2]), m[3] is not None, self._folder / m[0]) for m in matches)
 
     def _newest(self, which: Which) -> _Save | None:
-        return next((save for save in reversed(self._saves()) if save.best or which == "last"), None)
+        return next(iter(self._candidates(which)), None)
+
+    def _candidates(self, which: Which) -> list[_Save]:
+        """The saves that may be taken, the first of them first."""
+        saves = self._saves()[::-1]
+        return saves if which == "last" else [save for save in saves if save.best][:1]
+
+    def _kept(self) -> set[_Save]:
+        return {*self._candidates("last")[:2], *self._candidates("best")}
 
     def _sweep(self) -> None:
-        """Remove the saves that are neither last nor best, and what killed processes left.
+        """Remove the saves that are replaced, and what killed processes left; nothing that has another name.
 
         A removal that is cut short does no harm: what is removed is never the newest of its kind.
         """
         if jax.process_index() != 0 or not self._folder.is_dir():
             return
-        keep = {save.path for save in (self._newest("last"), self._newest("best")) if save is not None}
+        kept = {save.path for save in self._kept()}
         for path in self._folder.iterdir():
-            if _NAME.match(path.name) and path not in keep:
+            if (_NAME.fullmatch(path.name) and path not in kept) or _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def _options(self) -> dict[str, Any] | None:
+        """The options of the run, without those that may change; None where the folder has none."""
+        with contextlib.suppress(RunFolderError):
+            return {name: value for name, value in read_config(self._run).items() if name not in MAY_CHANGE}
+        return None
 
-def _read(path: Path, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
-    with _damage_in_one_line(path), _quiet():
-        about = ocp.metadata(path)
-        saved = dict(about.metadata)
-        extra = about.custom_metadata["extra"]
-    _require_same(path, saved, wanted)
-    with _damage_in_one_line(path), _quiet():
-        leaves = ocp.load(path, wanted)
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), extra
+    def _read(self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type]) -> tuple[PyTree, dict[str, Any]]:
+        wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
+        with _damage_in_one_line(save.path), _quiet():
+            about = ocp.metadata(save.path)
+            if not isinstance(about.metadata, Mapping):
+                raise ValueError("what tells of its arrays is missing")
+            stored = {name: seal.kind(leaf) for name, leaf in about.metadata.items()}
+            content = seal.open(about.custom_metadata, save.step, stored)
+            for name, kind in holding.items():
+                if not isinstance(content.extra.get(name), kind):
+                    raise ValueError(f"it holds no `{name}` of type {kind.__name__}")
+        _require_same(save.path, stored, {name: seal.kind(leaf) for name, leaf in wanted.items()})
+        self._require_same_options(save.path, content.options)
+        with _damage_in_one_line(save.path), _quiet():
+            leaves = ocp.load(save.path, wanted)
+            content.verify(leaves)
+        if content.digests is None:
+            warn(f"{save.path} was saved by an older version, without checksums: damage to it would not be found.")
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), content.extra
+
+    def _require_same_options(self, path: Path, saved: dict[str, Any] | None) -> None:
+        now = self._options()
+        if saved is None or now is None:
+            return
+        # What a later version has added is no difference: it was its default when the run was taken up.
+        found = list(differences(saved, now, defaults=now))
+        if found:
+            raise RunFolderError(
+                f"{self._run / CONFIG} holds other options than {path.name} was trained with ({in_a_line(found)}); put "
+                "them back, or give another --workdir."
+            )
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -165,18 +230,14 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _require_same(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_same(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     for name in [*wanted, *saved]:
-        there, here = _kind(saved.get(name)), _kind(wanted.get(name))
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
         if there != here:
             raise RunFolderError(
                 f"{path} is of another model or other options: {name} is {there} there and {here} here; give the "
                 "options of that run, or another --workdir."
             )
-
-
-def _kind(leaf: Any) -> str:
-    return "absent" if leaf is None else f"{leaf.dtype} {tuple(leaf.shape)}"
 
 
 @contextlib.contextmanager
@@ -185,9 +246,7 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RunFolderError(
-            f"the checkpoint {path} is damaged ({_first_line(error)}); remove it, or give another --workdir."
-        ) from error
+        raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

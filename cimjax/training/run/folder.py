@@ -13,32 +13,29 @@ primary one opens the folder.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import errno
-import fcntl
-import importlib.metadata
 import json
-import math
 import os
-import platform
-import shlex
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Set
+import re
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import cimjax
+from cimjax.spec.base import is_number, shown
+from cimjax.training.run import records, writers
+from cimjax.training.run.files import RunFolderError, RunFolderWarning, in_one_line, read_json, write_json
+from cimjax.training.run.lock import give_back, take_lock
+from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
+from cimjax.training.run.records import METRICS, read_records
+from cimjax.training.run.starts import add_start
 
-CONFIG, VERSIONS, METRICS, CHECKPOINTS, LOCK = "config.json", "versions.json", "metrics.jsonl", "checkpoints", ".lock"
+__all__ = ["CHECKPOINTS", "CONFIG", "LOCK", "RunFolder", "RunFolderError", "RunFolderWarning", "read_config"]
+__all__ += ["read_records"]
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_ABSENT = object()
+CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", ".lock"
 
-
-class RunFolderError(ValueError):
-    """What keeps a run folder from being used: one line that says what and how to go on."""
+# Letters that the names of a run's files may add to the path of its folder, within the 4,096 of Linux.
+_LONGEST = 3800
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -48,34 +45,38 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
       RunFolderError: where `path` is no run folder, or its `config.json` cannot be read.
     """
     file = Path(path) / CONFIG
-    with _in_one_line("read", file):
+    with in_one_line("read", file):
         found = file.is_file()
     if not found:
         raise RunFolderError(f"{Path(path)} is no run folder: it has no {CONFIG}; give the --workdir of a run.")
-    return _read_json(file, dict)
-
-
-def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What an existing run has logged so far; may be called while the run goes on.
-
-    A last line without its end (the writer was killed, or is writing now) is left out.
-
-    Raises:
-      RunFolderError: where another line is no JSON object.
-    """
-    return [record for _, record in _lines(Path(path) / METRICS)]
+    return read_json(file, dict)
 
 
 class RunFolder:
-    """A run folder that this process may write to, until `close` or the end of the process, however it ends."""
+    """A run folder that this process may write to, until `close` or the end of the process, however it ends.
 
-    def __init__(self, path: Path, lock: int) -> None:
+    What is there is looked at when the folder is opened, and written only when there is something to say: a run that
+    was finished can be started again, and no file changes.
+    """
+
+    def __init__(self, path: Path, lock: int, formats: Sequence[str] = ()) -> None:
         """For `open` only: `lock` is the descriptor of the locked file."""
         self.path = path
         self._lock = lock
+        self._formats = formats
+        self._writers: list[writers.Writer] | None = None
+        self._started = time.monotonic()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: dict[str, Any], *, allow: Set[str] = frozenset()) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        config: dict[str, Any],
+        *,
+        allow: Collection[str] = MAY_CHANGE,
+        defaults: Mapping[str, Any] | None = None,
+        formats: Sequence[str] = (),
+    ) -> Self:
         """Create a run folder, or take up an existing one of the same options.
 
         Args:
@@ -83,19 +84,21 @@ class RunFolder:
           config: the options of the run; must be JSON (no NaN, no infinity).
           allow: dotted names of options that may differ from those of the existing run (`"schedule"` includes
             `"schedule.epochs"`); the file then takes the new values.
+          defaults: what an option counts as that the existing run, of an older version, does not have; one that is
+            not here either is a difference.
+          formats: how records are written besides `metrics.jsonl`, names of `writers.WRITERS`.
 
         Raises:
-          RunFolderError: where the folder is in use, holds a run of other options, or cannot be written.
+          RunFolderError: where the folder is in use, holds a run of other options or more epochs, or cannot be written.
         """
-        path = Path(path).absolute()
+        path = _writable(path)
         plain = _plain(config)
-        with _in_one_line("create", path):
+        writers.check(formats)
+        with in_one_line("create", path):
             path.mkdir(parents=True, exist_ok=True)
-        self = cls(path, _take_lock(path / LOCK))
+        self = cls(path, take_lock(path / LOCK), formats)
         try:
-            self._settle_config(plain, allow)
-            self._add_start()
-            self.forget_after(sys.maxsize)  # a last line without its end: the next one would be lost with it
+            self._settle_config(plain, allow, defaults)
         except BaseException:
             self.close()
             raise
@@ -120,31 +123,39 @@ class RunFolder:
         """Append one line to the metrics; it is in the file when this returns.
 
         Arrays and their scalars become lists and numbers. NaN and infinities become null, so that every line is strict
-        JSON and every column stays numeric.
+        JSON and every column stays numeric. `seconds` is added: how long the run has trained, over all its starts.
 
         Raises:
           RunFolderError: where the line cannot be written (a full disk); what was written of it is taken back.
         """
         if self._lock < 0:
             raise RunFolderError(f"{self.path} was closed; open it again to log.")
-        line = json.dumps(_strict(record), allow_nan=False).encode() + b"\n"
-        with _in_one_line("write", self.metrics_path), self.metrics_path.open("ab", buffering=0) as stream:
-            start = stream.tell()
-            try:
-                if stream.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with contextlib.suppress(OSError):
-                    stream.truncate(start)
-                raise
+        others = self._begin()
+        record = records.strict({**record, "seconds": round(time.monotonic() - self._started, 2)})
+        records.append(self.metrics_path, record)
+        for writer in others:
+            with in_one_line("write", self.path):
+                writer.write(record)
 
-    def forget_after(self, step: int) -> None:
-        """Drop, atomically, every line whose `step` is greater than `step`; lines without a step stay.
+    def mark(self) -> dict[str, Any]:
+        """What has been logged so far, to be saved with a state and given back to `forget_after` or `check`."""
+        return records.mark(self.metrics_path)
 
-        For a run that resumes at `step`: the process may have logged more after its last checkpoint was written.
+    def check(self, marked: Any) -> None:
+        """Give a `RunFolderWarning` where what was logged up to a `mark` is not there any more."""
+        records.warn_if_changed(self.metrics_path, marked)
+
+    def forget_after(self, step: int, marked: Any = None) -> None:
+        """Take the metrics back, atomically, to what was logged when the state of `step` was saved.
+
+        For a run that goes on from there: the process may have logged more after its last checkpoint was written.
+
+        Args:
+          step: steps of that state; -1 for a run that begins.
+          marked: `mark()` of that time. Without it every line up to `step` stays, and every line without a step.
         """
-        kept = [line for line, record in _lines(self.metrics_path) if record.get("step", step) <= step]
-        _write_atomically(self.metrics_path, b"".join(kept))
+        records.take_back(self.metrics_path, step, marked)
+        self._begin(anew=True)
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of the metrics."""
@@ -152,9 +163,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock < 0:
+            return
+        lock, self._lock = self._lock, -1
+        with in_one_line("write", self.path), contextlib.ExitStack() as stack:
+            stack.callback(give_back, lock)
+            for writer in self._writers or []:
+                stack.callback(writer.close)
 
     def __enter__(self) -> Self:
         return self
@@ -162,59 +177,67 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _settle_config(self, config: dict[str, Any], allow: Set[str]) -> None:
+    def _begin(self, *, anew: bool = False) -> list[writers.Writer]:
+        """Record this start before the first line; the writers, which begin with the lines that there are."""
+        if self._writers is None:
+            add_start(self.path)
+            # A last line without its end: the next one would be lost with it.
+            records.take_back(self.metrics_path, 2**63, None)
+        if self._writers is None or anew:
+            before = self.records()
+            done = [record["seconds"] for record in before if is_number(record.get("seconds"))]
+            self._started = time.monotonic() - max(done, default=0)
+            self._writers = [writers.make(name, self.path, before) for name in self._formats]
+        return self._writers
+
+    def _settle_config(self, config: dict[str, Any], allow: Collection[str], defaults: Any) -> None:
         if self.config_path.exists():
-            differences = list(_differences(read_config(self.path), config, allow))
-            if differences:
-                more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            old = read_config(self.path)
+            found = list(differences(old, config, allow, defaults=defaults))
+            if found:
+                may = f" ({', '.join(allow)} may differ)" if allow else ""
                 raise RunFolderError(
-                    f"{self.path} holds a run of other options ({', '.join(differences[:3])}{more}); give the same "
-                    "options to resume it, or another --workdir for a new run."
+                    f"{self.path} holds a run of other options ({in_a_line(found)}); give the same options to resume "
+                    f"it{may}, or another --workdir for a new run."
                 )
-        _write_atomically(self.config_path, _indented(config))
+            if old == config:
+                return
+            self._require_epochs(old.get("epochs"), config.get("epochs"))
+        write_json(self.config_path, config)
 
-    def _add_start(self) -> None:
-        file = self.path / VERSIONS
-        starts = _read_json(file, list) if file.exists() else []
-        _write_atomically(file, _indented([*starts, _start()]))
-
-
-def _take_lock(file: Path) -> int:
-    """Lock a file for this process and write its number into it; the system takes the lock back when it ends."""
-    with _in_one_line("lock", file):
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError:
-            owner = os.pread(lock, 200, 0).decode(errors="replace")
-            os.close(lock)
-            raise RunFolderError(
-                f"{file.parent} is in use by process PID {owner}; wait for it or give another --workdir."
-            ) from None
-        except OSError:
-            os.close(lock)
-            raise
-    return lock
-
-
-def _lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Every whole line of the metrics, as it stands and as a record."""
-    if not file.exists():
-        return
-    with _in_one_line("read", file):
-        content = file.read_bytes()
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
+    def _require_epochs(self, old: Any, new: Any) -> None:
+        """Refuse fewer epochs than are done."""
+        if new == old or not is_number(new):
             return
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise RunFolderError(f"{file}, line {number} is no JSON object; mend or remove this line.")
-        yield line, record
+        done = records.epochs_done(self.metrics_path)
+        if new < done:
+            raise RunFolderError(
+                f"{self.path} has trained {done:g} epochs, more than the {new:g} of `config.epochs`; give at least "
+                f"{done:g} to go on, or another --workdir for a new run."
+            )
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a run folder; refused at once are names under which a later save would fail."""
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise RunFolderError(f"a run folder is on this machine, not at {shown(text)}; give another --workdir.")
+    with in_one_line("find", Path(path)):
+        path = Path(path).absolute()
+    try:
+        letters = len(str(path).encode())
+    except UnicodeEncodeError:
+        raise RunFolderError(
+            f"no checkpoint can be saved in {shown(str(path))}: this name is not UTF-8; give another --workdir."
+        ) from None
+    if "\0" in text or letters > _LONGEST:
+        raise RunFolderError(f"{shown(str(path))} is too long or no path; give another --workdir.")
+    checkpoints = path / CHECKPOINTS
+    with in_one_line("read", path):
+        there = os.path.lexists(checkpoints)
+    if there and not (checkpoints.is_dir() and os.access(checkpoints, os.W_OK | os.X_OK)):
+        raise RunFolderError(f"{checkpoints} is no folder that can be written; mend this or give another --workdir.")
+    return path
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -223,94 +246,3 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(config, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise RunFolderError(f"`config` cannot be written as JSON: {error}; give plain numbers and text.") from error
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return _strict(value.tolist()) if hasattr(value, "tolist") else value
-
-
-def _differences(old: Any, new: Any, allow: Set[str], name: str = "") -> Iterator[str]:
-    """A text for every option that is not the same in both and is not allowed to differ."""
-    if name in allow:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            dotted = f"{name}.{key}" if name else key
-            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), allow, dotted)
-    elif old != new:
-        texts = ("absent" if value is _ABSENT else json.dumps(value) for value in (old, new))
-        yield f"{name}: {' -> '.join(texts)}"
-
-
-def _start() -> dict[str, Any]:
-    """What a result may depend on besides the options."""
-    versions = {"python": platform.python_version(), "cimjax": cimjax.__version__}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
-        "platform": platform.platform(),
-        "versions": versions,
-        "git": _git(),
-    }
-
-
-def _git() -> dict[str, Any] | None:
-    """The commit of the repository of the working directory; None without git, a repository, or a commit."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    commit, _, dirty = done.stdout.strip().partition("-")
-    return {"commit": commit, "dirty": bool(dirty)}
-
-
-def _indented(value: Any) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"
-
-
-def _read_json(file: Path, kind: type[dict] | type[list]) -> Any:
-    with _in_one_line("read", file):
-        content = file.read_bytes()
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise RunFolderError(f"{file} is damaged: it holds no JSON {kind.__name__}; mend it or give another --workdir.")
-    return value
-
-
-def _write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that at any moment either the old content or the new one is there, whole."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with _in_one_line("write", file):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def _in_one_line(action: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunFolderError(f"cannot {action} {path}: {reason}; mend this or give another --workdir.") from error

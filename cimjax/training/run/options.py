@@ -1,0 +1,69 @@
+"""Which options of a run may differ when it goes on, and a text for every other one that does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from cimjax.spec.base import shortened
+
+# Fields of the configuration that may differ when a run goes on, each with the reason; all others must be the same.
+MAY_CHANGE = {
+    "epochs": "a run may be made longer: the learning rate then follows the new length from there on",
+    "data_dir": "where the same images lie",
+    "eval_batch_size": "how many images are evaluated at once, not which",
+    "execution": "how layers are computed: no result depends on it",
+    "steps_per_dispatch": "how many steps one program does: no result depends on it",
+    "checkpoint_epochs": "how often a state is saved",
+    "writers": "where the records go besides `metrics.jsonl`",
+}
+
+_ABSENT = object()
+
+
+def differences(
+    old: Any,
+    new: Any,
+    allow: Collection[str] = MAY_CHANGE,
+    *,
+    defaults: Any = None,
+    name: str = "",
+) -> Iterator[str]:
+    """A text for every option that is not the same in both and is not allowed to differ.
+
+    Args:
+      old, new: options as JSON gives them.
+      allow: dotted names; `"schedule"` includes `"schedule.epochs"`.
+      defaults: what an option counts as that `old`, of an older version, does not have.
+      name: the dotted name of these options in a greater dictionary.
+
+    >>> list(differences({"seed": 0, "adc": {"bits": 3}}, {"seed": 1, "adc": {"bits": 3}}))
+    ['seed: 0 -> 1']
+    """
+    if name in allow:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        defaults = defaults if isinstance(defaults, Mapping) else {}
+        for key in dict.fromkeys([*old, *new]):
+            default = defaults.get(key, _ABSENT)
+            before = old.get(key, default if key in new else _ABSENT)
+            dotted = f"{name}.{key}" if name else key
+            yield from differences(before, new.get(key, _ABSENT), allow, defaults=default, name=dotted)
+    elif old != new:
+        yield f"{shortened(name)}: {_text(old)} -> {_text(new)}"
+
+
+def in_a_line(texts: list[str]) -> str:
+    """The first differences, and how many more there are."""
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return ", ".join(texts[:3]) + more
+
+
+def _text(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    try:
+        return shortened(json.dumps(value))
+    except RecursionError:
+        return "what is nested too deeply"
