@@ -75,13 +75,15 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.workdir is not None:
         _check_folder(arguments.workdir)
     from cimjax.training.cache import keep_compiled_programs
+    from cimjax.training.evaluate import load
     from cimjax.training.train import train
 
     keep_compiled_programs()
+    given = None if arguments.start is None else load(Path(arguments.start).expanduser())
     workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
     try:
         print(f"run folder: {workdir}", flush=True)
-        train(config, workdir=workdir)
+        train(config, workdir=workdir, variables=given)
     finally:
         if arguments.workdir is None:
             with contextlib.suppress(OSError):
@@ -181,6 +183,7 @@ _COMMANDS = {
                 "help": "what to train: Python, or JSON of `cimjax config resolve`",
             },
             "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
+            "--from": {"dest": "start", "metavar": "RUN", "help": "a trained run whose weights to start from"},
         },
         _train,
     ),

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from cimjax.spec.base import LARGEST_COUNT, nearest
+from cimjax.spec.base import LARGEST_COUNT
 
 # The last part of a parameter's path tells its kind.
 STEP_SUFFIXES = ("log_step", "psum_offset", "reference_offset")
@@ -88,8 +88,6 @@ def learning_rate(config: ConfigDict, images: int) -> optax.Schedule:
     """Linear warm-up over `warmup_epochs`, then `optimizer.schedule` over the rest, by default a cosine down to 0."""
     total, options = total_steps(config, images), config.optimizer
     warmup = round(min(total - 1, config.warmup_epochs * steps_per_epoch(config, images)))
-    if options.schedule not in SCHEDULES:
-        raise ValueError(f"`config.optimizer.schedule` is {options.schedule!r}{nearest(options.schedule, SCHEDULES)}.")
     after = SCHEDULES[options.schedule](options.learning_rate, total - warmup, options.schedule_options)
     if not warmup:
         return after

@@ -29,8 +29,6 @@ class Devices:
     def __init__(self, way: str = "shard_map") -> None:
         if jax.process_count() > 1:
             raise ValueError(f"{jax.process_count()} processes: cimjax trains in one process; start it without others.")
-        if way not in ("shard_map", "pmap"):
-            raise ValueError(f"`config.parallel` is {way!r}; allowed: shard_map, pmap.")
         devices = jax.devices()
         self.count, self.way = len(devices), way
         self.mesh = Mesh(devices, (AXIS,)) if self.count > 1 else None

@@ -14,10 +14,12 @@ import optax
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
+from cimjax.training.config.fields import defaults
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import build, default_workdir
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
+from cimjax.training.run.writers import Writer, check
 from cimjax.training.show.display import Display
 from cimjax.training.show.teller import Teller
 from cimjax.training.state import TrainState
@@ -56,7 +58,7 @@ def train(
     variables: Mapping[str, Any] | Loaded | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    writers: Sequence[Any] = (),
+    writers: Sequence[Writer] = (),
     callbacks: Sequence[Callback] = (),
     display: Display | None = None,
 ) -> Result:
@@ -74,7 +76,7 @@ def train(
         Of a `Loaded` run, steps are taken by layers of the same specification only.
       loss_fn: `loss_fn(logits, batch)`, () or (N,) float32; else cross entropy. See `training.state.Batch`.
       optimizer: else `config.optimizer` describes one.
-      writers: further places for the records of `metrics.jsonl`; see `training.run.writers`.
+      writers: your own further places for the records of `metrics.jsonl`, beside `config.writers`.
       callbacks: called after every epoch.
       display: where to print; the terminal if not given.
 
@@ -84,16 +86,15 @@ def train(
     """
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
     folder = Path(workdir) if workdir is not None else default_workdir(config)
+    check(config.writers)
+    plain = json.loads(config.to_json_best_effort())
     own = any(value is not None for value in (model, dataset, loss_fn, optimizer))
     with (
-        RunFolder.open(folder, json.loads(config.to_json_best_effort()), allow={"execution"}) as run,
+        RunFolder.open(folder, plain, defaults=defaults()) as run,
         display or Display() as screen,
         stop_requests(screen.warn) as stop,
-        contextlib.ExitStack() as stack,
+        contextlib.closing(Teller(experiment, run, screen, writers, own=own)) as teller,
     ):
-        for writer in writers:
-            stack.callback(writer.close)
-        teller = Teller(experiment, run, screen, writers, own=own)
         from cimjax.training.loop import Run
 
         return Run(experiment, run, teller, stop, callbacks).run(variables)

@@ -216,10 +216,12 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("eval_batch_size", 500, _whole(1), "images of a batch in evaluation"),
         Field("steps_per_dispatch", 0, _whole(), "optimizer steps in one program; 0: chosen"),
         Field("parallel", "shard_map", _one_of("shard_map", "pmap"), "how a batch is spread over devices"),
+        Field("writers", (), _several(_one_of("csv", "tensorboard"), "csv, tensorboard"), "where records go as well"),
         Field("checkpoint_epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "epochs between checkpoints"),
     ),
 }
 FIELDS = {field.name: field for section in SECTIONS.values() for field in section}
+_USUAL = {name: field.default for name, field in FIELDS.items() if field.default is not None}
 GROUPS = {name.rpartition(".")[0] for name in FIELDS} - {""}
 # What a config without them cannot mean.
 _NEEDED = ("dataset", "model.name", "spec")
@@ -265,15 +267,24 @@ def completed(plain: Mapping[str, Any]) -> ConfigDict:
         or specification at all.
     """
     given = _checked(plain, _NEEDED)
-    usual = {name: field.default for name, field in FIELDS.items() if field.default is not None}
+    return ConfigDict(_nested({**_USUAL, **given}))
+
+
+def defaults() -> dict[str, Any]:
+    """What fields count as that an older config lacks, as a nested dictionary."""
+    return _nested(_USUAL)
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as groups."""
     nested: dict[str, Any] = {}
-    for name, value in (usual | given).items():
+    for name, value in values.items():
         *groups, last = name.split(".")
         holder = nested
         for group in groups:
             holder = holder.setdefault(group, {})
         holder[last] = value
-    return ConfigDict(nested)
+    return nested
 
 
 def check_config(config: ConfigDict) -> None:
@@ -284,7 +295,7 @@ def check_config(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(f"`config` is {shown(config)}; give a ConfigDict, as `load_config` returns.")
-    _checked(config.to_dict(), (*_NEEDED, *(name for name, field in FIELDS.items() if field.default is not None)))
+    _checked(config.to_dict(), (*_NEEDED, *_USUAL))
 
 
 def _checked(plain: Any, needed: Iterable[str] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cimjax.nn.calibration_warnings import messages
 from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
+from cimjax.training.run.writers import Writer, make
 from cimjax.training.show import advice
 from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.display import Display
@@ -30,9 +31,11 @@ class Teller:
     """
 
     def __init__(
-        self, experiment: Experiment, run: RunFolder, display: Display, writers: Sequence[Any], *, own: bool
+        self, experiment: Experiment, run: RunFolder, display: Display, writers: Sequence[Writer], *, own: bool
     ) -> None:
-        self.experiment, self.folder, self.display, self.writers, self.own = experiment, run, display, writers, own
+        self.experiment, self.folder, self.display, self.own = experiment, run, display, own
+        # Those with names are made when the first record comes, which is when records of steps done again are gone.
+        self.writers, self._names = list(writers), list(experiment.config.writers)
         self._begin = time.monotonic()
         # When the metrics were last looked at, after how many steps, and the speed between the last two looks.
         self._looked, self._speed = (self._begin, 0), 0.0
@@ -123,7 +126,15 @@ class Teller:
         for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
             self.display.warn(message)
 
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
     def _log(self, record: dict[str, Any]) -> None:
+        if self._names:
+            records = self.folder.records()
+            self.writers += [make(name, self.folder.path, records) for name in self._names]
+            self._names = []
         self.folder.log(record)
         for writer in self.writers:
             writer.write(record)
