@@ -295,6 +295,7 @@ USUAL: dict[str, Any] = {
     "recalibrate_epochs": (),
     "steps_per_dispatch": 0,
     "parallel": "shard_map",
+    "writers": (),
     "checkpoint_epochs": 1.0,
 }
 
@@ -320,7 +321,7 @@ def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.P
 
 def older() -> dict[str, Any]:
     """The fields of a run of the first version, as `config.json` holds them."""
-    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel")
+    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel", "writers")
     plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
     optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}
     spec = plain["spec"] | {"activation": {"bits": 3}}
