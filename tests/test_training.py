@@ -283,7 +283,7 @@ def test_a_run_says_first_from_what_data_no_good_steps_follow(tmp_path: Path) ->
 
 def first_program(chosen: Any) -> str:
     experiment = build(chosen)
-    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images()).as_text()
+    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images(), {}, {}).as_text()
 
 
 class OwnNet(nn.Module):

@@ -57,7 +57,7 @@ class Preparation:
 
     def plain(self, pixels: Array, labels: Array) -> Batch:
         """Images as they are, as for evaluation."""
-        return Batch(self.normalise(pixels), labels, jax.nn.one_hot(labels, self.classes))
+        return Batch(self.normalise(pixels), labels, jax.nn.one_hot(labels, self.classes, dtype=jnp.float32))
 
     def for_training(self, pixels: Array, labels: Array, key: Array, keys: Array) -> Batch:
         """Augmented, with smoothed labels and, if so configured, each pair of neighbours mixed.
@@ -155,7 +155,7 @@ def mix(batch: Batch, key: Array, alpha: float) -> Batch:
 
     Neighbours, so that several devices mix as one does; an odd last image stays as it is.
     """
-    part = jax.random.beta(jax.random.fold_in(key, 2), alpha, alpha)
+    part = jax.random.beta(jax.random.fold_in(key, 2), alpha, alpha, dtype=jnp.float32)
     count = batch.labels.shape[0]
     partner = np.minimum(np.arange(count) ^ 1, count - 1)
 
