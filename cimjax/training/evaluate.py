@@ -20,6 +20,7 @@ from cimjax.data import Dataset, Split
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
 from cimjax.training.batches import Preparation
+from cimjax.training.config.fields import completed
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.parallel import AXIS
@@ -110,7 +111,7 @@ def restore(
     """
     from cimjax.training.run.checkpoint import Checkpoints
 
-    experiment = build(ConfigDict(read_config(run)), model=model, dataset=dataset, to_train=False)
+    experiment = build(completed(read_config(run)), model=model, dataset=dataset, to_train=False)
     state, extra = Checkpoints(Path(run)).restore(experiment.abstract_state(), which=which)
     return experiment, state, extra
 

@@ -25,8 +25,8 @@ from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
-from cimjax.spec.base import LARGEST_COUNT, shown
 from cimjax.training.batches import Preparation
+from cimjax.training.config.fields import check_config
 from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, stored_steps, total_steps
 from cimjax.training.parallel import Devices
 from cimjax.training.start import Given, put_in
@@ -234,10 +234,9 @@ def build(
     Raises:
       ValueError: for anything in the configuration that cannot be built.
     """
+    check_config(config)
     dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
-    if not isinstance(config.seed, int) or abs(config.seed) > LARGEST_COUNT:
-        raise ValueError(f"`config.seed` is {shown(config.seed)}; give a whole number up to {LARGEST_COUNT}.")
     devices = Devices(config.parallel)
     if to_train:
         devices.check_batch(config.batch_size, "config.batch_size")
@@ -246,12 +245,10 @@ def build(
                 f"`config.optimizer.accumulate` is {config.optimizer.accumulate}, which does not divide the "
                 f"{config.batch_size // devices.count} images of a device; give one of their divisors."
             )
-    if not 0 <= config.ideal_share < 1:
-        raise ValueError(f"`config.ideal_share` is {config.ideal_share}; give a part of the epochs from 0 to below 1.")
     if model is None:
         options = config.model.to_dict()
         rules = check_rules(config.rules)
-        execution = Execution.from_dict(config.get("execution", ConfigDict()).to_dict())
+        execution = Execution.from_dict(config.execution.to_dict())
         conv = conv_maker(spec, execution)
         model = build_model(options.pop("name"), classes=dataset.classes, conv=conv, rules=rules, **options)
     if devices.axis_name and hasattr(model, "axis_name"):
