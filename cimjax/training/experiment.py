@@ -249,7 +249,7 @@ def build(
     if model is None:
         options = config.model.to_dict()
         rules = check_rules(config.rules)
-        execution = Execution.from_dict(config.get("execution", ConfigDict()).to_dict())
+        execution = Execution.from_dict(config.execution.to_dict())
         conv = conv_maker(spec, execution)
         model = build_model(options.pop("name"), classes=dataset.classes, conv=conv, rules=rules, **options)
     if devices.axis_name and hasattr(model, "axis_name"):
