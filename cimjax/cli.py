@@ -65,7 +65,10 @@ def start(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in ("train", "evaluate", "bench"):
         start_again_with_large_pages()
-    return main(words)
+    code = main(words)
+    # All is done; what libraries do at the end is not to be interrupted with a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
 
 
 def _train(arguments: argparse.Namespace) -> None:
