@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import cimjax
 from cimjax.data import Dataset
@@ -73,8 +74,8 @@ def whole(place: Path) -> Run:
     with config.unlocked():
         config.epochs, config.batch_size, config.eval_batch_size, config.calibration_images = 3.0, 12, 12, 12
     folder = place / "run"
-    display = Display(stream=open(os.devnull, "w"))  # noqa: SIM115
-    cimjax.train(config, workdir=folder, model=Net(), dataset=data(), display=display)
+    train(config, folder)
+    shutil.copytree(folder, place / "as trained")
     state = build(config, model=Net(), dataset=data()).abstract_state()
     plain = json.loads(config.to_json_best_effort())
     # A state that is neither the best nor the one before it, and the mark of the records.
@@ -91,6 +92,11 @@ def whole(place: Path) -> Run:
         leaves[int(found.step)] = bits(found)
     best, _ = Checkpoints(folder).restore(state, which="best")
     return Run(folder, plain, state, leaves, int(best.step), untimed(read_records(folder)))
+
+
+def train(config: Any, folder: Path) -> None:
+    with open(os.devnull, "w") as stream:
+        cimjax.train(config, workdir=folder, model=Net(), dataset=data(), display=Display(stream=stream))
 
 
 def bits(state: Any) -> list[bytes]:
@@ -244,6 +250,19 @@ def test_files_that_are_exchanged_between_saves_are_found(run: Run, tmp_path: Pa
             source, target = run.folder / "checkpoints" / other / part, copy / "checkpoints" / name / part
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
         assert outcome(run, copy, take_up, f"exchange checkpoints/{last.name}/{part}") in ("recovered", "refused")
+
+
+@pytest.mark.full
+def test_training_goes_on_from_the_state_before_a_damaged_one_to_the_same_end(run: Run, tmp_path: Path) -> None:
+    trained = run.folder.parent / "as trained"
+    folder = shutil.copytree(trained, tmp_path / "run")
+    _, last = sorted((folder / "checkpoints").iterdir())[-2:]
+    shutil.rmtree(last / "state" / "d")
+    with pytest.warns(RunFolderWarning, match=f"{last.name} is damaged .* takes its place"):
+        train(ConfigDict(run.config), folder)
+    assert untimed(read_records(folder)) == untimed(read_records(trained))
+    ends = [Checkpoints(at).restore(run.state)[0] for at in (folder, trained)]
+    assert bits(ends[0]) == bits(ends[1])
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
 from cimjax.training.run import lock, writers
+from cimjax.training.run.files import show_in_one_line
 from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, RunFolderWarning, read_config, read_records
 from cimjax.training.run.options import MAY_CHANGE
 
@@ -433,3 +435,12 @@ def test_records_become_curves(tmp_path):
         curves.Reload()
         points = [(point.step, point.value) for point in curves.Scalars("health/conv/codes")]
         assert points == [(1, 10.0), (2, 5.0)]
+
+
+def test_a_command_shows_a_warning_in_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    show_in_one_line()
+    assert warnings.formatwarning("a was put aside", RunFolderWarning, "file.py", 1) == "cimjax: a was put aside\n"
+    assert warnings.formatwarning("another", UserWarning, "file.py", 1, "code").startswith(
+        "file.py:1: UserWarning: ano"
+    )
