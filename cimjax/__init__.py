@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from cimjax.core.programs.cpu import compiler_options
     from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
-    from cimjax.nn.calibrate import CalibrationWarning, calibrate, without_calibration
+    from cimjax.nn.calibrate import calibrate, without_calibration
+    from cimjax.nn.calibration_warnings import CalibrationWarning
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
-    from cimjax.training.loop import train
+    from cimjax.training.state import Batch
+    from cimjax.training.train import train
 
 __version__ = "0.1.0"
 
@@ -43,9 +45,11 @@ _HOMES = {
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
     "cimjax.core.programs.cpu": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
-    "cimjax.nn.calibrate": ("CalibrationWarning", "calibrate", "without_calibration"),
+    "cimjax.nn.calibrate": ("calibrate", "without_calibration"),
+    "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
-    "cimjax.training.loop": ("train",),
+    "cimjax.training.state": ("Batch",),
+    "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -75,6 +79,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "compiler_options",
     "LayerCost",
     "layer_cost",
+    "Batch",
     "train",
     "load",
     "evaluate",

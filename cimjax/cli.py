@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
+import shlex
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -36,10 +39,15 @@ class Command(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for a mistake in what was asked for, or 130 when interrupted."""
+    """Run one command; the exit code is 0, 2 for a mistake in what was asked for, 130 when interrupted, or 141 when
+    nobody reads what is printed any more."""
     try:
         _dispatch(sys.argv[1:] if argv is None else list(argv))
+        print(end="", flush=True)
         return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still prints at its end
+        return 141
     except ValueError as error:
         if not _is_for_the_user(error):
             raise
@@ -67,13 +75,15 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.workdir is not None:
         _check_folder(arguments.workdir)
     from cimjax.training.cache import keep_compiled_programs
-    from cimjax.training.loop import train
+    from cimjax.training.evaluate import load
+    from cimjax.training.train import train
 
     keep_compiled_programs()
+    given = None if arguments.start is None else load(Path(arguments.start).expanduser())
     workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
     try:
         print(f"run folder: {workdir}", flush=True)
-        train(config, workdir=workdir)
+        train(config, workdir=workdir, variables=given)
     finally:
         if arguments.workdir is None:
             with contextlib.suppress(OSError):
@@ -148,13 +158,32 @@ def _data_list(arguments: argparse.Namespace) -> None:
     print("\n".join(names()))
 
 
+def _config_show(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config.fields import describe_config
+    from cimjax.training.config.file import load_config
+
+    print(describe_config(load_config(arguments.config, arguments.overrides)))
+
+
+def _config_resolve(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config.file import load_config
+
+    print(json.dumps(load_config(arguments.config, arguments.overrides).to_dict(), indent=2))
+
+
+_A_CONFIG = "FILE[:OPTIONS]"
 _COMMANDS = {
     "train": Command(
         "train a network through the arrays, or go on with a run; `python train.py` is the same",
-        "cimjax train --config configs/digits.py:weight=column,psum=layer,adc_bits=2 --config.epochs=60",
+        "cimjax train --config configs/digits.py:adc_bits=2 --config.epochs=60",
         {
-            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "what to train"},
+            "--config": {
+                "required": True,
+                "metavar": _A_CONFIG,
+                "help": "what to train: Python, or JSON of `cimjax config resolve`",
+            },
             "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
+            "--from": {"dest": "start", "metavar": "RUN", "help": "a trained run whose weights to start from"},
         },
         _train,
     ),
@@ -163,7 +192,7 @@ _COMMANDS = {
         "cimjax evaluate runs/digits-20250131-120000 --json",
         {
             "run": {"metavar": "RUN", "help": "the folder of a run"},
-            "--which": {"choices": ("best", "last"), "default": "best", "help": "which checkpoint; best if not given"},
+            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
             "--json": {"action": "store_true", "help": "print one JSON object"},
         },
         _evaluate,
@@ -179,9 +208,9 @@ _COMMANDS = {
     ),
     "sweep": Command(
         "train every combination of some options, and print the table of accuracies",
-        "cimjax sweep --config configs/digits.py:adc_bits=2 --over weight=layer,column --workdir runs/two",
+        "cimjax sweep --config configs/digits.py --over adc_bits=2,3 --workdir runs/a",
         {
-            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "what to train"},
+            "--config": {"required": True, "metavar": _A_CONFIG, "help": "what to train"},
             "--over": {
                 "action": "append",
                 "required": True,
@@ -195,9 +224,9 @@ _COMMANDS = {
     ),
     "bench": Command(
         "time training and evaluation steps of a network beside full precision, or its layers",
-        "cimjax bench --config configs/resnet20_c10.py --config.batch_size=64 --save bench.json --plot bench.png",
+        "cimjax bench --config configs/resnet20_c10.py --runs 5 --plot bench.png",
         {
-            "--config": {"required": True, "metavar": "FILE[:OPTIONS]", "help": "the network and its batch size"},
+            "--config": {"required": True, "metavar": _A_CONFIG, "help": "the network and its batch size"},
             "--of": {
                 "choices": ("steps", "programs", "layers", "growth"),
                 "default": "steps",
@@ -211,14 +240,33 @@ _COMMANDS = {
         _bench,
     ),
     "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
+    "config show": Command(
+        "print all fields of a config, their values and what they mean",
+        "cimjax config show configs/digits.py:psum=layer",
+        {"config": {"metavar": _A_CONFIG, "help": "what to look at"}},
+        _config_show,
+    ),
+    "config resolve": Command(
+        "print all fields of a config as JSON, which `--config` takes too",
+        "cimjax config resolve configs/digits.py:psum=layer > mine.json",
+        {"config": {"metavar": _A_CONFIG, "help": "what to print"}},
+        _config_resolve,
+    ),
 }
 
 _ON_CONFIGS = """\
-any field of the config:
-  --config.field=value, as in --config.optimizer.learning_rate=0.05
+A config file is Python, and is executed: take it from those whom you trust. One
+that ends in .json is only read.
 
 options of every config, after a colon and separated by commas:
+{}
+
+fields of every config, set by --config.FIELD=VALUE, with what they usually are:
+
+{}
+
 """
+_SEE_TRAIN = "options and fields of configs: cimjax train --help\n\n"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,11 +274,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str) -> None:
         command = _COMMANDS[name]
-        notes = _ON_CONFIGS + describe_options() + "\n\n" if "--config" in command.arguments else ""
+        self.takes_config = any(settings.get("metavar") == _A_CONFIG for settings in command.arguments.values())
         super().__init__(
             prog=f"cimjax {name}",
-            description=f"{command.help[0].upper()}{command.help[1:]}.",
-            epilog=f"{notes}example:\n  {command.example}",
+            description=textwrap.fill(f"{command.help[0].upper()}{command.help[1:]}.", 80),
+            epilog=f"{_SEE_TRAIN if self.takes_config else ''}example:\n  {command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -239,21 +287,30 @@ class _Parser(argparse.ArgumentParser):
             self.add_argument(argument, **settings)
             self.flags += [argument] if argument.startswith("-") else []
 
+    def format_help(self) -> str:
+        """What `--help` prints; that of `train` explains configs."""
+        if self.prog == "cimjax train":
+            from cimjax.training.config.fields import describe_fields
+
+            on_configs = _ON_CONFIGS.format(describe_options(), describe_fields())
+            self.epilog = f"{on_configs}example:\n  {self.example}"
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; for example: {self.example}")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """What was typed, or one line about the first thing that is wrong with it."""
         overrides: list[Any] = []
-        if "--config" in self.flags:
+        if self.takes_config:
             from cimjax.training.config.file import take_overrides
 
             overrides, argv = take_overrides(argv)
-            if argv and ".py" in argv[0] and not argv[0].startswith("-"):
-                raise UsageError(f"unexpected argument {argv[0]!r}; did you mean --config {argv[0]}?")
+            if "--config" in self.flags and argv and ".py" in argv[0] and not argv[0].startswith("-"):
+                raise UsageError(f"unexpected argument {argv[0]!r}; did you mean --config {shlex.quote(argv[0])}?")
         for word in argv:
             if word.startswith("-") and word.partition("=")[0] not in self.flags:
-                raise UsageError(f"{_about_flag(word, self.flags)}; see {self.prog} --help.")
+                raise UsageError(f"{_about_flag(word, self.flags, self.takes_config)}; see {self.prog} --help.")
         arguments, unexpected = self.parse_known_args(argv)
         if unexpected:
             self.error(f"unexpected argument {shortened(unexpected[0])!r}")
@@ -265,10 +322,15 @@ def _dispatch(argv: list[str]) -> None:
     if not argv:
         raise UsageError(f"give a command: {', '.join(_COMMANDS)}; see cimjax --help.")
     if argv[0] in ("-h", "--help"):
-        return print(_help())
+        return print(_help(""))
     if argv == ["--version"]:
         return print(f"cimjax {cimjax.__version__}")
-    words = 2 if argv[0] == "data" else 1
+    group = [name for name in _COMMANDS if name.startswith(f"{argv[0]} ")]
+    if group and argv[1:2] in (["-h"], ["--help"]):
+        return print(_help(f"{argv[0]} "))
+    if group and len(argv) == 1:
+        raise UsageError(f"give a command: {', '.join(group)}; see cimjax {argv[0]} --help.")
+    words = 2 if group else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in _COMMANDS:
         raise UsageError(f"unknown command {shown(name)}{nearest(name, _COMMANDS)}; see cimjax --help.")
@@ -278,13 +340,15 @@ def _dispatch(argv: list[str]) -> None:
     _COMMANDS[name].run(parser.parse(rest))
 
 
-def _about_flag(word: str, flags: list[str]) -> str:
+def _about_flag(word: str, flags: list[str], takes_config: bool) -> str:
     """What was meant by a flag that there is not."""
     name, _, value = shortened(word).lstrip("-").partition("=")
-    if "--config" in flags and name in {option.name for option in CIM_OPTIONS}:
-        return f"unknown flag --{name}: options follow the file, --config FILE:{name}={value or 'VALUE'}"
-    if "--config" in flags and closest(f"--{name}", flags) is None:
-        return f"unknown flag --{name}: a field of the config is set by --config.{name}={value or 'VALUE'}"
+    typed = f"{name}={value or 'VALUE'}"
+    if takes_config and name in {option.name for option in CIM_OPTIONS}:
+        flag = "--config " if "--config" in flags else ""
+        return f"unknown flag --{name}: options follow the file, {flag}FILE:{shlex.quote(typed)}"
+    if takes_config and closest(f"--{name}", flags) is None:
+        return f"unknown flag --{name}: a field of the config is set by --config.{shlex.quote(typed)}"
     return f"unknown flag --{name}{nearest(f'--{name}', flags)}"
 
 
@@ -325,8 +389,11 @@ def _is_for_the_user(error: ValueError) -> bool:
     return (ours or theirs) and (frame.line or "").startswith("raise ")
 
 
-def _help() -> str:
-    lines = ["Train networks for compute-in-memory chips.", ""]
+def _help(group: str) -> str:
+    """What `--help` prints of all commands, or of those of a group."""
+    lines = [] if group else ["Train networks for compute-in-memory chips.", ""]
     for name, command in _COMMANDS.items():
-        lines += [f"cimjax {name}", f"    {command.help}", f"    example: {command.example}", ""]
+        if name.startswith(group):
+            about = textwrap.fill(command.help, 80, initial_indent="    ", subsequent_indent="    ")
+            lines += [f"cimjax {name}", about, f"    {command.example}", ""]
     return "\n".join([*lines, "cimjax COMMAND --help explains a command; cimjax --version prints the version."])

@@ -21,7 +21,7 @@ from cimjax.training.config.options import parse_options
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """The fields of a training run; `cimjax.training.config.defaults` says what each means."""
+    """The fields of a training run; `cimjax config show` says what each means."""
     options = parse_options(
         argument, act_bits=3, weight_bits=3, cell_bits=1, adc_bits=3, offset=True, rows=64, columns=64
     )

@@ -21,7 +21,7 @@ from cimjax.training.config.options import parse_options
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-    """The fields of a training run; `cimjax.training.config.defaults` says what each means."""
+    """The fields of a training run; `cimjax config show` says what each means."""
     cells = {"act_bits": 3, "weight_bits": 3, "cell_bits": 1, "rows": 128, "columns": 128}
     options = parse_options(argument, **cells, adc_bits=3, **RECIPE)
     config = default_config(options)

@@ -1,6 +1,7 @@
 """A macro and a network of your own: 256 rows of which 32 are read at once, trained on digits. Run me."""
 
 import functools
+from pathlib import Path
 
 import flax.linen as nn
 
@@ -30,7 +31,7 @@ class MyNet(nn.Module):
 
 
 if __name__ == "__main__":
-    config = load_config("configs/digits.py", [])
+    config = load_config(str(Path(__file__).parents[1] / "configs" / "digits.py"))
     with config.unlocked():
         config.epochs, config.batch_size = 10.0, 32
     print(cimjax.train(config, model=MyNet(), workdir="runs/my_macro"))

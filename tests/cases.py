@@ -24,8 +24,8 @@ class Case:
 
     name: str
     spec: CIMSpec
-    x_shape: tuple[int, ...] = (2, 5, 4, 7)
-    kernel_shape: tuple[int, ...] = (3, 3, 7, 5)
+    x_shape: tuple[int, ...] = (2, 5, 4, 4)
+    kernel_shape: tuple[int, ...] = (3, 3, 4, 5)
     strides: tuple[int, int] = (1, 1)
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
     dilation: tuple[int, int] = (1, 1)
@@ -74,6 +74,8 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     "offset-adc-planes": {"encoding": "offset", "bits": 3, "cell_bits": 2, "step_per_plane": True, "reference": "adc"},
     "eight-bits": {"encoding": "twos_complement", "bits": 8, "cell_bits": 3},
 }
+# Three row tiles or more, of unequal sizes, where most rows of the table have two.
+_MANY_TILES: dict[str, Any] = {"x_shape": (2, 5, 4, 7), "kernel_shape": (3, 3, 7, 5)}
 # Encodings whose columns are wide need a wider array than 8.
 _WIDE = {"columns": 16}
 TILINGS: dict[str, dict[str, Any]] = {
@@ -128,7 +130,7 @@ def _cases() -> list[Case]:
     for (name, array), w in itertools.product(TILINGS.items(), ("twos", "offset-adc")):
         weight = ENCODINGS[w] | {"granularity": "array"}
         s = spec(weight=weight, adc={"granularity": "array", "offset": True}, array=array)
-        cases.append(Case(f"tiling-{name}-{w}", s))
+        cases.append(Case(f"tiling-{name}-{w}", s, **_MANY_TILES))
     # Every kind of slice, with planes whose signs differ, and with the offset's dummy column.
     for (name, activation), w in itertools.product(SLICES.items(), ("twos-wide-top", "offset-adc")):
         cases.append(Case(f"slices-{name}-{w}", spec(activation=activation, weight=ENCODINGS[w])))
@@ -148,11 +150,11 @@ def _cases() -> list[Case]:
         "stride-2-1-uneven-padding": {"strides": (2, 1), "padding": ((0, 1), (2, 0))},
         "valid": {"padding": ((0, 0), (0, 0))},
         "dilation-2": {"dilation": (2, 2), "padding": ((2, 2), (2, 2))},
-        "kernel-1x1": {"kernel_shape": (1, 1, 7, 5), "padding": ((0, 0), (0, 0))},
+        "kernel-1x1": {"kernel_shape": (1, 1, 4, 5), "padding": ((0, 0), (0, 0))},
         "kernel-7x7": {"kernel_shape": (7, 7, 3, 4), "x_shape": (1, 6, 7, 3), "padding": ((3, 3), (3, 3))},
-        "kernel-1x3": {"kernel_shape": (1, 3, 7, 5), "padding": ((0, 0), (1, 1))},
+        "kernel-1x3": {"kernel_shape": (1, 3, 4, 5), "padding": ((0, 0), (1, 1))},
         "one-channel": {"kernel_shape": (3, 3, 1, 5), "x_shape": (2, 5, 4, 1)},
-        "one-output": {"kernel_shape": (3, 3, 7, 1)},
+        "one-output": {"kernel_shape": (3, 3, 4, 1)},
         "many-outputs": {"kernel_shape": (3, 3, 3, 11), "x_shape": (2, 3, 3, 3)},
     }.items():
         cases.append(Case(f"window-{name}", offset, **changes))
@@ -165,9 +167,9 @@ def _cases() -> list[Case]:
     for name in ("twos", "offset-adc", "diff-digital"):
         one_adc = {"granularity": "layer", "step": "fixed", "full_scale": 7.0}
         macro = spec(activation=bits, weight=ENCODINGS[name], adc=one_adc, array=_WIDE | read)
-        cases.append(Case(f"macro-{name}", macro))
+        cases.append(Case(f"macro-{name}", macro, **_MANY_TILES))
         macro = spec(activation=bits, weight=ENCODINGS[name], adc={"offset": True}, array=_WIDE | read)
-        cases.append(Case(f"macro-{name}-column", macro, strides=(2, 1)))
+        cases.append(Case(f"macro-{name}-column", macro, strides=(2, 1), **_MANY_TILES))
 
     # Numbers that lie in the middle between two codes, of every quantizer.
     for name, offset in (("twos", False), ("offset-adc", True)):

@@ -17,7 +17,7 @@ from cimjax.spec import Execution
 TOLERANCE = 1e-5
 
 
-def assert_equals_oracle(case: Case, seed: int = 0, options: dict[str, str] | None = None, **execution: Any) -> None:
+def assert_equals_oracle(case: Case, seed: int = 0, options: dict[str, Any] | None = None, **execution: Any) -> None:
     """The values of `cim_conv` and its gradients to the input, the kernel and every step are the oracle's."""
     forward, gradients, cotangent = expected(case, seed)
     y, (to_x, to_kernel, to_steps) = computed(case, cotangent, seed, options, **execution)
@@ -48,7 +48,7 @@ def expected(case: Case, seed: int = 0) -> tuple[oracle.Forward, oracle.Grads, n
 
 
 def computed(
-    case: Case, cotangent: np.ndarray, seed: int = 0, options: dict[str, str] | None = None, **execution: Any
+    case: Case, cotangent: np.ndarray, seed: int = 0, options: dict[str, Any] | None = None, **execution: Any
 ) -> tuple[np.ndarray, Any]:
     x, kernel, steps = draw(case, seed)
 

@@ -1,13 +1,20 @@
 """Settings of the whole suite: its two tiers, checked shapes, no time limits for properties, compiled programs kept.
 
-`pytest` runs the quick tier, `pytest --full` everything, `pytest --rest` what the quick tier leaves out.
+`pytest` runs the quick tier: of the contract table, which holds programs against the oracle, so much that every two
+kinds of options meet; every granularity pair on the smallest network; short runs. `pytest --rest` runs what is marked
+`full`: the rest of the table, larger networks, runs that are killed and resumed, and `test_mutations`, which puts every
+fault of `faults.py` into a copy and runs the few quick tests that must notice it. `pytest --full` is both, as is
+`.ci/run`, which is to end within half an hour on two cores, and the quick tier within five minutes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jaxtyping
@@ -17,6 +24,7 @@ import pytest
 MATHEMATICS = ("adc", "array_mac", "cells", "encoding", "readout", "tiling", "variation")
 jaxtyping.install_import_hook([f"cimjax.core.{name}" for name in MATHEMATICS], "beartype.beartype")
 
+from cimjax.core.programs import cpu  # noqa: E402
 from cimjax.training.cache import keep_compiled_programs  # noqa: E402
 
 # Set within a run of the suite, for runs of it that its tests start.
@@ -41,16 +49,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What takes long to compile is compiled once for all workers and all processes that tests start.
+    """What takes long to compile is compiled once for all workers and all processes that tests start, and quickly.
 
-    In a folder of this run: no test sees programs of another version, and none are left with the user. And by LLVM's
-    first level, as the programs of cimjax are; `test_programs` holds it against the default level.
+    In a folder of this run: no test sees programs of another version, and none are left with the user.
     """
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     if not hasattr(config, "workerinput") and _WITHIN not in os.environ:
         os.environ[_WITHIN] = "1"
+        os.environ.setdefault("XLA_FLAGS", compiles_quickly())
         folder = tempfile.mkdtemp(prefix="cimjax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.
         os.environ["XDG_CACHE_HOME"] = folder
     keep_compiled_programs()
+    # Not in `pyproject.toml`: it would import the mathematics before its types are checked.
+    config.addinivalue_line("filterwarnings", "error::cimjax.CalibrationWarning")
+
+
+def compiles_quickly() -> str:
+    """Flags by which XLA compiles the suite's programs about five times as fast: it is most of what a test takes.
+
+    Without LLVM's optimizations and by XLA's older way to fused loops; `test_programs` holds layers as users compile
+    them against the oracle as well. No flags where the installed jaxlib does not know these: it would end the process.
+    """
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    known = subprocess.run([sys.executable, "-c", "import jaxlib._jax"], env=environment, capture_output=True)
+    return flags if known.returncode == 0 else ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_of_cimjax_compile_quickly_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cpu._OPTIONS, "xla_backend_optimization_level", "0")
+        yield

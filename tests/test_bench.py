@@ -39,6 +39,7 @@ def test_steps_are_timed_side_by_side(
     assert main(["bench", "--config", f"{CONFIG}:weight=none", "--runs", "1"]) == 2
 
 
+@pytest.mark.full
 def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LAYERS", ((4, 16, 3, 2),))
     timings = bench.bench_layers(CIMSpec(), batch=2, runs=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import chex
@@ -18,6 +19,7 @@ import cimjax
 from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpec, Quantize, VariationSpec, WeightSpec
 from cimjax.core.lsq import Codes
 from cimjax.nn.calibrate import without_calibration
+from cimjax.nn.small import SmallNet
 
 SMALL = CIMSpec(
     activation=ActivationSpec(bits=4),
@@ -181,6 +183,72 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
         varied.apply(variables, images())
     one, two = (varied.apply(variables, images(), rngs={"variation": jax.random.key(i)}) for i in range(2))
     assert relative_error(one, two) > 0
+
+
+SHAPES = {
+    (8, 784): r"shape \(8, 784\); it takes \(..., H, W, C\); x\[..., None\] gives images their only channel",
+    (28, 28): r"shape \(28, 28\); it takes \(..., H, W, C\); x\[",
+    (5,): r"shape \(5,\); it takes \(..., H, W, C\)\.(\n|$)",
+    (): r"shape \(\); it takes",
+    (2, 4, 4, 0): r"shape \(2, 4, 4, 0\), without channels",
+}
+
+
+@pytest.mark.parametrize("shape,message", SHAPES.items(), ids=str)
+def test_inputs_of_other_shapes_are_refused_by_name(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^`CIMConv` got an input of {message}"):
+        CIMConv(4, (3, 3), spec=IDEAL).init(jax.random.key(0), jnp.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "x,message",
+    [
+        (None, "of type NoneType; give an array of real numbers"),
+        ("image", "of type str; give an array"),
+        (np.array([None, 1]), "of type ndarray; give an array"),
+        (jnp.ones((2, 4, 4, 3)) * 1j, "of complex64; give real numbers"),
+    ],
+    ids=["None", "text", "objects", "complex"],
+)
+def test_what_is_no_array_of_real_numbers_is_refused_by_name(x: Any, message: str) -> None:
+    for layer in (CIMConv(4, (3, 3), spec=IDEAL), CIMDense(4, spec=IDEAL), Quantize()):
+        with pytest.raises(ValueError, match=f"^`{type(layer).__name__}` got an input {message}"):
+            layer.init(jax.random.key(0), x)
+
+
+def test_whole_numbers_lists_and_empty_batches_are_taken_as_flax_takes_them() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+    layer = CIMConv(4, (3, 3), spec=IDEAL)
+    variables = layer.init(jax.random.key(0), jnp.asarray(pixels, jnp.float32))
+    want = layer.apply(variables, jnp.asarray(pixels, jnp.float32))
+    for same in (pixels, pixels.astype(np.int32), pixels.tolist()):
+        chex.assert_trees_all_equal(layer.init(jax.random.key(0), same), variables)
+        chex.assert_trees_all_equal(layer.apply(variables, same), want)
+    assert layer.apply(variables, pixels > 100).shape == want.shape
+    assert layer.apply(variables, pixels[:0]).shape == (0, 4, 4, 4)
+    assert CIMDense(4, spec=IDEAL).apply(
+        CIMDense(4, spec=IDEAL).init(jax.random.key(0), pixels[0]), pixels[0, :0]
+    ).shape == (0, 4, 4)
+
+
+def test_images_with_channels_first_are_doubted_and_later_refused() -> None:
+    first = jax.random.uniform(jax.random.key(0), (2, 3, 16, 16))
+    layer = CIMConv(4, (3, 3), spec=IDEAL)
+    with pytest.warns(UserWarning, match=r"^CIMConv: its input of shape \(2, 3, 16, 16\) is read as images of 3 x 16 "):
+        layer.init(jax.random.key(0), first)
+    with pytest.warns(UserWarning, match=r"^SmallNet: .*if the channels come first, move them last: jnp.moveaxis"):
+        jax.eval_shape(SmallNet(10).init, jax.random.key(0), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        variables = layer.init(jax.random.key(0), jnp.moveaxis(first, 1, -1))
+        for shape in ((2, 4, 4, 512), (2, 3, 3, 16), (2, 1, 16, 8), (2, 16, 16, 16)):
+            jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    with pytest.raises(
+        ValueError, match=r"^the input of `CIMConv` has 16 channels but .* takes 3; move the channels last"
+    ):
+        layer.apply(variables, first)
+    with pytest.raises(ValueError, match=r"^the input of `CIMConv` has 5 channels but the kernel .* takes 3\.(\n|$)"):
+        layer.apply(variables, jnp.ones((2, 4, 4, 5)))
 
 
 def test_frozen_kinds_of_steps_get_no_gradient_and_power_of_two_steps_are_powers() -> None:

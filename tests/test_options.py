@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+from random import Random
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import pytest
+from ml_collections import ConfigDict
 
-from cimjax.spec import CIMSpec, Granularity
-from cimjax.training.config.file import load_config
+from cimjax.spec import CIMSpec, Execution, Granularity
+from cimjax.training import optimizer
+from cimjax.training.config.defaults import default_config
+from cimjax.training.config.fields import FIELDS, SCHEDULES, check_config, completed
+from cimjax.training.config.file import Override, load_config
 from cimjax.training.config.options import (
     CIM_OPTIONS,
     Option,
@@ -52,7 +58,7 @@ REFUSED = [
     ("seed=1,seed=1", r"option seed is given twice; leave one of them out\."),
     ("smoke,", r"an option is empty in 'smoke,'; write them as name=value,name=value,flag\."),
     ("=3", r"an option is empty in '=3'"),
-    ("scheme=colum", r"scheme is 'colum' \(did you mean 'column'\?\); allowed: column, kim2022, bai2023"),
+    ("scheme=colum", r"scheme is 'colum' \(did you mean 'column'\?\); allowed: column\."),
     ("scheme=kim2022", r"scheme=kim2022 comes with a later version; weight=layer,psum=layer trains its .* one stage"),
     ("scheme=bai2023", r"a later version; weight=array,psum=array trains"),
     ("scheme=bai2024", r"a later version; weight=array,psum=array trains"),
@@ -245,44 +251,59 @@ def test_any_other_text_is_refused_in_one_way(argument: str) -> None:
 
 def test_the_help_names_every_option() -> None:
     lines = describe_options().splitlines()
-    assert all(any(line.startswith((f"  {name}=", f"  {name}, {name}=false ")) for line in lines) for name in NAMES)
+    assert all(any(line.startswith((f"  {name}=", f"  {name}, {name}=false")) for line in lines) for name in NAMES)
     text = "\n".join(lines)
     assert "adc_step=learned|calibrated|fixed|power_of_two\n" in text and "full_scale=N|none " in text
-    assert max(map(len, lines)) < 100
+    assert max(map(len, lines)) <= 80
 
 
-# What every model has beside its name is its own.
-FIELDS: dict[str, Any] = {
-    "seed": int,
-    "dataset": str,
-    "data_dir": str,
-    "subset.classes": int,
-    "subset.images": int,
-    "model.name": str,
-    "rules": tuple,
-    "execution.program": str,
-    "execution.product": str,
-    "execution.operands": str,
-    "execution.residuals": str,
-    "batch_size": int,
-    "epochs": float,
-    "warmup_epochs": float,
-    "optimizer.name": str,
-    "optimizer.learning_rate": float,
-    "optimizer.momentum": float,
-    "optimizer.nesterov": bool,
-    "optimizer.weight_decay": float,
-    "optimizer.step_factor": float,
-    "label_smoothing": float,
-    "augment.shift": int,
-    "augment.flip": bool,
-    "eval_batch_size": int,
-    "calibration_images": int,
-    "ideal_share": float,
-    "recalibrate_epochs": tuple,
-    "steps_per_dispatch": int,
-    "checkpoint_epochs": float,
+# What a run is without anything that a config file changes: another value would change results.
+USUAL: dict[str, Any] = {
+    "seed": 0,
+    "dataset": "",
+    "data_dir": "",
+    "subset": {"classes": 0, "images": 0},
+    "model": {"name": ""},
+    "spec": CIMSpec().to_dict(),
+    "rules": (),
+    "execution": Execution().to_dict(),
+    "batch_size": 64,
+    "epochs": 1.0,
+    "warmup_epochs": 1.0,
+    "optimizer": {
+        "name": "sgd",
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "step_factor": 1.0,
+        "clip_norm": 0.0,
+        "accumulate": 1,
+        "schedule": "cosine",
+        "schedule_options": {"alpha": 0.0, "power": 1.0, "decay_rate": 0.1, "boundaries": (0.5, 0.75), "cycles": 1},
+    },
+    "ema": 0.0,
+    "validation": 0.0,
+    "mixup": 0.0,
+    "label_smoothing": 0.0,
+    "augment": {"shift": 0, "flip": False},
+    "variation_draw": "chip",
+    "fresh_chips": 0,
+    "eval_batch_size": 500,
+    "calibration_images": 256,
+    "ideal_share": 0.0,
+    "recalibrate_epochs": (),
+    "steps_per_dispatch": 0,
+    "parallel": "shard_map",
+    "checkpoint_epochs": 1.0,
 }
+
+
+def test_the_defaults_are_those_of_every_run_so_far() -> None:
+    config = default_config(parse_options(None))
+    assert not config.is_locked and config.to_dict() == USUAL
+    check_config(config)
+    assert tuple(optimizer.SCHEDULES) == SCHEDULES
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
@@ -290,12 +311,158 @@ FIELDS: dict[str, Any] = {
 def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.Path, options: str) -> None:
     config = load_config(f"{file}{options}")
     assert config.is_locked
-    assert {name: type(config[name]) for name in FIELDS} == FIELDS
-    groups = {name.partition(".")[0] for name in FIELDS}
-    assert set(config) == groups | {"spec"}
-    assert all(f"{group}.{name}" in FIELDS for group in ("optimizer", "augment") for name in config[group])
+    check_config(config)
+    without = {name: value for name, value in config.to_dict().items() if name not in ("model", "spec")}
+    assert jax.tree.map(type, without) == jax.tree.map(type, {name: USUAL[name] for name in without})
     assert (config.spec is None) == (options == ":weight=none")
     json.loads(config.to_json())
+
+
+def older() -> dict[str, Any]:
+    """The fields of a run of the first version, as `config.json` holds them."""
+    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel")
+    plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
+    optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}
+    spec = plain["spec"] | {"activation": {"bits": 3}}
+    return {name: plain[name] for name in plain if name not in new} | {"optimizer": optimizer, "spec": spec}
+
+
+def test_an_older_config_is_completed() -> None:
+    config = completed(older())
+    check_config(config)
+    usual = load_config(f"{CONFIGS / 'digits.py'}:smoke").to_dict()
+    usual["optimizer"] |= {"weight_decay": 5e-4}
+    assert config.to_dict() == usual
+    assert completed(json.loads(config.to_json())).to_dict() == usual
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"epochs": None}, "`config.epochs` is None; give a number above 0 up to 2147483647."),
+        ({"seed": "22"}, "`config.seed` is '22'; give a whole number from -2147483647 to 2147483647."),
+        ({"batch_size": 64.0}, "`config.batch_size` is 64.0; give a whole number from 1 to 2147483647."),
+        ({"batch_size": True}, "`config.batch_size` is True; give a whole number"),
+        ({"epoch": 3}, "unknown field config.epoch (did you mean config.epochs?)."),
+        ({"zzz": 3}, "unknown field config.zzz (known: dataset, data_dir, subset, "),
+        ({"two\nlines": 3}, "unknown field config.two lines (known: "),
+        ({"model": {}}, "`config.model.name` is missing"),
+        ({"model": []}, "`config.model` is []; give a group of fields (name, width, "),
+        ({"model": {"name": "small", "width": 0}}, "`config.model.width` is 0; give a number above 0 up to 4096."),
+        ({"model": {"name": "mine", "a b": 0}}, "unknown field config.model.a b"),
+        ({"model": {"name": "mine", "__class__": 0}}, "unknown field config.model.__class__"),
+        ({"spec": 3}, "`config.spec` is 3; give a group of fields or None."),
+        ({"spec": {"adc": 3}}, "`config.spec.adc` is 3; give a ADCSpec or None."),
+        ({"spec": {"adc": {"bit": 3}}}, "`ADCSpec` has no field 'bit' (did you mean 'bits'?)."),
+        ({"execution": {"program": None}}, "`config.execution.program` is None; allowed: auto, reference, "),
+    ],
+)
+def test_what_is_no_config_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        completed(older() | change)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    if "spec" not in change and "class" not in message:  # which no ConfigDict can hold
+        with pytest.raises(ValueError) as caught:
+            check_config(ConfigDict(load_config(str(CONFIGS / "digits.py")).to_dict() | change))
+        assert message in str(caught.value)
+
+
+def test_a_config_to_train_has_every_field() -> None:
+    with pytest.raises(ValueError, match=r"^`config.ema` is missing; `cimjax config resolve` prints"):
+        check_config(ConfigDict({name: value for name, value in USUAL.items() if name != "ema"}))
+    with pytest.raises(ValueError, match="give a ConfigDict, as `load_config` returns"):
+        check_config(USUAL)  # type: ignore[arg-type]
+
+
+def test_an_override_follows_the_description_and_references_follow_an_override(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "linked.py"
+    file.write_text(
+        (CONFIGS / "digits.py")
+        .read_text()
+        .replace("    return", "    config.warmup_epochs = config.get_ref('epochs') * 0.1\n    return")
+    )
+    overrides = ["epochs=20", "model.width=7", "model.name=mine", "model.odd=(1,[2])", "model.shortcut=projection"]
+    config = load_config(str(file), [Override(*text.split("=")) for text in overrides])
+    assert (config.epochs, type(config.epochs), config.warmup_epochs) == (20.0, float, 2.0)
+    assert config.model.to_dict() == {"name": "mine", "width": 7, "odd": (1, (2,)), "shortcut": "projection"}
+
+
+# Values of every type and size, as they are typed.
+WORDS = """
+0 1 -1 2 7 64 1.5 0.5 -0.25 1e-9 1e308 1e999 nan inf 2147483648 12345678901234567890 None True false 1j 0x10 1_000
+() (1,) (1,2.5) (0.1,) [] [1,[2]] {} {'a':1} {1:2} {1,2} (None,) (('stem',None),) (('(',None),) (('a',{'adc':3}),)
+column layer sgd adamw digits small resnet20 sgdr auto int8 chip step pad ' \\0 ü x*y b'' ... lambda:0 {'sigma':0.1}
+"""
+VALUES = (*WORDS.split(), "9" * 5000, "[" * 3000, "", "a\nb", "\udc80")
+SPEC_FIELDS = [
+    f"spec.{group}.{name}" for group in ("activation", "weight", "adc", "array") for name in USUAL["spec"][group]
+]
+
+
+def one_of_many(random: Random) -> None:
+    """A random command or file: a config that passes, or one line."""
+    fields = [
+        *FIELDS,
+        *SPEC_FIELDS,
+        "spec",
+        "spec.adc",
+        "spec.variation",
+        "optimizer",
+        "model.odd",
+        "model",
+        "x",
+        "a.b",
+    ]
+
+    def value() -> str:
+        return random.choice([str(random.choice(VALUES)), str(random.randint(-3, 300)), f"{random.random():.3f}"])
+
+    def option() -> str:
+        option = random.choice(CIM_OPTIONS)
+        chosen = str(random.choice(option.allowed)) if random.random() < 0.7 else value()
+        return random.choice([option.name, "x", "", f"{option.name}={chosen}", f"{option.name}={chosen}"])
+
+    file = random.choice(sorted(CONFIGS.glob("*.py")))
+    argument = ",".join(option() for _ in range(random.choice([0, 0, 1, 2, 3])))
+    overrides = [
+        Override(random.choice(fields), random.choice([value(), value(), None]))
+        for _ in range(random.choice([0, 1, 2]))
+    ]
+    plain = json.loads(load_config(str(file)).to_json()) if random.random() < 0.5 else None
+    try:
+        if plain is not None:
+            for _ in range(random.choice([1, 1, 2])):
+                damaged(random, plain, value())
+            config = completed(plain)
+        else:
+            config = load_config(f"{file}:{argument}" if argument else str(file), overrides)
+    except ValueError as error:
+        assert str(error) and len(str(error).splitlines()) == 1 and len(str(error)) < 1000, (argument, overrides, plain)
+        return
+    check_config(config)
+    assert completed(json.loads(config.to_json())).to_dict() == config.to_dict()
+
+
+def damaged(random: Random, plain: dict[str, Any], text: str) -> None:
+    """Change, add or take away one value of a plain dictionary, somewhere in its depth."""
+    group: Any = plain
+    while isinstance(inner := group[random.choice(list(group))] if group else None, dict) and random.random() < 0.8:
+        group = inner
+    name = random.choice([*group, "x", "a.b", "__class__"])
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = random.choice([text, None, [text], {"x": text}, [[["deep"]]]])
+    if random.random() < 0.3:
+        group.pop(name, None)
+    else:
+        group[name] = value
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.full)])
+def test_any_options_fields_and_values_are_a_config_or_one_line(count: int) -> None:
+    for seed in range(count):
+        one_of_many(Random(seed))
 
 
 def test_the_digits_config_is_the_documented_network() -> None:

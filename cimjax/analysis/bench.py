@@ -34,8 +34,10 @@ from cimjax.spec import (
     Residuals,
     TilingRule,
 )
-from cimjax.training.experiment import Experiment, build, on_device
-from cimjax.training.train_step import order_of_epoch
+from cimjax.training.batches import Resident
+from cimjax.training.experiment import Experiment, build
+from cimjax.training.state import chip_key
+from cimjax.training.train_step import eval_step, train_step
 
 
 class Variant(NamedTuple):
@@ -98,13 +100,20 @@ def bench_steps(
 
 def _steps_of(name: str, config: ConfigDict, dataset: Dataset) -> list[Compiled]:
     experiment: Experiment = build(config, dataset=dataset)
-    stepper = experiment.stepper_on_one_device()
-    data, size = on_device(dataset.train), config.batch_size
-    order, real = order_of_epoch(experiment.key, 0, size), jnp.ones(size, bool)
+    setup, size = experiment.setup_on_one_device(), config.batch_size
+    batches = Resident(dataset.train, experiment.preparation, config.seed, jax.device_put)
     train, evaluate = (experiment.uncalibrated_state() for _ in range(2))
+
+    def step(state: Any, feed: Any) -> Any:
+        return train_step(setup, state, batches.batch(feed, state, 0, None))
+
+    def measure(state: Any, pixels: Any, labels: Any) -> Any:
+        batch = experiment.preparation.plain(pixels, labels)
+        return eval_step(setup, state, batch, jnp.ones(size, bool), chip_key(state.seed))
+
     return [
-        Compiled(f"{name}, train", stepper.train, train, data, order, images=size, carry=True),
-        Compiled(f"{name}, evaluate", stepper.evaluate, evaluate, data, real, images=size),
+        Compiled(f"{name}, train", step, train, batches.feed(0, 1), images=size, carry=True),
+        Compiled(f"{name}, evaluate", measure, evaluate, *batches.data, images=size),
     ]
 
 

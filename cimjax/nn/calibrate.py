@@ -1,29 +1,25 @@
 """Setting steps from data: one pass through a network, each layer on what the calibrated layers before it give.
 
-How a layer's steps follow from its kernel and its input is in `cimjax.core.calibration`; here is the order, the sign by
-which layers know that they are being calibrated, and what is said of data from which no good steps follow. The sign is
-a context of JAX, a part of what every trace depends on; what layers say goes where their steps go. Unlike a collection
-of its own, neither can be lost in a lifted transform.
+How a layer's steps follow from its kernel and its input is in `cimjax.core.calibration`, what is said of data from
+which no good steps follow in `cimjax.nn.calibration_warnings`; here is the order. Flax's lifted transforms
+(`nn.scan`, `nn.vmap`, `nn.remat`, `nn.jit` ...) pass the collections that their caller names and drop others, so
+nothing here has a collection of its own: what layers shall do is a context of JAX, a part of what every trace depends
+on, and what they say stands for a while among their parameters, which every transform passes and stacks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.calibration.steps import KINDS
+from cimjax.nn.calibration_warnings import name_of, tell
 from cimjax.spec.base import shown
 
 # What a layer leaves among its parameters while a network is calibrated: a `CalibrationReport`.
@@ -33,24 +29,9 @@ _OF_ARRAYS, _OF_QUANTIZE = "weight_log_step", "log_step"
 # The name under which a scope counts its passes, beside its random numbers.
 _PASSES = "cimjax_passes"
 
-
-class _Request(NamedTuple):
-    """What layers shall do.
-
-    kinds: of steps, to set.
-    record: whether to leave a report among the parameters.
-    """
-
-    kinds: tuple[str, ...]
-    record: bool
-
-
-# None: `init` sets all kinds and says at once what is wrong; `apply` sets none.
+# The kinds of steps that layers shall set, and leave a report. None: `init` sets all and says at once what is wrong;
+# `apply` sets none.
 _requested = jax.make_user_context(None)
-
-
-class CalibrationWarning(UserWarning):
-    """Steps were set from data from which no good steps follow."""
 
 
 def calibrate(
@@ -93,7 +74,7 @@ def calibrate_and_report(
         unknown = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind not in KINDS), kinds)
         raise ValueError(f"`kinds` names {shown(unknown)}; give a tuple of {', '.join(KINDS)}.")
     given: Any = {**variables, "params": _with_records(variables.get("params", {}))}
-    with _requested(_Request(tuple(kinds), record=True)):
+    with _requested(tuple(kinds)):
         _, updated = model.apply(given, *args, mutable=list(given), **kwargs)
     params, reports = _without_records(updated["params"])
     return {**variables, "params": params}, reports
@@ -103,9 +84,8 @@ def init_and_report(
     model: nn.Module, rngs: Any, *args: Any, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, CalibrationReport]]:
     """As `model.init`, which says nothing but returns what there is to say, by layer: for traced programs."""
-    # As they are inside `without_calibration`.
-    kinds = KINDS if _requested.value is None else _requested.value.kinds
-    with _requested(_Request(kinds, record=bool(kinds))):
+    # No kind is set inside `without_calibration`.
+    with _requested(KINDS if _requested.value is None else _requested.value):
         variables = model.init(rngs, *args, **kwargs)
     params, reports = _without_records(variables.get("params", {}))
     return {**variables, "params": params}, reports
@@ -117,7 +97,7 @@ def without_calibration() -> contextlib.AbstractContextManager[None]:
     >>> with without_calibration():
     ...     variables = model.init(jax.random.key(0), x)  # doctest: +SKIP
     """
-    return _requested(_Request((), record=False))
+    return _requested(())
 
 
 def kinds_to_set(module: nn.Module) -> tuple[str, ...]:
@@ -127,10 +107,8 @@ def kinds_to_set(module: nn.Module) -> tuple[str, ...]:
     """
     if module.scope is None or not module.is_mutable_collection("params"):
         return ()
-    requested: _Request | None = _requested.value
-    if requested is not None:
-        return requested.kinds
-    return KINDS if module.is_initializing() else ()
+    of_init = KINDS if module.is_initializing() else ()
+    return of_init if _requested.value is None else _requested.value
 
 
 def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationReport, *, first: bool) -> None:
@@ -143,9 +121,7 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
     """
     given = {name: value for name, value in values.items() if value is not None}
     given, report = _of_all_copies(module, given, report)
-    requested: _Request | None = _requested.value
-    records = requested is not None and requested.record
-    record = _record(module) if records else None
+    record = None if _requested.value is None else _record(module)
     calls = _passes_before(module, first) if record is None else jnp.max(record.calls)
     for name, value in given.items():
         before: Any = module.get_variable("params", name)
@@ -157,7 +133,7 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
         module.put_variable("params", _RECORD, record.joined(report))
 
 
-def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
+def refuse_unknown(module: nn.Module, x: Any) -> None:
     """Refuse to set steps where an input is not known before its parameters: inside a loop whose iterations share the
     layer's parameters, as recurrent cells do, and in Flax's `lazy_init`.
 
@@ -165,9 +141,9 @@ def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
       ValueError: naming the layer, and how to set its steps.
     """
     # Flax asks what is the same in all iterations by tracing the body with all else unknown.
-    if type(x).__name__ != "JaxprTracer" or isinstance(parameter, type(x)):
-        return
     assert module.scope is not None
+    if type(x).__name__ != "JaxprTracer" or any(isinstance(value, type(x)) for value in jax.tree.leaves(_own(module))):
+        return
     if not any("scan(" in part for part in module.scope.debug_path):
         raise ValueError(
             f"`{name_of(module)}` sets its steps from data, which lazy_init has not: call it inside "
@@ -180,53 +156,21 @@ def refuse_unknown(module: nn.Module, x: Any, parameter: Any) -> None:
     )
 
 
-def tell(name: str, report: CalibrationReport) -> None:
-    """Warn of what a report says of a layer, now or, in a traced program, when it runs: of each matter once."""
-    if any(isinstance(value, jax.core.Tracer) for value in report):
-        jax.debug.callback(functools.partial(_warn, name, set()), report)
-    else:
-        _warn(name, set(), report)
-
-
-def messages(reports: Mapping[str, CalibrationReport]) -> Iterable[tuple[str, str]]:
-    """A layer's name and a line for each thing that is wrong, of reports that are no longer traced."""
-    for name, report in reports.items():
-        for _, message in report.messages(name):
-            yield name, message
-
-
-def _warn(name: str, said: set[str], report: CalibrationReport) -> None:
-    for matter, message in report.messages(name):
-        if matter not in said:
-            said.add(matter)
-            warnings.warn(message, CalibrationWarning, stacklevel=level_of_caller())
-
-
-def level_of_caller() -> int:
-    """How far up the stack the user's own line is, as `warnings.warn` counts for its caller."""
-    ours = tuple(str(Path(package.__file__).parent) for package in (sys.modules["cimjax"], flax, jax))  # type: ignore[arg-type]
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((*ours, contextlib.__file__)):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def name_of(module: nn.Module) -> str:
-    """A layer's path in its network; its class where it is the network."""
-    return "/".join(module.path) or type(module).__name__
-
-
 def _record(module: nn.Module) -> CalibrationReport:
-    """What is known of a layer before this call; the shape of its entries is that of one of its parameters."""
+    """What is known of a layer before this call; `init` starts it, of the shape that `_with_records` gives it."""
     if module.has_variable("params", _RECORD):
         record: CalibrationReport = module.get_variable("params", _RECORD)
         return record
-    like = module.get_variable("params", _OF_ARRAYS) if module.has_variable("params", _OF_ARRAYS) else jnp.zeros(())
-    return CalibrationReport.nothing(like)
+    return _nothing_known(module.variables.get("params", {}))
+
+
+def _nothing_known(params: Mapping[str, Any]) -> CalibrationReport:
+    # Of the shape of a parameter: transforms stack both alike.
+    return CalibrationReport.nothing(params.get(_OF_ARRAYS, params.get(_OF_QUANTIZE, 0.0)))
 
 
 def _passes_before(module: nn.Module, first: bool) -> int:
-    """How often a layer set its steps before, in this `init`."""
+    """How often a layer set its steps before, in an `init` that leaves no record."""
     assert module.scope is not None
     # Counted where Flax counts random numbers: in lifted transforms, and in their compiled programs, that stays right.
     counts: dict[str, Any] = module.scope.rng_counters
@@ -238,13 +182,18 @@ def _passes_before(module: nn.Module, first: bool) -> int:
 def _of_all_copies(module: nn.Module, steps: Any, report: CalibrationReport) -> tuple[Any, CalibrationReport]:
     """Steps and report of a layer that `nn.vmap` copies: where the copies share parameters, of all of them together."""
     assert module.scope is not None
-    if not any("vmap(" in part for part in module.scope.debug_path):
-        return steps, report
-    # What copies with parameters of their own differ in; in `init` the steps do not exist yet.
-    own: list[Any] = [module.variables["params"]]
-    if (keys := module.scope.rngs.get("params")) is not None:
-        own.append(keys.as_jax_rng())
-    return _together(steps, report, own)
+    mapped = any("vmap(" in part for part in module.scope.debug_path)
+    return _together(steps, report, _own(module)) if mapped else (steps, report)
+
+
+def _own(module: nn.Module) -> list[Any]:
+    """What copies of a layer with parameters of their own differ in.
+
+    In `init` that is the random key alone: steps are made of nothing that differs.
+    """
+    assert module.scope is not None
+    keys = module.scope.rngs.get("params")
+    return [module.variables.get("params", {}), *([] if keys is None else [keys.as_jax_rng()])]
 
 
 @jax.custom_batching.custom_vmap
@@ -256,15 +205,13 @@ def _together(steps: Any, report: CalibrationReport, own: Any) -> tuple[Any, Cal
 @_together.def_vmap
 def _together_rule(size: int, batched: Any, steps: Any, report: CalibrationReport, own: Any) -> tuple[Any, Any]:
     del size
-    *of_results, of_own = batched
-    if not any(jax.tree.leaves(of_own)):
-        steps, report = _joined_over(jnp.mean, steps, of_results[0]), _joined_over(jnp.max, report, of_results[1])
-        of_results = jax.tree.map(lambda _: False, of_results)
-    return _together(steps, report, own), tuple(of_results)
-
-
-def _joined_over(join: Callable[..., Array], values: Any, batched: Any) -> Any:
-    return jax.tree.map(lambda value, is_batched: join(value, axis=0) if is_batched else value, values, batched)
+    if any(jax.tree.leaves(batched[2])):
+        return _together(steps, report, own), tuple(batched[:2])
+    mean, worst = (
+        jax.tree.map(lambda value, mapped, join=join: join(value, axis=0) if mapped else value, values, is_mapped)
+        for join, values, is_mapped in ((jnp.mean, steps, batched[0]), (jnp.max, report, batched[1]))
+    )
+    return _together(mean, worst, own), jax.tree.map(lambda _: False, tuple(batched[:2]))
 
 
 def _with_records(params: Any) -> Any:
@@ -273,7 +220,7 @@ def _with_records(params: Any) -> Any:
         return params
     room = {name: _with_records(value) for name, value in params.items()}
     if _OF_ARRAYS in params or set(params) == {_OF_QUANTIZE}:
-        room[_RECORD] = CalibrationReport.nothing(params.get(_OF_ARRAYS, params.get(_OF_QUANTIZE)))
+        room[_RECORD] = _nothing_known(params)
     return room
 
 

@@ -24,7 +24,8 @@ from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import kinds_to_set, level_of_caller, name_of, refuse_unknown, set_steps
+from cimjax.nn.calibrate import kinds_to_set, refuse_unknown, set_steps
+from cimjax.nn.calibration_warnings import level_of_caller, name_of
 from cimjax.nn.ideal import as_asked
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 
@@ -64,7 +65,7 @@ class Quantize(nn.Module):
         if kinds := kinds_to_set(self):
             found = log_step
             if log_step is not None and "activation" in kinds:
-                refuse_unknown(self, x, log_step)
+                refuse_unknown(self, x)
                 found = lsq.log_from_step(activation_step(x, self.spec))
             report = report_input(x, steps_lib.real_activation_step(found, factor, self.spec), self.spec)
             set_steps(self, {"log_step": found}, report, first=first)
@@ -113,7 +114,7 @@ class ArrayLayer(nn.Module):
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
         if kinds := kinds_to_set(self):
-            refuse_unknown(self, x.codes if isinstance(x, Codes) else x, kernel)
+            refuse_unknown(self, x.codes if isinstance(x, Codes) else x)
             found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
             set_steps(self, dict(zip(PARAMETERS, found, strict=True)), report, first=first)
             stored = StepSizes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,75 +11,99 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, Split
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
+from cimjax.training.batches import Preparation
+from cimjax.training.config.fields import completed
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
+from cimjax.training.parallel import AXIS
 from cimjax.training.run.folder import read_config
-from cimjax.training.train_step import Images, TrainState, chip_key
+from cimjax.training.state import TrainState, chip_key
+from cimjax.training.train_step import eval_step
+
+Which = Literal["last", "best"]
 
 
 class Evaluator:
     """Evaluates states of one run on one split, which is padded to whole batches once."""
 
     def __init__(self, experiment: Experiment, split: Split) -> None:
-        size = experiment.config.eval_batch_size
-        self.count = len(split)
+        devices, wanted = experiment.devices.count, min(experiment.config.eval_batch_size, len(split))
+        size = -(-wanted // devices) * devices
+        self.count, self.experiment = len(split), experiment
         padding = -self.count % size
         real = np.arange(self.count + padding) < self.count
         images = np.concatenate([split.images, np.zeros((padding, *split.images.shape[1:]), np.uint8)])
         labels = np.concatenate([split.labels, np.zeros(padding, np.int32)]).astype(np.int32)
-        self.batches = [
-            (
-                Images(jnp.asarray(images[i : i + size]), jnp.asarray(labels[i : i + size])),
-                jnp.asarray(real[i : i + size]),
-            )
-            for i in range(0, len(images), size)
-        ]
-        self.steps = {
-            ideal: experiment.devices.spread_batch(dataclasses.replace(experiment.stepper, ideal_adcs=ideal).evaluate)
-            for ideal in (False, True)
-        }
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        self.batches = [tuple(jnp.asarray(values[part]) for values in (images, labels, real)) for part in parts]
+        self.steps = {ideal: self._step(ideal) for ideal in (False, True)}
 
-    def __call__(self, state: TrainState, *, ideal_adcs: bool = False) -> dict[str, float]:
-        """`accuracy` (0 to 1) and mean `loss` over all images of the split."""
-        sums = [self.steps[ideal_adcs](state, *batch) for batch in self.batches]
+    def _step(self, ideal_adcs: bool) -> Any:
+        setup = dataclasses.replace(self.experiment.setup, ideal_adcs=ideal_adcs)
+
+        def step(state: TrainState, chip: Array, pixels: Array, labels: Array, real: Array) -> dict[str, Array]:
+            batch = self.experiment.preparation.plain(pixels, labels)
+            return eval_step(setup, state, batch, real, jax.random.wrap_key_data(chip))
+
+        return self.experiment.devices.spread(step, PartitionSpec(), *[PartitionSpec(AXIS)] * 3, add=True)
+
+    def __call__(
+        self, state: TrainState, *, ideal_adcs: bool = False, average: bool = False, chip: Array | None = None
+    ) -> dict[str, float]:
+        """`accuracy` (0 to 1) and mean `loss` over all images of the split.
+
+        Args:
+          average: whether with the averaged parameters (`TrainState.average`).
+          chip: the random key of another chip than the run's.
+        """
+        if average:
+            state = state.replace(params=state.average)
+        key = jax.random.key_data(chip_key(state.seed) if chip is None else chip)
+        sums = [self.steps[ideal_adcs](state, key, *batch) for batch in self.batches]
         correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
         return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
 
+    def on_fresh_chips(self, state: TrainState, count: int) -> list[float]:
+        """The accuracy on chips that the run has never seen, each of its own random cells."""
+        fresh = jax.random.fold_in(chip_key(state.seed), 2**31 - 1)
+        return [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
 
-def health(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:
+
+class Health:
     """How every layer's ADCs are used on the calibration images, in evaluation mode and on the run's own chip."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    measure = _measure_health(experiment.model)
-    return health_by_layer(measure(variables, experiment.calibration_images(), state.seed))
 
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
 
-@functools.lru_cache(maxsize=4)
-def _measure_health(model: nn.Module) -> Any:
-    def measure(variables: Any, images: jax.Array, seed: jax.Array) -> Any:
-        rngs = {"variation": chip_key(seed)}
-        return model.apply(variables, images, mutable=[ADC_STATISTICS], rngs=rngs)[1].get(ADC_STATISTICS, {})
+        def measure(state: TrainState, images: Array) -> Any:
+            setup, chip = experiment.setup_on_one_device(), chip_key(state.seed)
+            rngs, wanted = {"variation": chip, "params": chip}, [ADC_STATISTICS]
+            return setup.apply(state.variables, images, train=False, mutable=wanted, rngs=rngs)[1]
 
-    return jax.jit(measure, compiler_options=compiler_options())
+        self.measure = jax.jit(measure, compiler_options=compiler_options())
+
+    def __call__(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """{"conv1": {"saturated": ..., "codes_used": ...}}."""
+        found = self.measure(state, self.experiment.calibration_images())
+        return health_by_layer(found.get(ADC_STATISTICS, {}))
 
 
 def restore(
-    run: str | Path,
-    *,
-    which: Literal["last", "best"] = "best",
-    model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    run: str | Path, *, which: Which = "last", model: nn.Module | None = None, dataset: Dataset | None = None
 ) -> tuple[Experiment, TrainState, dict[str, Any]]:
     """The experiment of a run folder, one of its states, and what was saved beside that state.
 
     Args:
       run: the run folder.
-      which: the state of the best test accuracy, or the last.
+      which: the last state, or the one of the best accuracy on the images that `config.validation` holds out.
       model, dataset: the network and images of the run when they were the caller's own.
 
     Raises:
@@ -87,41 +111,76 @@ def restore(
     """
     from cimjax.training.run.checkpoint import Checkpoints
 
-    experiment = build(ConfigDict(read_config(run)), model=model, dataset=dataset)
+    experiment = build(completed(read_config(run)), model=model, dataset=dataset, to_train=False)
     state, extra = Checkpoints(Path(run)).restore(experiment.abstract_state(), which=which)
     return experiment, state, extra
 
 
-def load(
-    run: str | Path,
-    *,
-    which: Literal["last", "best"] = "best",
-    model: nn.Module | None = None,
-    dataset: Dataset | None = None,
-) -> tuple[nn.Module, dict[str, Any], CIMSpec | dict[str, CIMSpec] | None]:
-    """A trained run as a function: its network, its variables and its specification.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained run as a function; unpacks as `model, variables, spec`.
 
-    The specification is that of the network's own array layers, whoever built it: one where all layers agree, a
-    dictionary by path ("block1/conv2") where they differ, None where there are none. Images go in normalised, as
-    `experiment.stepper.normalise` makes them; with `variation`, the run's chip is `apply(...,
-    rngs={"variation": cimjax.training.train_step.chip_key(config.seed)})`. Arguments and errors as for `restore`.
+    spec: that of the network's own array layers, whoever built it: one where all layers agree, a dictionary by path
+      ("block1/conv2") where they differ, None where there are none.
+    specs: by path, always.
+    average: the averaged parameters as variables; None for a run without.
+    preparation: `preparation.normalise` makes of uint8 pixels what goes in.
+    chip: the random key of the run's chip; with `variation`, `apply(..., rngs={"variation": chip})`.
+    config: the run's.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    spec: CIMSpec | dict[str, CIMSpec] | None
+    specs: dict[str, CIMSpec]
+    average: dict[str, Any] | None
+    preparation: Preparation
+    chip: Array
+    config: ConfigDict
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.variables, self.spec))
+
+    @property
+    def normalise(self) -> Any:
+        """Real images of uint8 pixels, (N, H, W, C) float32, as the network was trained on."""
+        return self.preparation.normalise
+
+
+def load(
+    run: str | Path, *, which: Which = "last", model: nn.Module | None = None, dataset: Dataset | None = None
+) -> Loaded:
+    """A trained run as a function: its network, its variables and its specification, and how images go in.
+
+    Arguments and errors as for `restore`.
 
     >>> model, variables, spec = load("runs/digits")  # doctest: +SKIP
-    >>> logits = model.apply(variables, images)  # doctest: +SKIP
+    >>> run = load("runs/digits")  # doctest: +SKIP
+    >>> logits = run.model.apply(run.variables, run.normalise(pixels))  # doctest: +SKIP
     """
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
-    return experiment.model, {"params": state.params, "batch_stats": state.batch_stats}, experiment.spec
+    average = None if state.average is None else {"params": state.average, **state.collections}
+    return Loaded(
+        model=experiment.model,
+        variables=state.variables,
+        spec=experiment.spec,
+        specs=experiment.specs,
+        average=average,
+        preparation=experiment.preparation,
+        chip=chip_key(state.seed),
+        config=experiment.config,
+    )
 
 
 def evaluate(
-    run: str | Path,
-    which: Literal["last", "best"] = "best",
-    *,
-    model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    run: str | Path, which: Which = "last", *, model: nn.Module | None = None, dataset: Dataset | None = None
 ) -> dict[str, Any]:
-    """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}."""
+    """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}; with an average of the
+    parameters also `average_accuracy`."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
     evaluator = Evaluator(experiment, experiment.dataset.test)
-    found = evaluator(experiment.devices.put(state))
+    state = experiment.devices.put(state)
+    found = evaluator(state)
+    if state.average is not None:
+        found["average_accuracy"] = evaluator(state, average=True)["accuracy"]
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}

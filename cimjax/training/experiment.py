@@ -18,16 +18,20 @@ from ml_collections import ConfigDict
 
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.programs.cpu import compiler_options
-from cimjax.data import Dataset, Split, load
+from cimjax.data import Dataset, load
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
+from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
-from cimjax.spec.base import LARGEST_COUNT, shown
-from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, total_steps
+from cimjax.training.batches import Preparation
+from cimjax.training.config.fields import check_config
+from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, stored_steps, total_steps
 from cimjax.training.parallel import Devices
-from cimjax.training.train_step import Images, Stepper, TrainState, chip_key, stored_steps
+from cimjax.training.start import Given, put_in
+from cimjax.training.state import TrainState, chip_key
+from cimjax.training.train_step import LossFunction, Setup, cross_entropy, step_rngs
 
 # Images with which the layers of a network are looked up: a prime, which no other axis is likely to be a multiple of.
 _SURVEYED = 7
@@ -49,7 +53,8 @@ class Experiment:
     layers: list[Layer]
     optimizer: optax.GradientTransformation
     devices: Devices
-    stepper: Stepper
+    setup: Setup
+    preparation: Preparation
 
     @property
     def key(self) -> Array:
@@ -101,29 +106,34 @@ class Experiment:
         planned = filter(self.sets_adcs_before, (self.ideal_epochs, *self.config.recalibrate_epochs))
         return max((epoch for epoch in planned if epoch < self.config.epochs), default=0)
 
-    def stepper_in(self, epoch: int) -> Stepper:
-        """The functions of the run in an epoch, counted from 0."""
-        return dataclasses.replace(self.stepper, ideal_adcs=epoch < self.ideal_epochs)
+    def setup_in(self, epoch: int) -> Setup:
+        """What is fixed in an epoch, counted from 0."""
+        return dataclasses.replace(self.setup, ideal_adcs=epoch < self.ideal_epochs)
 
-    def stepper_on_one_device(self) -> Stepper:
-        """The functions of the run without the axis over which several devices spread a batch."""
-        return dataclasses.replace(self.stepper, model=self.model.clone(**self._without_axis()), axis_name=None)
+    def setup_on_one_device(self) -> Setup:
+        """What is fixed, without the axis over which several devices spread a batch."""
+        return dataclasses.replace(self.setup, model=self._model_on_one_device(), axis_name=None)
 
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
         key = jax.random.fold_in(self.key, 4)
         count = min(self.config.calibration_images, len(self.dataset.train))
         chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
-        return self.stepper.normalise(jnp.asarray(self.dataset.train.images[chosen]))
+        return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
     def first_state(self) -> TrainState:
         """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
         return self.first_state_and_reports()[0]
 
-    def first_state_and_reports(self) -> tuple[TrainState, Reports]:
-        """The first state, and what the data was like from which its steps were set, by layer."""
+    def first_state_and_reports(self, given: Given | None = None) -> tuple[TrainState, Reports]:
+        """The first state, and what the data was like from which its steps were set, by layer.
+
+        Args:
+          given: what takes the place of random weights; None for random ones.
+        """
+        given = given or Given({}, {})
         return jax.jit(self._init, compiler_options=compiler_options())(
-            jnp.int32(self.config.seed), self.calibration_images()
+            jnp.int32(self.config.seed), self.calibration_images(), given.values, given.steps
         )
 
     def recalibrated(self, state: TrainState) -> tuple[TrainState, Reports]:
@@ -136,10 +146,9 @@ class Experiment:
         """Compiled once, however often steps are set anew."""
 
         def renew(state: TrainState, images: Array) -> tuple[TrainState, Reports]:
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            rngs = {"variation": chip_key(state.seed)}
-            model = self.model.clone(**self._without_axis())
-            variables, reports = calibrate_and_report(model, variables, images, kinds=("psum",), train=True, rngs=rngs)
+            setup = self.setup_on_one_device()
+            options = {**setup.mode(train=True), "rngs": step_rngs(setup, state)}
+            variables, reports = calibrate_and_report(setup.model, state.variables, images, kinds=("psum",), **options)
             params = variables["params"]
 
             def renewed(old: Any, new: Any) -> Any:
@@ -148,6 +157,7 @@ class Experiment:
             state = state.replace(
                 params=params,
                 opt_state=renewed(state.opt_state, self.optimizer.init(params)),
+                average=None if state.average is None else renewed(state.average, jax.tree.map(jnp.copy, params)),
                 # Copies, as in the first state.
                 first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
             )
@@ -163,49 +173,79 @@ class Experiment:
         """A state with all steps at 1: quick, where values do not matter."""
         with without_calibration():
             images = jnp.zeros((2, *self.dataset.image_shape))
-            return jax.jit(lambda *args: self._init(*args)[0])(jnp.int32(self.config.seed), images)
+            seed = jnp.int32(self.config.seed)
+            return jax.jit(lambda seed, images: self._init(seed, images, {}, {})[0])(seed, images)
 
-    def _init(self, seed: Array, images: Array) -> tuple[TrainState, Reports]:
-        keys = {"params": jax.random.key(seed), "variation": chip_key(seed)}
-        variables, reports = init_and_report(self.model.clone(**self._without_axis()), keys, images, train=True)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    def _init(
+        self, seed: Array, images: Array, values: dict[str, Array], steps: dict[str, Array]
+    ) -> tuple[TrainState, Reports]:
+        key = jax.random.key(seed)
+        rngs = {"params": key, "variation": chip_key(seed), "dropout": jax.random.fold_in(key, 5)}
+        model, mode = self._model_on_one_device(), self.setup.mode(train=True)
+        if values:
+            with without_calibration():
+                variables = put_in(model.init(rngs, images, **mode), values)
+            variables, reports = calibrate_and_report(model, variables, images, rngs=rngs, **mode)
+            variables = put_in(variables, steps)
+        else:
+            variables, reports = init_and_report(model, rngs, images, **mode)
+        params = variables["params"]
         state = TrainState(
             seed=seed,
             step=jnp.int32(0),
             failed_at=jnp.int32(-1),
             params=params,
-            batch_stats=batch_stats,
+            collections=_carried(variables),
             opt_state=self.optimizer.init(params),
             # Copies: the state is donated to every step, and no buffer may be donated twice.
+            average=jax.tree.map(jnp.copy, params) if self.setup.ema else None,
             first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
         )
         return state, reports
 
-    def _without_axis(self) -> dict[str, Any]:
-        # Initialisation runs outside the mapped axis.
-        return {"axis_name": None} if hasattr(self.model, "axis_name") else {}
+    def _model_on_one_device(self) -> nn.Module:
+        # Initialisation and calibration run outside the mapped axis.
+        return self.model.clone(axis_name=None) if hasattr(self.model, "axis_name") else self.model
 
 
-def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Dataset | None = None) -> Experiment:
+def _carried(variables: Any) -> dict[str, Any]:
+    """The collections that go from step to step: not what layers leave for whoever looks."""
+    return {name: value for name, value in variables.items() if name not in ("params", "intermediates", ADC_STATISTICS)}
+
+
+def build(
+    config: ConfigDict,
+    *,
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+    loss_fn: LossFunction | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    to_train: bool = True,
+) -> Experiment:
     """The parts of the run that a configuration describes.
 
     Args:
       config: as the files in `configs/` give it.
       model: a network of the caller's own, `model(images, train=...)` giving logits; else `config.model`.
       dataset: images of the caller's own; else `config.dataset`.
+      loss_fn, optimizer: the caller's own; else cross entropy, and `config.optimizer`.
+      to_train: whether devices must be able to share the batches of training.
 
     Raises:
       ValueError: for anything in the configuration that cannot be built.
     """
+    check_config(config)
     dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
+    dataset = dataset.holding_out(config.validation, config.seed)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
-    if not isinstance(config.seed, int) or abs(config.seed) > LARGEST_COUNT:
-        raise ValueError(f"`config.seed` is {shown(config.seed)}; give a whole number up to {LARGEST_COUNT}.")
-    devices = Devices()
-    devices.check_batch(config.batch_size, "config.batch_size")
-    devices.check_batch(config.eval_batch_size, "config.eval_batch_size")
-    if not 0 <= config.ideal_share < 1:
-        raise ValueError(f"`config.ideal_share` is {config.ideal_share}; give a part of the epochs from 0 to below 1.")
+    devices = Devices(config.parallel)
+    if to_train:
+        devices.check_batch(config.batch_size, "config.batch_size")
+        if config.batch_size // devices.count % config.optimizer.accumulate:
+            raise ValueError(
+                f"`config.optimizer.accumulate` is {config.optimizer.accumulate}, which does not divide the "
+                f"{config.batch_size // devices.count} images of a device; give one of their divisors."
+            )
     if model is None:
         options = config.model.to_dict()
         rules = check_rules(config.rules)
@@ -215,8 +255,16 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
     images = jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32)
-    optimizer = make_optimizer(config, len(dataset.train))
-    stepper = Stepper(model, optimizer, config, dataset.mean, dataset.std, devices.axis_name)
+    optimizer = optimizer or make_optimizer(config, len(dataset.train))
+    setup = Setup(
+        model=model,
+        optimizer=optimizer,
+        loss_fn=loss_fn or cross_entropy,
+        accumulate=config.optimizer.accumulate,
+        ema=config.ema,
+        fresh_chips=config.variation_draw == "step",
+        axis_name=devices.axis_name,
+    )
     return Experiment(
         config=config,
         dataset=dataset,
@@ -224,13 +272,9 @@ def build(config: ConfigDict, *, model: nn.Module | None = None, dataset: Datase
         layers=layers_of(model, images),
         optimizer=optimizer,
         devices=devices,
-        stepper=stepper,
+        setup=setup,
+        preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
     )
-
-
-def on_device(split: Split) -> Images:
-    """A split as arrays that a step takes."""
-    return Images(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
 
 
 def default_workdir(config: ConfigDict) -> Path:

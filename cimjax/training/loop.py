@@ -1,326 +1,186 @@
-"""The run: from the first state or a checkpoint to the last epoch; what is measured, saved and shown on the way."""
+"""The run: from the first state or a checkpoint to the last epoch."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from cimjax.data import Dataset
-from cimjax.nn.calibrate import messages
-from cimjax.training.evaluate import Evaluator, health
-from cimjax.training.experiment import Experiment, Reports, build, default_workdir, on_device
+from cimjax.training.batches import Resident
+from cimjax.training.evaluate import Evaluator, Health, Loaded
+from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
-from cimjax.training.optimizer import learning_rate
+from cimjax.training.optimizer import learning_rate, stored_steps
+from cimjax.training.programs import Programs
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
-from cimjax.training.show import advice
-from cimjax.training.show.diagnosis import explain_failure
-from cimjax.training.show.display import Display
-from cimjax.training.show.report import describe_run, final_rows, layer_rows, step_rows
-from cimjax.training.train_step import Stepper, TrainState, order_of_epoch, stored_steps
+from cimjax.training.run.stop import Stop
+from cimjax.training.show.teller import Teller
+from cimjax.training.start import choose
+from cimjax.training.state import TrainState
+from cimjax.training.train import Callback, Result
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    accuracy, best_accuracy: on the test images, 0 to 1, of the last state and of the best.
-    loss: of the last state.
-    steps: optimizer steps of the whole run.
-    moved: how far each kind of step moved, mean `|log(s / s0)|`.
-    workdir: the run folder.
-    """
-
-    accuracy: float
-    best_accuracy: float
-    loss: float
-    steps: int
-    moved: dict[str, float]
-    workdir: Path
-
-
-def train(
-    config: ConfigDict,
-    *,
-    workdir: str | Path | None = None,
-    model: nn.Module | None = None,
-    dataset: Dataset | None = None,
-    display: Display | None = None,
-) -> Result:
-    """Train a network, or go on with the run that the folder holds.
-
-    Ctrl-C and SIGTERM save the state and raise KeyboardInterrupt or SystemExit; the same call goes on from there, and
-    ends with the same numbers as a run that was never stopped.
-
-    Args:
-      config: as the files in `configs/` give it.
-      workdir: the run folder; `runs/DATASET-MODEL` if not given.
-      model: a network of your own, called as `model(images, train=...)`; else `config.model` names one.
-      dataset: images of your own; else `config.dataset` names some.
-      display: where to print; the terminal if not given.
-
-    Raises:
-      ValueError: for what cannot be trained: a field of the configuration, missing data, a folder in use or of another
-        run (`RunFolderError`), a loss that is not finite.
-    """
-    experiment = build(config, model=model, dataset=dataset)
-    folder = Path(workdir) if workdir is not None else default_workdir(config)
-    with (
-        RunFolder.open(folder, json.loads(config.to_json_best_effort()), allow={"execution"}) as run,
-        display or Display() as screen,
-        _stop_requests() as stop,
-    ):
-        return _Run(experiment, run, screen, stop, own=model is not None or dataset is not None).run()
-
-
-class _Run:
+class Run:
     """One run in progress."""
 
-    def __init__(self, experiment: Experiment, run: RunFolder, display: Display, stop: _Stop, *, own: bool) -> None:
-        self.experiment, self.folder, self.display, self.stop, self.own = experiment, run, display, stop, own
-        self.checkpoints = Checkpoints(run.path)
-        config, devices = experiment.config, experiment.devices
-        self.data = devices.put(on_device(experiment.dataset.train))
-        self.evaluator = Evaluator(experiment, experiment.dataset.test)
-        self.rate = learning_rate(config, len(experiment.dataset.train))
+    def __init__(
+        self, experiment: Experiment, run: RunFolder, teller: Teller, stop: Stop, callbacks: Sequence[Callback]
+    ) -> None:
+        self.experiment, self.folder, self.tell, self.stop = experiment, run, teller, stop
+        self.callbacks, self.checkpoints = callbacks, Checkpoints(run.path)
+        config, data, devices = experiment.config, experiment.dataset, experiment.devices
+        self.batches = Resident(data.train, experiment.preparation, config.seed, devices.put)
+        self.programs = Programs(experiment, self.batches)
+        self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
+        held_out = getattr(data, "validation", None)
+        self.validation = Evaluator(experiment, held_out) if held_out is not None else None
+        self.rate = learning_rate(config, len(data.train))
         # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
         self.chunk = config.steps_per_dispatch or (1 if devices.platform == "cpu" else 16)
-        self.compiled: dict[tuple[bool, int], Any] = {}
-        # Being compiled: the key of a program, and what will be it.
-        self.first_program: tuple[tuple[bool, int], Future[Any]] | None = None
-        self.best = 0.0
-        # Per-step metrics of the epoch so far.
-        self.seen: dict[str, list[float]] = {}
-        self.images_per_second = 0.0
+        # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
+        self.best, self.seen = -1.0, {}  # type: float, dict[str, list[float]]
 
-    def run(self) -> Result:
+    def run(self, variables: Any) -> Result:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
-        self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
-        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
-            self.display.warn(line)
-        for line in advice.before_training(experiment.layers):
-            self.display.note(line)
+        self.tell.start()
+        begin = self.checkpoints.latest_step()
         with ThreadPoolExecutor(1) as background:
-            self._compile_first(background)
-            state, step = self._start()
-        epochs, last = -(-total // per_epoch), {}
+            if (begin or 0) < total:
+                self.tell.compiling("the training step")
+                self.programs.compile_first(background, begin or 0, self._count(begin or 0))
+            state, step = self._begin(variables) if begin is None else self._resume()
+        records: dict[str, Any] = {}
         while step < total:
             epoch = step // per_epoch
-            end = min(total, (epoch + 1) * per_epoch)
             if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
                 # Not saved before the next checkpoint: a run that stops here sets them again.
+                self.tell.compiling("the setting of ADC steps")
                 state, reports = experiment.recalibrated(state)
                 state = experiment.devices.put(state)
-                self._tell(reports, step)
+                self.tell.calibrated(reports, step)
                 if epoch == experiment.ideal_epochs:
                     # The best state is one with ADCs.
                     self.best = -1.0
-                    self.display.note(advice.adcs_on(experiment.layers))
-            state, step = self._epoch(state, step, end)
-            last = self._after_epoch(state, step, epoch + 1, epochs, final=step == total)
-        if not last:
-            last = self.evaluator(state)
-        return self._finish(state, step, last)
+                    self.tell.adcs_on()
+            state, step = self._epoch(state, step, min(total, (epoch + 1) * per_epoch))
+            records = self._after_epoch(state, step, epoch + 1)
+            ended = any([callback(epoch + 1, state, records) for callback in self.callbacks])
+            if self.stop.requested and step < total:
+                self.stop.leave(step, total, self.folder.path)
+            if ended:
+                break
+        return self._finish(state, step, records.get("test") or self.test(state))
 
-    def _compile_first(self, background: Executor) -> None:
-        """Compile the first epoch's program while the first state is made: two long tasks that need not wait.
+    def _begin(self, variables: Any) -> tuple[TrainState, int]:
+        experiment, given = self.experiment, None
+        self.folder.forget_after(-1)
+        if variables is not None:
+            specs = variables.specs if isinstance(variables, Loaded) else experiment.specs
+            there = variables.variables if isinstance(variables, Loaded) else variables
+            same = {layer for layer, spec in experiment.specs.items() if specs.get(layer) == spec}
+            given, facts = choose(there, experiment.abstract_state().variables, same.__contains__)
+            self.tell.taken(facts)
+        state, reports = experiment.first_state_and_reports(given)
+        self.tell.calibrated(reports, 0)
+        return experiment.devices.put(state), 0
 
-        It is traced here and now, under whatever settings of JAX the caller has made for this thread.
-        """
-        experiment, step = self.experiment, self.checkpoints.latest_step() or 0
-        per_epoch, total = experiment.steps_per_epoch, experiment.total_steps
-        if step >= total:
-            return
-        epoch = step // per_epoch
-        count = min(self.chunk, min(total, (epoch + 1) * per_epoch) - step)
-        stepper, order = experiment.stepper_in(epoch), jax.ShapeDtypeStruct((len(experiment.dataset.train),), "int32")
-        described = experiment.devices.described((experiment.abstract_state(), self.data, order))
-        lowered = self._steps(stepper, count).lower(*described)
-        self.first_program = (stepper.ideal_adcs, count), background.submit(lowered.compile)
-
-    def _start(self) -> tuple[TrainState, int]:
-        devices = self.experiment.devices
-        if self.checkpoints.latest_step() is None:
-            self.folder.forget_after(-1)
-            first, reports = self.experiment.first_state_and_reports()
-            self._tell(reports, 0)
-            return devices.put(first), 0
+    def _resume(self) -> tuple[TrainState, int]:
         state, extra = self.checkpoints.restore(self.experiment.abstract_state())
         step = int(state.step)
         self.folder.forget_after(step)
         self.best, self.seen = extra["best"], extra["seen"]
-        self.display.resume(step, step / self.experiment.steps_per_epoch)
-        return devices.put(state), step
+        self.tell.resumed(step, extra.get("seconds", 0.0))
+        return self.experiment.devices.put(state), step
 
-    def _tell(self, reports: Reports, step: int) -> None:
-        """Say and write down what is wrong with the data from which steps were set."""
-        for layer, message in messages(jax.device_get(reports)):
-            self.display.warn(message)
-            self.folder.log({"step": step, "split": "calibration", "layer": layer, "message": message})
+    def _count(self, step: int) -> int:
+        """Steps of the next program."""
+        per_epoch = self.experiment.steps_per_epoch
+        return min(self.chunk, per_epoch - step % per_epoch, self.experiment.total_steps - step)
 
     def _epoch(self, state: TrainState, step: int, end: int) -> tuple[TrainState, int]:
-        """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here."""
-        experiment, total = self.experiment, self.experiment.total_steps
-        epoch = step // experiment.steps_per_epoch
-        stepper = experiment.stepper_in(epoch)
-        order = experiment.devices.put(order_of_epoch(experiment.key, epoch, len(experiment.dataset.train)))
+        """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here, but not after the last."""
         pending: list[dict[str, jax.Array]] = []
-        looked, first = time.monotonic(), step
+        looked = time.monotonic()
         while step < end:
-            count = min(self.chunk, end - step)
-            state, metrics = self._steps(stepper, count)(state, self.data, order)
+            count = self._count(step)
+            state, metrics = self.programs(state, step, count)
             pending.append(metrics)
             step += count
-            now = time.monotonic()
-            if now - looked >= LOOK_EVERY or step == end or self.stop.requested:
+            if time.monotonic() - looked >= LOOK_EVERY or step == end or self.stop.requested:
                 self._take(pending, state)
-                elapsed = time.monotonic() - looked
-                self.images_per_second = (step - first) * experiment.config.batch_size / max(elapsed, 1e-9)
-                looked, first = time.monotonic(), step
-                loss, accuracy = (float(np.mean(self.seen[name][-20:])) for name in ("loss", "accuracy"))
-                fraction = step / experiment.steps_per_epoch
-                self.display.progress(step, total, fraction, loss, accuracy, self.images_per_second)
-            if self.stop.requested and step < total:
+                self.tell.progress(step, self.seen)
+                looked = time.monotonic()
+            if self.stop.requested and step < end:
                 self._save(state, step)
-                self.stop.leave(step, total, self.folder.path)
+                self.stop.leave(step, self.experiment.total_steps, self.folder.path)
         return state, step
-
-    def _steps(self, stepper: Stepper, count: int) -> Any:
-        key = stepper.ideal_adcs, count
-        if self.first_program and self.first_program[0] == key:
-            self.compiled[key], self.first_program = self.first_program[1].result(), None
-        if key not in self.compiled:
-
-            def steps(state: TrainState, data: Any, order: Any) -> Any:
-                return stepper.train_many(state, data, order, count)
-
-            self.compiled[key] = self.experiment.devices.spread(steps, donate=True)
-        return self.compiled[key]
 
     def _take(self, pending: list[dict[str, jax.Array]], state: TrainState) -> None:
         """Wait for the metrics of the steps done, and stop the run where they are not finite."""
         for metrics in jax.device_get(pending):
             failed_at = int(metrics.pop("failed_at")[-1])
             if failed_at >= 0:
-                raise ValueError(explain_failure(self.experiment, state, self.data, failed_at))
+                raise ValueError(self.tell.failure(state, failed_at, self.batches))
             for name, values in metrics.items():
                 self.seen.setdefault(name, []).extend(float(value) for value in values)
         pending.clear()
 
-    def _after_epoch(self, state: TrainState, step: int, epoch: int, epochs: int, *, final: bool) -> dict[str, float]:
-        ideal = epoch <= self.experiment.ideal_epochs
-        test = self.evaluator(state, ideal_adcs=ideal)
-        best = test["accuracy"] > self.best or self.checkpoints.latest_step() is None
-        self.best = max(self.best, test["accuracy"])
+    def _after_epoch(self, state: TrainState, step: int, epoch: int) -> dict[str, Any]:
+        """Evaluate, record and save; the records by split."""
+        experiment, config = self.experiment, self.experiment.config
+        ideal, final = epoch <= experiment.ideal_epochs, step == experiment.total_steps
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}
         self.seen = {}
-        moved = mean_movement(self._movement(state))
-        rate = float(self.rate(step - 1))
-        self.folder.log({"step": step, "epoch": epoch, "split": "train", "learning_rate": rate, **means, **moved})
-        stage = {"ideal_adcs": True} if ideal else {}
-        self.folder.log({"step": step, "epoch": epoch, "split": "test", **test, "best": best, **stage})
-        record = {
-            "test_accuracy": test["accuracy"],
-            "best": best,
-            "train_accuracy": means["accuracy"],
-            "train_loss": means["loss"],
-            "learning_rate": rate,
-            "images_per_second": self.images_per_second,
+        records: dict[str, Any] = {
+            "train": {"learning_rate": float(self.rate(step - 1)), **means, **mean_movement(self._movement(state))},
+            "test": self._measure(self.test, state, ideal),
         }
-        self.display.epoch(epoch, epochs, record)
-        every = max(1, round(self.experiment.config.checkpoint_epochs))
-        if best or final or epoch % every == 0:
+        best = False
+        if self.validation:
+            records["validation"] = self._measure(self.validation, state, ideal)
+            best = records["validation"]["accuracy"] > self.best
+            self.best = max(self.best, records["validation"]["accuracy"])
+            records["validation"]["best"] = best
+        self.tell.epoch(step, epoch, records)
+        every = max(1, round(config.checkpoint_epochs))
+        if best or final or epoch % every == 0 or self.stop.requested or self.checkpoints.latest_step() is None:
             self._save(state, step, best=best)
-        if epoch == self.experiment.ideal_epochs + 1 and not final:
-            self._look_at_adcs(state, step, show=True)
-        return test
+        if epoch == experiment.ideal_epochs + 1 and not final:
+            self.tell.adcs(step, self.health(state))
+        return records
+
+    def _measure(self, evaluator: Evaluator, state: TrainState, ideal: bool) -> dict[str, Any]:
+        found: dict[str, Any] = evaluator(state, ideal_adcs=ideal)
+        if state.average is not None:
+            found["average_accuracy"] = evaluator(state, ideal_adcs=ideal, average=True)["accuracy"]
+        return {**found, **({"ideal_adcs": True} if ideal else {})}
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
-        self.checkpoints.save(step, state, {"best": self.best, "seen": self.seen}, best=best)
+        extra = {"best": self.best, "seen": self.seen, "seconds": self.tell.seconds}
+        self.checkpoints.save(step, state, extra, best=best)
 
-    def _look_at_adcs(self, state: TrainState, step: int, *, show: bool) -> dict[str, dict[str, float]]:
-        found = health(self.experiment, state)
-        for layer, of in found.items():
-            self.folder.log({"step": step, "split": "health", "layer": layer, **of})
-        if show:
-            for message in advice.on_adcs(found, self.experiment.layers):
-                self.display.warn(message)
-        return found
-
-    def _finish(self, state: TrainState, step: int, last: dict[str, float]) -> Result:
+    def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:
+        more = {name: value for name, value in test.items() if name == "average_accuracy"}
+        if self.validation:
+            best, _ = self.checkpoints.restore(self.experiment.abstract_state(), which="best")
+            more["best_accuracy"] = self.test(self.experiment.devices.put(best))["accuracy"]
+        if count := self.experiment.config.fresh_chips:
+            accuracies = self.test.on_fresh_chips(state, count)
+            more |= {"fresh_chips": float(np.mean(accuracies)), "fresh_chips_spread": float(np.std(accuracies))}
         moved = self._movement(state)
-        found = self._look_at_adcs(state, step, show=False)
-        result = Result(last["accuracy"], self.best, last["loss"], step, mean_movement(moved), self.folder.path)
-        summary = {"accuracy": result.accuracy, "best_accuracy": result.best_accuracy, "moved": result.moved}
-        self.folder.log({"step": step, "split": "result", **summary})
-        self.display.finish(final_rows(result, own=self.own), step_rows(self.experiment, moved, found))
-        had_time = {name: distance for name, distance in result.moved.items() if self._had_time(name)}
-        for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
-            self.display.warn(message)
+        result = Result(test["accuracy"], test["loss"], step, mean_movement(moved), self.folder.path, more)
+        self.tell.finish(result, moved, self.health(state))
         return result
 
     def _movement(self, state: TrainState) -> dict[str, dict[str, float]]:
         first, now = jax.device_get((state.first_steps, stored_steps(state.params)))
         return movement(first, now, self.experiment.specs)
-
-    def _had_time(self, kind: str) -> bool:
-        """Whether steps of a kind, as `mean_movement` names it, were trained long enough to have moved far."""
-        epochs = self.experiment.config.epochs
-        since = self.experiment.last_setting_of_adcs if kind.startswith(("psum", "offset")) else 0
-        return epochs - since >= 2
-
-
-class _Stop:
-    """A request to stop, made by a signal."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @property
-    def requested(self) -> bool:
-        return self.signal is not None
-
-    def request(self, number: int, frame: Any) -> None:
-        """Remember the signal; the same once more acts at once."""
-        del frame
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-
-    def leave(self, step: int, total: int, folder: Path) -> None:
-        """End the run after its state was saved."""
-        message = f"stopped after step {step:,} of {total:,}; saved: the same command with --workdir {folder} goes on."
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt(message)
-        raise SystemExit(f"cimjax: {message}")
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    """Turn Ctrl-C and SIGTERM into requests, in the main thread, where Python receives signals."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop.request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

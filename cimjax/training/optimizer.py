@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from jax import Array
 from ml_collections import ConfigDict
 
 from cimjax.spec.base import LARGEST_COUNT
 
 # The last part of a parameter's path tells its kind.
 STEP_SUFFIXES = ("log_step", "psum_offset", "reference_offset")
-# Those of the ADCs among them.
+# The steps and offsets of ADCs among them.
 ADC_SUFFIXES = ("psum_log_step", "psum_offset", "reference_log_step", "reference_offset")
+
+# A schedule after the warm-up: `schedule(peak, steps, options)`, in the words and by the functions of optax.
+SCHEDULES: dict[str, Callable[[float, int, Any], optax.Schedule]] = {
+    "cosine": lambda peak, steps, options: optax.cosine_decay_schedule(peak, steps, options.alpha),
+    "constant": lambda peak, steps, options: optax.constant_schedule(peak),
+    "linear": lambda peak, steps, options: optax.linear_schedule(peak, peak * options.alpha, steps),
+    "polynomial": lambda peak, steps, options: optax.polynomial_schedule(
+        peak, peak * options.alpha, options.power, steps
+    ),
+    "exponential": lambda peak, steps, options: optax.exponential_decay(peak, steps, options.decay_rate),
+    "piecewise_constant": lambda peak, steps, options: optax.piecewise_constant_schedule(
+        peak, {round(part * steps): options.decay_rate for part in options.boundaries}
+    ),
+    "cosine_onecycle": lambda peak, steps, options: optax.cosine_onecycle_schedule(steps, peak),
+    "linear_onecycle": lambda peak, steps, options: optax.linear_onecycle_schedule(steps, peak),
+    "sgdr": lambda peak, steps, options: optax.join_schedules(
+        [optax.cosine_decay_schedule(peak, -(-steps // options.cycles), options.alpha)] * options.cycles,
+        [-(-steps // options.cycles) * (number + 1) for number in range(options.cycles - 1)],
+    ),
+}
 
 
 def kind_of(path: tuple[Any, ...]) -> str:
@@ -33,6 +55,12 @@ def is_of_adc(path: tuple[Any, ...]) -> bool:
 def is_kind(params: Any, kind: str) -> Any:
     """A tree of booleans, True at the parameters of a kind."""
     return jax.tree_util.tree_map_with_path(lambda path, _: kind_of(path) == kind, params)
+
+
+def stored_steps(params: Any) -> dict[str, Array]:
+    """The stored steps and offsets among parameters, by path: {"conv1/psum_log_step": ...}."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(str(part.key) for part in path): value for path, value in flat if kind_of(path) == "step"}
 
 
 def total_steps(config: ConfigDict, images: int) -> int:
@@ -57,15 +85,19 @@ def steps_per_epoch(config: ConfigDict, images: int) -> int:
 
 
 def learning_rate(config: ConfigDict, images: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_epochs`, then a cosine down to 0 at the last step."""
-    total = total_steps(config, images)
+    """Linear warm-up over `warmup_epochs`, then `optimizer.schedule` over the rest, by default a cosine down to 0."""
+    total, options = total_steps(config, images), config.optimizer
     warmup = round(min(total - 1, config.warmup_epochs * steps_per_epoch(config, images)))
-    peak = config.optimizer.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total)
+    after = SCHEDULES[options.schedule](options.learning_rate, total - warmup, options.schedule_options)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, options.learning_rate, warmup), after], [warmup])
 
 
 def make_optimizer(config: ConfigDict, images: int) -> optax.GradientTransformation:
     """SGD with momentum or AdamW; decay on kernels only; steps and offsets at `step_factor` times the rate.
+
+    With `clip_norm` the gradient of all parameters together is scaled down to that norm first.
 
     Raises:
       ValueError: for another `optimizer.name`.
@@ -73,9 +105,10 @@ def make_optimizer(config: ConfigDict, images: int) -> optax.GradientTransformat
     options, rate = config.optimizer, learning_rate(config, images)
     decay = optax.masked(optax.add_decayed_weights(options.weight_decay), lambda params: is_kind(params, "kernel"))
     steps = optax.masked(optax.scale(options.step_factor), lambda params: is_kind(params, "step"))
+    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.name == "sgd":
         moments = optax.trace(options.momentum, nesterov=options.nesterov)
-        return optax.chain(decay, moments, steps, optax.scale_by_learning_rate(rate))
+        return optax.chain(*clip, decay, moments, steps, optax.scale_by_learning_rate(rate))
     if options.name == "adamw":
-        return optax.chain(optax.scale_by_adam(), decay, steps, optax.scale_by_learning_rate(rate))
+        return optax.chain(*clip, optax.scale_by_adam(), decay, steps, optax.scale_by_learning_rate(rate))
     raise ValueError(f"`config.optimizer.name` is {options.name!r}; allowed: sgd, adamw.")

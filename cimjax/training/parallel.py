@@ -6,12 +6,13 @@ explicit mean of the gradients, because XLA gathers a sharded batch before a gro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from cimjax.core.programs.cpu import compiler_options
 
@@ -22,11 +23,14 @@ class Devices:
     """The devices of a run.
 
     mesh: None on a single device.
+    way: "shard_map" or "pmap".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, way: str = "shard_map") -> None:
+        if jax.process_count() > 1:
+            raise ValueError(f"{jax.process_count()} processes: cimjax trains in one process; start it without others.")
         devices = jax.devices()
-        self.count = len(devices)
+        self.count, self.way = len(devices), way
         self.mesh = Mesh(devices, (AXIS,)) if self.count > 1 else None
         self.platform = devices[0].platform
         self.kind = devices[0].device_kind
@@ -53,32 +57,53 @@ class Devices:
         """Copy a tree of arrays to every device."""
         if self.mesh is None:
             return jax.device_put(tree, jax.devices()[0])
-        return jax.device_put(tree, NamedSharding(self.mesh, P()))
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def described(self, tree: Any) -> Any:
         """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
-        place = SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, P())
+        place = (
+            SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        )
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
-    def spread(self, step: Callable[..., Any], *, donate: bool = False) -> Callable[..., Any]:
-        """Compile a step whose arguments are whole on every device and which takes its own share of the batch."""
+    def spread(
+        self, step: Callable[..., Any], *specs: PartitionSpec, donate: bool = False, add: bool = False
+    ) -> Callable[..., Any]:
+        """Compile `step(state, *arguments)`, which knows its place by `axis_name`; state and results are whole on
+        every device.
+
+        Args:
+          specs: how each argument lies: whole on every device, or split along an axis.
+          donate: whether the state is given up.
+          add: whether the results of the devices are added up; otherwise each has the whole.
+        """
         donated = (0,) if donate else ()
         if self.mesh is None:
             return jax.jit(step, donate_argnums=donated, compiler_options=compiler_options())
-        mapped = jax.shard_map(step, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False)
+
+        def whole(*arguments: Any) -> Any:
+            return jax.lax.psum(step(*arguments), AXIS) if add else step(*arguments)
+
+        if self.way == "pmap":
+            return self._pmap(whole, specs)
+        mapped = jax.shard_map(
+            whole, mesh=self.mesh, in_specs=(PartitionSpec(), *specs), out_specs=PartitionSpec(), check_vma=False
+        )
         return jax.jit(mapped, donate_argnums=donated, compiler_options=compiler_options())
 
-    def spread_batch(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile `step(state, *batch)`: the batch is split over devices, the results are summed."""
-        if self.mesh is None:
-            return jax.jit(step, compiler_options=compiler_options())
+    def _pmap(self, step: Callable[..., Any], specs: tuple[PartitionSpec, ...]) -> Callable[..., Any]:
+        """Arguments that are split have their axis cut in two, and the devices in front."""
+        axes = [next((axis for axis, name in enumerate(spec) if name == AXIS), None) for spec in specs]
+        # It wants an argument that is split, which is the number of the device.
+        mapped = jax.pmap(lambda _, *arguments: step(*arguments), AXIS, in_axes=(0, None, *axes), out_axes=None)
 
-        def summed(state: Any, *batch: Any) -> Any:
-            return jax.lax.psum(step(state, *batch), AXIS)
+        def call(state: Any, *arguments: Any) -> Any:
+            def cut(axis: int | None, values: Any) -> Any:
+                if axis is None:
+                    return values
+                return values.reshape(*values.shape[:axis], self.count, -1, *values.shape[axis + 1 :])
 
-        def call(state: Any, *batch: Any) -> Any:
-            specs = (P(), *(P(AXIS) for _ in batch))
-            mapped = jax.shard_map(summed, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False)
-            return mapped(state, *batch)
+            trees = [jax.tree.map(functools.partial(cut, axis), x) for axis, x in zip(axes, arguments, strict=True)]
+            return mapped(np.arange(self.count), state, *trees)
 
-        return jax.jit(call, compiler_options=compiler_options())
+        return call

@@ -1,210 +1,148 @@
-"""One step of training and one of evaluation: pure functions of a state and a batch.
+"""One step of training and one of evaluation: pure functions of a state and a batch. What a researcher edits.
 
-Randomness and the order of the images are functions of (seed, step), so that a run can stop anywhere and go on. How
-steps are spread over devices is in `cimjax.training.parallel`.
+Everything random in a step is a function of (seed, step), so that a run can stop anywhere and go on. Where batches come
+from is in `cimjax.training.batches`, how a step is spread over devices in `cimjax.training.parallel`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array, lax
-from ml_collections import ConfigDict
 
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.metrics import gradient_ratios
-from cimjax.training.optimizer import is_kind
+from cimjax.training.state import Batch, TrainState, chip_key
+
+# `loss_fn(logits, batch)`: () or (N,) float32; a step takes the mean.
+LossFunction = Callable[[Array, Batch], Array]
 
 
-class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step changes, and that a checkpoint holds.
-
-    seed: () int32, of all randomness; an argument, so that programs are the same for every seed.
-    step: () int32, optimizer steps done.
-    failed_at: () int32, the step whose loss or gradient was not finite, -1 while there is none; from then on the state
-      no longer changes, so that the failure can be looked at.
-    params, batch_stats, opt_state: the network's and the optimizer's.
-    first_steps: the stored steps and offsets as calibrated, by path.
-    """
-
-    seed: Array
-    step: Array
-    failed_at: Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    first_steps: dict[str, Array]
-
-
-class Images(flax.struct.PyTreeNode):
-    """A split on the device: uint8 `pixels` (N, H, W, C) and int32 `labels` (N,)."""
-
-    pixels: Array
-    labels: Array
-
-
-def chip_key(seed: int | Array) -> Array:
-    """The random key of a run's chip: with `variation`, the same cells wherever the run is trained or looked at.
-
-    Args:
-      seed: the run's, `TrainState.seed`.
-    """
-    return jax.random.fold_in(jax.random.key(seed), 1)
-
-
-def step_rngs(state: TrainState) -> dict[str, Array]:
-    """The random keys of the training step that a state is about to make: the chip's, and that of dropout."""
-    return {
-        "variation": chip_key(state.seed),
-        "dropout": jax.random.fold_in(jax.random.key(state.seed), state.step),
-    }
+def cross_entropy(logits: Array, batch: Batch) -> Array:
+    """Of each image, (N,)."""
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), batch.targets)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stepper:
-    """The functions of one run: what is fixed while it trains.
+class Setup:
+    """What is fixed while a run trains.
 
-    mean, std: per channel, of pixels in 0..1.
+    accumulate: parts that a batch is computed in, one after the other, with the mean of their gradients.
+    ema: the decay of the average of the parameters; 0 without one.
+    fresh_chips: whether every step draws a chip of its own (`variation`), instead of one for the run.
     axis_name: the mapped axis over which a batch is spread; None on one device.
     ideal_adcs: whether the network is computed without its ADCs: the first stage of training in two.
     """
 
     model: nn.Module
     optimizer: optax.GradientTransformation
-    config: ConfigDict
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    loss_fn: LossFunction = cross_entropy
+    accumulate: int = 1
+    ema: float = 0.0
+    fresh_chips: bool = False
     axis_name: str | None = None
     ideal_adcs: bool = False
 
-    def normalise(self, pixels: Array) -> Array:
-        """Real images of uint8 pixels: zero mean and unit variance per channel."""
-        mean, std = (np.asarray(value, np.float32) for value in (self.mean, self.std))
-        return (pixels.astype(jnp.float32) / 255 - mean) / std
+    def mode(self, *, train: bool) -> dict[str, Any]:
+        """The argument `train`, for networks that have it."""
+        return {"train": train} if "train" in inspect.signature(type(self.model).__call__).parameters else {}
 
-    def apply(self, variables: Any, images: Array, **options: Any) -> Any:
+    def apply(self, variables: Any, images: Array, *, train: bool, **options: Any) -> Any:
         """What the network makes of normalised images, with its ADCs or without."""
         with ideal_adcs() if self.ideal_adcs else contextlib.nullcontext():
-            return self.model.apply(variables, images, **options)
+            return self.model.apply(variables, images, **self.mode(train=train), **options)
 
-    def train(self, state: TrainState, data: Images, order: Array) -> tuple[TrainState, dict[str, Array]]:
-        """One optimizer step on the images that are due.
 
-        Args:
-          state: donated by the caller.
-          data: the training split.
-          order: (N,) int32, this epoch's order of the images.
+def step_rngs(setup: Setup, state: TrainState, part: int | Array = 0) -> dict[str, Array]:
+    """The random keys of the training step that a state is about to make: the chip's, that of dropout, and one for
+    streams of other names."""
+    key, chip = jax.random.fold_in(jax.random.key(state.seed), state.step), chip_key(state.seed)
+    mine = jax.random.fold_in(key, part) if setup.accumulate > 1 else key
+    if setup.axis_name is not None:
+        mine = jax.random.fold_in(mine, lax.axis_index(setup.axis_name))
+    variation = jax.random.fold_in(chip, state.step) if setup.fresh_chips else chip
+    return {"variation": variation, "dropout": mine, "params": jax.random.fold_in(mine, 1)}
 
-        Returns:
-          The next state, and `loss`, `accuracy`, `failed_at` and the ratios of `metrics.gradient_ratios`.
-        """
-        size = self.config.batch_size
-        position = state.step % (data.labels.shape[0] // size)
-        chosen = lax.dynamic_slice(order, (position * size,), (size,))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(state.seed), state.step), size)
-        if self.axis_name is not None:
-            share = size // lax.axis_size(self.axis_name)
-            start = lax.axis_index(self.axis_name) * share
-            chosen, keys = lax.dynamic_slice(chosen, (start,), (share,)), lax.dynamic_slice(keys, (start,), (share,))
-        pixels = augment(data.pixels[chosen], keys, self.config.augment.shift, self.config.augment.flip)
-        return self._update(state, pixels, data.labels[chosen])
 
-    def train_many(
-        self, state: TrainState, data: Images, order: Array, count: int
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """`count` steps of `train` in one program; metrics have a leading axis of `count`."""
-        if count == 1:
-            state, metrics = self.train(state, data, order)
-            return state, jax.tree.map(lambda value: value[None], metrics)
-        return lax.scan(lambda state, _: self.train(state, data, order), state, length=count)
+def loss(params: Any, setup: Setup, state: TrainState, batch: Batch, part: int | Array = 0) -> tuple[Array, Any]:
+    """The mean loss of a batch in training mode; also the changed collections and the logits."""
+    variables = {"params": params, **state.collections}
+    rngs, mutable = step_rngs(setup, state, part), list(state.collections)
+    logits, changed = setup.apply(variables, batch.images, train=True, mutable=mutable, rngs=rngs)
+    return jnp.mean(setup.loss_fn(logits, batch)), (dict(changed), logits)
 
-    def loss(self, params: Any, state: TrainState, pixels: Array, labels: Array) -> tuple[Array, tuple[Any, Array]]:
-        """Mean cross entropy of a batch in training mode; also the new batch statistics and the logits."""
-        logits, updated = self.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            self.normalise(pixels),
-            train=True,
-            mutable=["batch_stats"],
-            rngs=step_rngs(state),
+
+def gradients(setup: Setup, state: TrainState, batch: Batch) -> tuple[Any, Any, dict[str, Array]]:
+    """The gradient of the mean loss, the collections as the network leaves them, and `loss` and `accuracy`; on every
+    device those of the whole batch."""
+
+    def one(collections: Any, part: tuple[Array, Batch]) -> tuple[Any, Any]:
+        now, share = state.replace(collections=collections), part[1]
+        (value, (changed, logits)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.params, setup, now, share, part[0]
         )
-        smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), self.config.label_smoothing)
-        mean = jnp.mean(optax.softmax_cross_entropy(logits.astype(jnp.float32), smooth))
-        return mean, (updated.get("batch_stats", {}), logits)
+        accuracy = jnp.mean(jnp.argmax(logits, -1) == share.labels, dtype=jnp.float32)
+        return changed, (gradient, {"loss": value, "accuracy": accuracy})
 
-    def _update(self, state: TrainState, pixels: Array, labels: Array) -> tuple[TrainState, dict[str, Array]]:
-        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
-        (loss, (batch_stats, logits)), gradient = value_and_grad(state.params, state, pixels, labels)
-        accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
-        if self.axis_name is not None:
-            loss, accuracy, gradient = lax.pmean((loss, accuracy, gradient), self.axis_name)
-        wrong = sum(jnp.sum(~jnp.isfinite(value), dtype=jnp.float32) for value in jax.tree.leaves((loss, gradient)))
-        # The root keeps XLA from computing the whole sum again in the update of every parameter, which made programs
-        # ten times as long: it repeats cheap operations only.
-        going_on = (jnp.sqrt(wrong) == 0) & (state.failed_at < 0)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        moved = (state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
-        kept = (state.step, state.params, state.batch_stats, state.opt_state)
-        step, params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), moved, kept)
-        failed_at = jnp.where(going_on | (state.failed_at >= 0), state.failed_at, state.step)
-        metrics = {"loss": loss, "accuracy": accuracy, "failed_at": failed_at}
-        metrics |= gradient_ratios(state.params, gradient)
-        state = state.replace(
-            step=step, failed_at=failed_at, params=params, batch_stats=batch_stats, opt_state=opt_state
-        )
-        return state, metrics
-
-    def evaluate(self, state: TrainState, data: Images, real: Array) -> dict[str, Array]:
-        """Sums over a batch of a split that is padded to whole batches: `correct` and `loss` of the `real` images.
-
-        Args:
-          real: (N,) bool, False at padding.
-        """
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        rngs = {"variation": chip_key(state.seed)}
-        logits = jnp.asarray(self.apply(variables, self.normalise(data.pixels), rngs=rngs), jnp.float32)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
-        right = jnp.argmax(logits, -1) == data.labels
-        return {"correct": jnp.sum(right & real), "loss": jnp.sum(jnp.where(real, loss, 0.0))}
+    if setup.accumulate == 1:
+        collections, (gradient, metrics) = one(state.collections, (jnp.int32(0), batch))
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(setup.accumulate, -1, *x.shape[1:]), batch)
+        numbers = jnp.arange(setup.accumulate)
+        collections, each = lax.scan(one, state.collections, (numbers, parts))
+        gradient, metrics = jax.tree.map(lambda x: jnp.mean(x, 0), each)
+    if setup.axis_name is not None:
+        gradient, metrics = lax.pmean((gradient, metrics), setup.axis_name)
+        collections = jax.tree.map(lambda x: _mean_over_devices(x, setup.axis_name), collections)
+    return gradient, collections, metrics
 
 
-def augment(pixels: Array, keys: Array, shift: int, flip: bool) -> Array:
-    """Random shifts by up to `shift` pixels (edges filled with 0) and mirror images, each from its own key.
+def _mean_over_devices(x: Array, axis_name: str | None) -> Array:
+    return lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else lax.pmax(x, axis_name)
+
+
+def train_step(setup: Setup, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step.
+
+    Returns:
+      The next state, and `loss`, `accuracy`, `failed_at` and the ratios of `metrics.gradient_ratios`.
+    """
+    gradient, collections, metrics = gradients(setup, state, batch)
+    metrics |= gradient_ratios(state.params, gradient)
+    leaves = jax.tree.leaves((metrics["loss"], gradient))
+    wrong = sum(jnp.sum(~jnp.isfinite(value), dtype=jnp.float32) for value in leaves)
+    # The root keeps XLA from computing the whole sum again in the update of every parameter, which made programs
+    # ten times as long: it repeats cheap operations only.
+    going_on = (jnp.sqrt(wrong) == 0) & (state.failed_at < 0)
+    updates, opt_state = setup.optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = optax.incremental_update(params, state.average, 1 - setup.ema) if setup.ema else None
+    moved = state.replace(
+        step=state.step + 1, params=params, collections=collections, opt_state=opt_state, average=average
+    )
+    state = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), moved, state).replace(
+        failed_at=jnp.where(going_on | (state.failed_at >= 0), state.failed_at, state.step)
+    )
+    return state, {**metrics, "failed_at": state.failed_at}
+
+
+def eval_step(setup: Setup, state: TrainState, batch: Batch, real: Array, chip: Array) -> dict[str, Array]:
+    """Sums over a batch that may be padded: `correct` and `loss` (cross entropy) of the `real` images.
 
     Args:
-      pixels: (N, H, W, C) uint8.
-      keys: (N,) random keys.
+      real: (N,) bool, False at padding.
+      chip: the random key of the chip that evaluates, `chip_key(state.seed)` for the run's own.
     """
-
-    def one(image: Array, key: Array) -> Array:
-        for_shift, for_flip = jax.random.split(key)
-        if shift:
-            padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)))
-            corner = jax.random.randint(for_shift, (2,), 0, 2 * shift + 1)
-            image = lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
-        return jnp.where(jax.random.bernoulli(for_flip), image[:, ::-1], image) if flip else image
-
-    return jax.vmap(one)(pixels, keys) if shift or flip else pixels
-
-
-def order_of_epoch(key: Array, epoch: int | Array, images: int) -> Array:
-    """The order of the training images in an epoch: a permutation drawn from (seed, epoch), (N,) int32."""
-    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 3), epoch), images)
-
-
-def stored_steps(params: Any) -> dict[str, Array]:
-    """The stored steps and offsets of a network, by path."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    chosen = jax.tree.leaves(is_kind(params, "step"))
-    return {
-        "/".join(str(part.key) for part in path): value
-        for (path, value), is_step in zip(flat, chosen, strict=True)
-        if is_step
-    }
+    rngs = {"variation": chip, "params": chip}
+    logits = setup.apply(state.variables, batch.images, train=False, rngs=rngs).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    right = jnp.argmax(logits, -1) == batch.labels
+    return {"correct": jnp.sum(right & real), "loss": jnp.sum(jnp.where(real, losses, 0.0))}

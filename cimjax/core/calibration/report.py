@@ -1,8 +1,10 @@
-"""What is said of the data from which steps were set: no step is good that follows from the wrong data."""
+"""What the data was like from which steps were set: no step is good that follows from the wrong data.
+
+Numbers only; sentences are made of them in `cimjax.nn.calibration_warnings`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from cimjax.spec import ActivationSpec
-
-# Parts whose loss is worth a word. LSQ's start clips a third of an input after a ReLU at one bit, and less at more.
-MUCH_NEGATIVE, MUCH_CLIPPED = 0.2, 0.4
-# A read group that nothing drives is worth a word, a column that holds a few digits is not.
-MANY_SILENT = 0.02
 
 
 class CalibrationReport(NamedTuple):
@@ -55,64 +52,6 @@ class CalibrationReport(NamedTuple):
         """The worst of several reports of one path; of calls the fewest."""
         worst = jax.tree.map(jnp.max, self)
         return worst._replace(calls=jnp.min(self.calls))
-
-    def messages(self, name: str) -> Iterator[tuple[str, str]]:
-        """What is wrong: the name of the matter, and a line on it.
-
-        Args:
-          name: the layer's path.
-        """
-        if not self.calls:
-            yield (
-                "calls",
-                f"{name}: no steps were set, it was not called, or where its parameters cannot change; calibrate it by "
-                "a call that reaches it.",
-            )
-            return
-        if self.missing:
-            yield (
-                "missing",
-                f"{name}: {self.missing:,} of its input's values are NaN or infinite, and steps were set from them; "
-                "mend that, then call cimjax.calibrate(model, variables, data).",
-            )
-            return
-        if self.constant:
-            yield (
-                "constant",
-                f"{name}: steps were set from an input that is empty or the same everywhere, and say nothing of "
-                "others; give real data to `init`, or call cimjax.calibrate(model, variables, data) before training.",
-            )
-            return
-        if self.negative > MUCH_NEGATIVE:
-            yield (
-                "negative",
-                f"{name}: {self.negative:.0%} of the input's magnitude is negative and lost, because its codes are not "
-                "signed; give the layer's `activation` signed=True, or put a ReLU before it.",
-            )
-        if self.clipped > MUCH_CLIPPED:
-            yield (
-                "clipped",
-                f"{name}: {self.clipped:.0%} of the input's magnitude lies beyond its codes and is lost; give the "
-                "layer's `activation` start='least_squares', more bits or, where it is fixed, a larger full_scale.",
-            )
-        if self.single:
-            yield (
-                "single",
-                f"{name}: {self.single:,} ADC steps were set from one partial sum each; give more examples to `init`, "
-                "or call cimjax.calibrate(model, variables, data) before training.",
-            )
-        elif self.silent > MANY_SILENT * self.groups:
-            yield (
-                "silent",
-                f"{name}: {self.silent:,} of {self.groups:,} ADC steps saw partial sums of 0 alone and stay at 1; "
-                "calibrate on data that drives all inputs.",
-            )
-        if self.empty:
-            yield (
-                "empty",
-                f"{name}: {self.empty:,} of its weight steps have weights of 0 alone and stay at 1; set them once the "
-                "weights are there, by cimjax.calibrate(model, variables, data).",
-            )
 
 
 def report_input(x: Array, step: Array, spec: ActivationSpec) -> CalibrationReport:

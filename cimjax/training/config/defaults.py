@@ -1,4 +1,4 @@
-"""The fields of every configuration, with what each means; a file in `configs/` changes what is its own."""
+"""Where the files in `configs/` start from, and what several of them share."""
 
 from __future__ import annotations
 
@@ -6,70 +6,19 @@ import types
 
 from ml_collections import ConfigDict
 
-from cimjax.spec import Execution
+from cimjax.training.config.fields import completed
 from cimjax.training.config.options import spec_from_options
 
 
 def default_config(options: types.SimpleNamespace) -> ConfigDict:
-    """A configuration of all fields, not locked.
+    """A configuration of all fields, not locked; `cimjax.training.config.fields` says what each means.
 
     What follows from them (numbers of steps, rates) is computed when training starts, so that it follows overrides.
 
     Args:
       options: from `parse_options`; its seed and its specification are taken.
     """
-    config = ConfigDict()
-    # Of the initial weights, the order of the images and their augmentation.
-    config.seed = options.seed
-
-    # One of `cimjax data list`, and its folder; "" is the default folder of tensorflow-datasets.
-    config.dataset = ""
-    config.data_dir = ""
-    # Only the first so many classes, and so many training images of these; 0: all.
-    config.subset = ConfigDict({"classes": 0, "images": 0})
-    # A network by name, and its own options.
-    config.model = ConfigDict({"name": ""})
-    # The specification of every layer, None for full precision; then (pattern of paths, specification or None) for
-    # layers that differ.
-    config.spec = spec_from_options(options)
-    config.rules = ()
-    # How array layers are computed (`cimjax.Execution`): changes no result, and may differ when a run goes on.
-    config.execution = ConfigDict(Execution().to_dict())
-
-    config.batch_size = 64
-    config.epochs = 1.0
-    # Linear warm-up of the learning rate; a cosine follows.
-    config.warmup_epochs = 1.0
-    config.optimizer = ConfigDict(
-        {
-            # "sgd" or "adamw".
-            "name": "sgd",
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-            "nesterov": True,
-            # Of kernels only.
-            "weight_decay": 5e-4,
-            # Multiplies the learning rate of quantization steps and offsets.
-            "step_factor": 1.0,
-        }
-    )
-    config.label_smoothing = 0.0
-    # Random shifts of at most so many pixels, and mirror images.
-    config.augment = ConfigDict({"shift": 0, "flip": False})
-
-    config.eval_batch_size = 500
-    # Training images from which all steps are set before training.
-    config.calibration_images = 256
-    # The part of the epochs, at the start and rounded down to whole ones, in which ADCs are ideal. Then their steps and
-    # offsets are set anew.
-    config.ideal_share = 0.0
-    # After these epochs ADC steps and offsets are set anew, as before training, and their momentum starts from 0.
-    config.recalibrate_epochs = ()
-    # Optimizer steps in one program; 0: chosen by the program.
-    config.steps_per_dispatch = 0
-    # Epochs between checkpoints; the best state is kept as well.
-    config.checkpoint_epochs = 1.0
-    return config
+    return completed({"seed": options.seed, "dataset": "", "model": {"name": ""}, "spec": spec_from_options(options)})
 
 
 # What `docs/ablation.md` settles on, from a part of CIFAR-100; files in `configs/` take it as their defaults.

@@ -1,27 +1,27 @@
 """From `--config FILE[:options]` and `--config.field=value` to a locked `ConfigDict`; every mistake is one line.
 
-A config file is Python with a function `get_config(options)`. Overrides are typed by the value that they replace,
-except below `spec`, where `CIMSpec` decides: a whole number there may become 1.5, and anything may become None or stop
-being it. (The flags of `ml_collections` refuse that, and end in a traceback where a name or a file is wrong.) jax is
-not imported here, so that a mistake is answered at once.
+A config file is Python with a function `get_config(options)`, which is executed, or JSON with all fields. What a field
+may be says `cimjax.training.config.fields`. (The flags of `ml_collections` refuse that anything becomes None or stops
+being it, and end in a traceback where a name or a file is wrong.) jax is not imported here, so that a mistake is
+answered at once.
 """
 
 from __future__ import annotations
 
 import ast
-import math
+import json
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cimjax.spec import CIMSpec
-from cimjax.spec.base import LARGEST_COUNT, closest, nearest, shortened, shown
+from cimjax.spec.base import closest, nearest, shortened
+from cimjax.training.config.fields import TEXT, completed, field_of
 from cimjax.training.config.options import OptionError
 
 _PACKAGE = Path(__file__).parents[2]
@@ -62,23 +62,37 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def load_config(argument: str, overrides: Sequence[Override] = ()) -> ConfigDict:
-    """The config of a file, with its options and overrides, locked.
+    """The config of a file, with its options and overrides, locked; every field is there and checked.
 
     Args:
-      argument: `FILE` or `FILE:options`.
+      argument: `FILE` or `FILE:options`; a file that ends in `.json` is read as one, without options.
       overrides: applied in their order, after the options.
 
     Raises:
       OptionError: where the options are refused by the config.
-      ConfigError: for everything else that is wrong in the file, in its specification or in an override.
+      ConfigError: for everything else that is wrong in the file or in an override.
+      ValueError: for a field that `cimjax.training.config.fields` refuses.
     """
     name, colon, options = argument.partition(":")
     path = Path(name).expanduser()
-    config = _call(path, _source(path), (options,) if colon else ())
-    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
-        raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}; return a ConfigDict.")
-    _override(config, overrides)
-    return config.lock()
+    source = _source(path)
+    if path.suffix == ".json":
+        if colon:
+            raise ConfigError(f"{path} has no options, which belong to a Python file; set its fields instead.")
+        config = completed(_json(path, source))
+    else:
+        config = _call(path, source, (options,) if colon else ())
+        if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+            raise ConfigError(f"{path}: get_config() returned a {type(config).__name__}; return a ConfigDict.")
+        completed(config.to_dict())  # what is wrong with the file itself
+    return completed(_overridden(config, overrides)).lock()
+
+
+def _json(path: Path, source: bytes) -> Any:
+    try:
+        return json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from error
 
 
 def _source(path: Path) -> bytes:
@@ -129,85 +143,48 @@ def _is_ours(error: Exception) -> bool:
     return not isinstance(error, ValueError) and file != Path(__file__) and file.is_relative_to(_PACKAGE)
 
 
-def _override(config: ConfigDict, overrides: Sequence[Override]) -> None:
-    """Set fields; then the specification is built once, so that what belongs together may come in any order."""
-    spec = config.get("spec")
-    plain = {"spec": spec.to_dict() if isinstance(spec, ConfigDict) else spec}
-    for override in overrides:
-        in_spec = "spec" in config and override.field.split(".")[0] == "spec"
-        tree = plain if in_spec else config
-        holder, name = _find(override, tree, config)
-        old = holder[name]
-        if isinstance(old, ConfigDict):
-            raise ConfigError(f"{override.shown}: this is a group of fields ({', '.join(old)}); set one of them.")
-        try:
-            holder[name] = _literal(override.text) if in_spec or old is None else _typed(override.text, type(old))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{override.shown}: {error}.") from None
-    if plain["spec"] is not None:
-        try:
-            config.spec = ConfigDict(CIMSpec.from_dict(plain["spec"]).to_dict())
-        except ValueError as error:
-            raise ConfigError(f"{_culprits(overrides, str(error))}: {error}") from error
-    elif "spec" in config:
-        config.spec = None
+def _overridden(config: ConfigDict, overrides: Sequence[Override]) -> dict[str, Any]:
+    """The plain fields of a config after overrides; what belongs together in a specification may come in any order."""
+    plain = {"spec": config.to_dict()["spec"]}
+    with config.unlocked(), config.ignore_type():
+        for override in overrides:
+            *groups, last = override.field.split(".")
+            in_spec = override.field.split(".")[0] == "spec"
+            field = None if in_spec else field_of(override.field)
+            holder: Any = _inside(plain, override, groups) if in_spec else _made(config, groups)
+            old = holder.get(last, field and field.default)
+            if override.text is None and not isinstance(old, bool):
+                raise ConfigError(f"{override}: give a value, as in {override}=VALUE.")
+            as_text = field is not None and (isinstance(old, str) or field.kind is TEXT)
+            value = override.text if as_text else _literal(override.text)
+            holder[last] = field.read(value) if field else value
+    return config.to_dict() | plain
 
 
-def _find(override: Override, tree: Any, config: ConfigDict) -> tuple[Any, str]:
-    """The group that holds a field, and the field's name in it."""
-    *groups, name = override.field.split(".")
-    for depth, group in enumerate([*groups, name]):
+def _made(config: ConfigDict, groups: Sequence[str]) -> ConfigDict:
+    for group in groups:
+        if group not in config:
+            config[group] = ConfigDict()
+        config = config[group]
+    return config
+
+
+def _inside(plain: dict[str, Any], override: Override, groups: Sequence[str]) -> dict[str, Any]:
+    """The group of the specification that holds a field."""
+    tree: Any = plain
+    for depth, name in enumerate(override.field.split(".")):
         above = ".".join(["config", *groups[:depth]])
         if tree is None:
             raise ConfigError(
                 f"{override.shown}: {above} is None here, so nothing in it can be set; give other options after the "
-                f"file, or the whole of it, as in --{above}=\"{{'{group}': VALUE}}\"."
+                f"file, or the whole of it, as in --{above}=\"{{'{name}': VALUE}}\"."
             )
-        if not isinstance(tree, ConfigDict | dict) or group not in tree:
-            raise ConfigError(
-                f"unknown field --config.{shortened(override.field)}{_hint(override.field, config, tree)}."
-            )
+        if not isinstance(tree, dict) or name not in tree:
+            hint = nearest(name, tree) if isinstance(tree, dict) else ""
+            raise ConfigError(f"unknown field config.{shortened(override.field)}{hint}.")
         if depth < len(groups):
-            tree = tree[group]
-    return tree, name
-
-
-def _hint(field: str, config: ConfigDict, group: Any) -> str:
-    """The field that was meant: one of the same last name, or the nearest; otherwise what there is."""
-    known = list(_dotted(config))
-    last = field.rpartition(".")[2]
-    match = next((name for name in known if name.rpartition(".")[2] == last), None) or closest(field, known)
-    if match:
-        return f" (did you mean --config.{match}?)"
-    return nearest(last, group if isinstance(group, ConfigDict | dict) else config)
-
-
-def _dotted(config: ConfigDict, above: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        yield above + name
-        if isinstance(value, ConfigDict):
-            yield from _dotted(value, f"{above}{name}.")
-
-
-def _typed(text: str | None, kind: type) -> Any:
-    """The value of a text that replaces a value of type `kind`."""
-    if kind is bool and text is None:
-        return True
-    if text is None:
-        raise ValueError("give a value, as in --config.field=value")
-    if kind is str:
-        return text
-    words = {bool: "true or false", int: "a whole number", float: "a finite number", tuple: "a tuple", list: "a list"}
-    if kind not in words:
-        raise ValueError(f"a field of type {kind.__name__} cannot be set on the command line; set it in the config")
-    value = _literal(text)
-    if type(value) is int and abs(value) > LARGEST_COUNT:
-        raise ValueError(f"got {shown(text)}, but this field takes no number beyond {LARGEST_COUNT}")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"got {shown(text)}, but this field takes {words[kind]}")
-    return value
+            tree = tree[name]
+    return tree
 
 
 def _literal(text: str | None) -> Any:
@@ -219,10 +196,3 @@ def _literal(text: str | None) -> Any:
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-def _culprits(overrides: Sequence[Override], message: str) -> str:
-    """The overrides that a refusal by `CIMSpec` is about, as typed."""
-    inside = [override for override in overrides if override.field.split(".")[0] == "spec"]
-    named = [override for override in inside if f"`{override.field.rpartition('.')[2]}`" in message]
-    return " ".join(override.shown for override in named or inside) or "`spec` of the config"

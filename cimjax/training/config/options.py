@@ -11,8 +11,9 @@ import contextlib
 import dataclasses
 import enum
 import re
+import textwrap
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from cimjax.spec import (
@@ -103,7 +104,7 @@ def _names(kind: type[enum.StrEnum]) -> tuple[str, ...]:
     return tuple(str(member) for member in kind)
 
 
-# The granularities (weight, psum) of schemes whose way of training is not here yet.
+# The granularities (weight, psum) of schemes whose way of training is not here yet: they are refused by name.
 _LATER_SCHEMES = {
     "kim2022": ("layer", "layer"),
     "bai2023": ("array", "array"),
@@ -114,7 +115,7 @@ _LATER_SCHEMES = {
 
 # The options that every config offers.
 CIM_OPTIONS = (
-    Option("scheme", ("column", *_LATER_SCHEMES), None, "weight and psum by the name of a scheme"),
+    Option("scheme", ("column",), None, "weight and psum by the name of a scheme"),
     Option("weight", (*_names(Granularity), None), "column", "what shares a weight step", "weight.granularity"),
     Option("psum", (*_names(Granularity), None), "column", "what shares an ADC step", "adc.granularity"),
     Option("act_bits", (int, 1.5), 4, "bits of an activation", "activation.bits"),
@@ -200,12 +201,23 @@ def spec_from_options(options: types.SimpleNamespace) -> dict[str, Any] | None:
 
 
 def describe_options() -> str:
-    """A table of the options that every config offers, for `--help`."""
-    lines = []
+    """A table of the options that every config offers, for `--help`, in 80 columns."""
+    rows = []
     for option in CIM_OPTIONS:
         values = "|".join("N" if one in (int, float) else _typed(one) for one in option.allowed)
-        text = f"{option.name}, {option.name}=false" if bool in option.allowed else f"{option.name}={values}"
-        lines += [f"  {text:46}{option.help}"] if len(text) < 46 else [f"  {text}", f"  {'':46}{option.help}"]
+        flag = f"{option.name}, {option.name}=false"
+        rows.append((flag if bool in option.allowed else f"{option.name}={values}", option.help))
+    return tabulated(rows)
+
+
+def tabulated(rows: Iterable[tuple[str, str]], width: int = 80, left: int = 36) -> str:
+    """Pairs of texts in two columns, the second wrapped between words; beneath the first where that is long."""
+    lines = []
+    for name, meaning in rows:
+        first, *rest = textwrap.wrap(meaning, width - left, break_long_words=False, break_on_hyphens=False) or [""]
+        name = f"  {name}"
+        lines += [f"{name:{left}}{first}".rstrip()] if len(name) < left else [name, f"{'':{left}}{first}"]
+        lines += [f"{'':{left}}{line}" for line in rest]
     return "\n".join(lines)
 
 
@@ -223,6 +235,10 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
             raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
         if name in typed:
             raise OptionError(f"option {name} is given twice; leave one of them out.")
+        if name == "scheme" and text in _LATER_SCHEMES:
+            weight, psum = _LATER_SCHEMES[text]
+            today = f"weight={weight},psum={psum} trains its granularities in one stage today"
+            raise OptionError(f"scheme={text} comes with a later version; {today}.")
         typed[name] = table[name].parse(text if equals else None)
     return typed
 
@@ -231,10 +247,6 @@ def _granularities(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, st
     """What the name of a scheme stands for."""
     if scheme is None:
         return {}
-    if scheme in _LATER_SCHEMES:
-        weight, psum = _LATER_SCHEMES[scheme]
-        today = f"weight={weight},psum={psum} trains its granularities in one stage today"
-        raise OptionError(f"scheme={scheme} comes with a later version; {today}.")
     for name in ("weight", "psum"):
         if name in typed and typed[name] != "column":
             given = f"{name}={'none' if typed[name] is None else typed[name]}"
@@ -259,11 +271,15 @@ def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mappi
 
 
 @contextlib.contextmanager
-def _in_names_of_options(group: str) -> Iterator[None]:
-    """Turn what a group of `CIMSpec` refuses into the same line about options."""
-    fields = {option.field: option.name for option in CIM_OPTIONS}
+def in_other_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Turn what a specification refuses into the same line with other names for its fields."""
     try:
         yield
     except ValueError as error:
-        text = re.sub(r"`(\w+)`", lambda found: f"`{fields.get(f'{group}.{found[1]}', found[1])}`", str(error))
+        text = re.sub(r"`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
         raise OptionError(text) from error
+
+
+def _in_names_of_options(group: str) -> contextlib.AbstractContextManager[None]:
+    fields = ((*option.field.partition("."), option.name) for option in CIM_OPTIONS if option.field)
+    return in_other_names({field: name for of, _, field, name in fields if of == group})

@@ -96,6 +96,10 @@ class Display:
             )
             self._live.start()
 
+    def compiling(self, what: str) -> None:
+        """Say, in the bar, that nothing moves because something is being compiled."""
+        self._bar.wait(f"compiling {what}")
+
     def resume(self, step: int, epoch: float) -> None:
         """Say that the run goes on after `step` steps, which are `epoch` epochs (a fraction too)."""
         self.note(f"resumed after step {step:,} (epoch {show(epoch)})")
@@ -123,14 +127,16 @@ class Display:
 
         Args:
           epoch, epochs: epochs done, and those of the whole run.
-          record: `test_accuracy`, `best` (whether that is the best so far), `train_accuracy`, `train_loss`,
-            `learning_rate`, `images_per_second`; accuracies from 0 to 1. What is absent or None is shown as "-".
+          record: `test_accuracy`, `validation_accuracy` (where images are held out), `best` (whether that is the best
+            so far), `train_accuracy`, `train_loss`, `learning_rate`, `images_per_second`; accuracies from 0 to 1. What
+            is absent or None is shown as "-".
         """
         best, get = bool(record.get("best")), record.get
+        held_out = _labelled("held out", f"{show(get('validation_accuracy'), '.2%'):>8}", "bold green" if best else "")
         parts = [
             Text(f"epoch {epoch:>{len(str(epochs))}}/{epochs}"),
-            _labelled("test", f"{show(get('test_accuracy'), '.2%'):>8}", "bold green" if best else "bold"),
-            Text("best" if best else "    ", "green"),
+            _labelled("test", f"{show(get('test_accuracy'), '.2%'):>8}", "bold"),
+            *([] if get("validation_accuracy") is None else [held_out, Text("best" if best else "    ", "green")]),
             _labelled("train", f"{show(get('train_accuracy'), '.2%'):>8}"),
             _labelled("loss", f"{show(get('train_loss'), '.4f'):>7}"),
             _labelled("lr", f"{show(get('learning_rate')):>8}"),
@@ -224,20 +230,26 @@ class _Bar:
         """Begin anew, with nothing known of the speed."""
         self._begin = time.monotonic()
         self._state: tuple[int, int, float, float, float, float] | None = None
+        self._waiting = "preparing the first steps"
         # Times and steps of the last minutes, which tell the time left; the first compilation is soon forgotten.
         self._samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=120)
+
+    def wait(self, what: str) -> None:
+        """Nothing will move for a while, because of `what`."""
+        self._begin, self._waiting = time.monotonic(), what
 
     def move(self, *state: Any) -> None:
         """Take the arguments of `Display.progress`."""
         now, step = time.monotonic(), state[0]
+        self._waiting = ""
         if step > 0 and (not self._samples or now - self._samples[-1][0] >= 1):
             self._samples.append((now, step))
         self._state = cast(tuple[int, int, float, float, float, float], state)
 
     def parts(self) -> list[Text]:
         """What there is to say, the most important first."""
-        if self._state is None:
-            return [Text(f"preparing the first steps {_duration(time.monotonic() - self._begin)}")]
+        if self._waiting or self._state is None:
+            return [Text(f"{self._waiting} {_duration(time.monotonic() - self._begin)}")]
         step, total, epoch, loss, accuracy, speed = self._state
         epochs = show(round(epoch * total / step, 1) if step else None)
         return [
@@ -252,13 +264,16 @@ class _Bar:
         if len(self._samples) < 2:
             return math.nan
         (begin, first), (end, last) = self._samples[0], self._samples[-1]
-        return (end - begin) / (last - first) * (total - step) if last > first else math.nan
+        since = time.monotonic() - end
+        if last == first or since > 10 + 3 * (end - begin) / len(self._samples):
+            return math.nan  # what moved then says nothing of now
+        return max(0.0, (end - begin) / (last - first) * (total - step) - since)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         head, *rest = self.parts()
         spinner = SPINNER[int(time.monotonic() * 10) % len(SPINNER)]
         row: list[Text | ProgressBar] = [Text.assemble((spinner, "cyan"), " ", head)]
-        if self._state is not None:
+        if self._state is not None and not self._waiting:
             step, total, *_ = self._state
             room = options.max_width - len(head) - 6
             text = _fit(rest, room - 10)

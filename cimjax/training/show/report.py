@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import shlex
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from cimjax.training.experiment import Experiment
 from cimjax.training.show.tables import LayerRow
 
 if TYPE_CHECKING:
-    from cimjax.training.loop import Result
+    from cimjax.training.train import Result
 
 
 def describe_run(experiment: Experiment) -> dict[str, Any]:
@@ -25,14 +26,24 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
         "title": f"{type(experiment.model).__name__} on {data.name}, {describe_specs(specs)}",
         "facts": {
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
-            "training": f"{config.epochs:g} epochs, {experiment.total_steps:,} steps of {config.batch_size} images, "
+            "training": f"{_counted(config.epochs, 'epoch')}, {_counted(experiment.total_steps, 'step')} of "
+            f"{_counted(config.batch_size, 'image')}, "
             f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
-            + (f", the first {experiment.ideal_epochs} epochs with ideal ADCs" if experiment.ideal_epochs else ""),
+            + _with_ideal_adcs(experiment.ideal_epochs),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
             + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
         },
     }
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,.10g} {what}{'' if number == 1 else 's'}"
+
+
+def _with_ideal_adcs(epochs: int) -> str:
+    first = "the first epoch" if epochs == 1 else f"the first {epochs} epochs"
+    return f", {first} with ideal ADCs" if epochs else ""
 
 
 def describe_specs(specs: Collection[CIMSpec]) -> str:
@@ -99,9 +110,13 @@ def step_rows(
 
 def final_rows(result: Result, *, own: bool) -> dict[str, str]:
     """What a run came to, in words; `own` when its network or images are the caller's, which no command knows."""
-    again = f'cimjax.load("{result.workdir}", model=..., dataset=...)' if own else f"cimjax evaluate {result.workdir}"
-    return {
-        "run folder": str(result.workdir),
-        "again": again,
-        "test accuracy": f"{result.accuracy:.2%} (best {result.best_accuracy:.2%})",
-    }
+    folder = str(result.workdir)
+    again = f"cimjax.load({folder!r}, model=..., dataset=...)" if own else f"cimjax evaluate {shlex.quote(folder)}"
+    rows = {"run folder": folder, "again": again}
+    if "fresh_chips" in result.more:
+        mean, spread = result.more["fresh_chips"], result.more["fresh_chips_spread"]
+        rows["on fresh chips"] = f"{mean:.2%} ± {spread:.2%}"
+    for name, text in {"average_accuracy": "averaged parameters", "best_accuracy": "best on held-out images"}.items():
+        if name in result.more:
+            rows[text] = f"{result.more[name]:.2%}"
+    return {**rows, "test accuracy": f"{result.accuracy:.2%}"}

@@ -1,0 +1,170 @@
+"""Where batches come from: images that lie on the device, or a stream from the host; the loop does not know which.
+
+A program of some steps is given a *feed*, made on the host before it starts, and takes the batch of each step from it.
+Which images are in a batch, and how they are augmented and mixed, is a function of (seed, step) in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from cimjax.data import Split
+from cimjax.training.parallel import AXIS
+from cimjax.training.state import Batch, TrainState
+
+
+class Batches(Protocol):
+    """Batches of a training split.
+
+    spread: how a feed lies on several devices.
+    """
+
+    spread: PartitionSpec
+
+    def feed(self, step: int, count: int) -> Any:
+        """What a program of `count` steps from `step` on is given; all of one epoch."""
+
+    def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
+        """Within a program: this device's share of the batch of its `index`-th step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How pixels and labels become a batch.
+
+    mean, std: per channel, of pixels in 0..1.
+    """
+
+    config: ConfigDict
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int
+
+    def normalise(self, pixels: Array) -> Array:
+        """Real images of uint8 pixels: zero mean and unit variance per channel."""
+        mean, std = (np.asarray(value, np.float32) for value in (self.mean, self.std))
+        return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+    def plain(self, pixels: Array, labels: Array) -> Batch:
+        """Images as they are, as for evaluation."""
+        return Batch(self.normalise(pixels), labels, jax.nn.one_hot(labels, self.classes))
+
+    def for_training(self, pixels: Array, labels: Array, key: Array, keys: Array) -> Batch:
+        """Augmented, with smoothed labels and, if so configured, each pair of neighbours mixed.
+
+        Args:
+          key: of the step, the same on every device.
+          keys: (N,), of the images.
+        """
+        config = self.config
+        batch = self.plain(augment(pixels, keys, config.augment.shift, config.augment.flip), labels)
+        batch = batch.replace(targets=optax.smooth_labels(batch.targets, config.label_smoothing))
+        return mix(batch, key, config.mixup) if config.mixup else batch
+
+
+class Resident:
+    """A split that lies whole on every device, as uint8."""
+
+    spread = PartitionSpec()
+
+    def __init__(self, split: Split, preparation: Preparation, seed: int, put: Callable[[Any], Any]) -> None:
+        self.preparation, self.size, self.put = preparation, preparation.config.batch_size, put
+        self.key = jax.random.key(seed)
+        self.data = put((jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32)))
+        self._epoch: tuple[int, Any] | None = None
+
+    def feed(self, step: int, count: int) -> Any:
+        del count
+        images = self.data[1].shape[0]
+        epoch = step // (images // self.size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self.put(order_of_epoch(self.key, epoch, images))
+        return *self.data, self._epoch[1]
+
+    def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
+        del index
+        pixels, labels, order = feed
+        position = state.step % (labels.shape[0] // self.size)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        chosen = lax.dynamic_slice(order, (position * self.size,), (self.size,))
+        chosen, keys = (_share(values, axis_name) for values in (chosen, jax.random.split(key, self.size)))
+        return self.preparation.for_training(pixels[chosen], labels[chosen], key, keys)
+
+
+class Streamed:
+    """Batches that a function of the step reads on the host: split over the devices, and never all in memory."""
+
+    spread = PartitionSpec(None, AXIS)
+
+    def __init__(self, read: Callable[[int], tuple[Any, Any]], preparation: Preparation) -> None:
+        """`read(step)`: (B, H, W, C) uint8 pixels and (B,) labels of the whole batch of a step."""
+        self.read, self.preparation, self.size = read, preparation, preparation.config.batch_size
+
+    def feed(self, step: int, count: int) -> Any:
+        pixels, labels = zip(*(self.read(step + index) for index in range(count)), strict=True)
+        return np.stack(pixels), np.stack(labels).astype(np.int32)
+
+    def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
+        pixels, labels = (lax.dynamic_index_in_dim(each, index, keepdims=False) for each in feed)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        keys = _share(jax.random.split(key, self.size), axis_name)
+        return self.preparation.for_training(pixels, labels, key, keys)
+
+
+def _share(values: Array, axis_name: str | None) -> Array:
+    """This device's part of what is whole on every device."""
+    if axis_name is None:
+        return values
+    size = values.shape[0] // lax.axis_size(axis_name)
+    return lax.dynamic_slice_in_dim(values, lax.axis_index(axis_name) * size, size)
+
+
+def augment(pixels: Array, keys: Array, shift: int, flip: bool) -> Array:
+    """Random shifts by up to `shift` pixels (edges filled with 0) and mirror images, each from its own key.
+
+    Types are written out: with JAX_ENABLE_X64 others would be drawn, and other numbers of them.
+
+    Args:
+      pixels: (N, H, W, C) uint8.
+      keys: (N,) random keys.
+    """
+
+    def one(image: Array, key: Array) -> Array:
+        for_shift, for_flip = jax.random.split(key)
+        if shift:
+            padded = jnp.pad(image, ((shift, shift), (shift, shift), (0, 0)))
+            corner = jax.random.randint(for_shift, (2,), 0, 2 * shift + 1, jnp.int32)
+            image = lax.dynamic_slice(padded, (corner[0], corner[1], jnp.int32(0)), image.shape)
+        return jnp.where(jax.random.bernoulli(for_flip, jnp.float32(0.5)), image[:, ::-1], image) if flip else image
+
+    return jax.vmap(one)(pixels, keys) if shift or flip else pixels
+
+
+def mix(batch: Batch, key: Array, alpha: float) -> Batch:
+    """Mixup (Zhang et al., ICLR 2018, eq. 1) of each pair of neighbours, with one `lambda ~ Beta(alpha, alpha)`.
+
+    Neighbours, so that several devices mix as one does; an odd last image stays as it is.
+    """
+    part = jax.random.beta(jax.random.fold_in(key, 2), alpha, alpha)
+    count = batch.labels.shape[0]
+    partner = np.minimum(np.arange(count) ^ 1, count - 1)
+
+    def mixed(values: Array) -> Array:
+        return part * values + (1 - part) * values[partner]
+
+    return batch.replace(images=mixed(batch.images), targets=mixed(batch.targets))
+
+
+def order_of_epoch(key: Array, epoch: int | Array, images: int) -> Array:
+    """The order of the training images in an epoch: a permutation drawn from (seed, epoch), (N,) int32."""
+    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 3), epoch), images).astype(jnp.int32)

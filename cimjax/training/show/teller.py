@@ -1,0 +1,146 @@
+"""What is said and written of a run: records for `metrics.jsonl` and other writers, lines for a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from cimjax.nn.calibration_warnings import messages
+from cimjax.training.batches import Batches
+from cimjax.training.experiment import Experiment, Reports
+from cimjax.training.run.folder import RunFolder
+from cimjax.training.run.writers import Writer, make
+from cimjax.training.show import advice
+from cimjax.training.show.diagnosis import explain_failure
+from cimjax.training.show.display import Display
+from cimjax.training.show.report import describe_run, final_rows, layer_rows, step_rows
+from cimjax.training.state import TrainState
+
+if TYPE_CHECKING:
+    from cimjax.training.train import Result
+
+
+class Teller:
+    """Tells of one run.
+
+    seconds: since training began, compilation included, over all starts of the run.
+    """
+
+    def __init__(
+        self, experiment: Experiment, run: RunFolder, display: Display, writers: Sequence[Writer], *, own: bool
+    ) -> None:
+        self.experiment, self.folder, self.display, self.own = experiment, run, display, own
+        # Those with names are made when the first record comes, which is when records of steps done again are gone.
+        self.writers, self._names = list(writers), list(experiment.config.writers)
+        self._begin = time.monotonic()
+        # When the metrics were last looked at, after how many steps, and the speed between the last two looks.
+        self._looked, self._speed = (self._begin, 0), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self._begin, 3)
+
+    def start(self) -> None:
+        experiment = self.experiment
+        self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
+        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+            self.display.warn(line)
+        for line in advice.before_training(experiment.layers):
+            self.display.note(line)
+
+    def compiling(self, what: str) -> None:
+        self.display.compiling(what)
+        self._looked = time.monotonic(), self._looked[1]
+
+    def taken(self, facts: Mapping[str, str]) -> None:
+        """What the network starts from."""
+        for name, text in facts.items():
+            self.display.note(f"{name:<10}  {text}")
+
+    def resumed(self, step: int, seconds: float) -> None:
+        self._begin -= seconds
+        self._looked = time.monotonic(), step
+        self.display.resume(step, step / self.experiment.steps_per_epoch)
+
+    def calibrated(self, reports: Reports, step: int) -> None:
+        """What is wrong with the data from which steps were set."""
+        for layer, message in messages(jax.device_get(reports)):
+            self.display.warn(message)
+            self._log({"step": step, "split": "calibration", "layer": layer, "message": message})
+
+    def adcs_on(self) -> None:
+        self.display.note(advice.adcs_on(self.experiment.layers))
+
+    def progress(self, step: int, seen: Mapping[str, Sequence[float]]) -> None:
+        """The metrics of the steps up to `step` have been seen."""
+        (before, first), now = self._looked, time.monotonic()
+        self._speed = (step - first) * self.experiment.config.batch_size / max(now - before, 1e-9)
+        self._looked = now, step
+        loss, accuracy = (float(np.mean(seen[name][-20:])) for name in ("loss", "accuracy"))
+        experiment = self.experiment
+        fraction = step / experiment.steps_per_epoch
+        self.display.progress(step, experiment.total_steps, fraction, loss, accuracy, self._speed)
+
+    def failure(self, state: TrainState, step: int, batches: Batches) -> str:
+        return explain_failure(self.experiment, state, step, batches)
+
+    def epoch(self, step: int, epoch: int, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """The records of an epoch by split."""
+        times = {"seconds": self.seconds, "images_per_second": round(self._speed, 1)}
+        for split, record in records.items():
+            more = times if split == "train" else {}
+            self._log({"step": step, "epoch": epoch, "split": split, **record, **more})
+        validation = records.get("validation", {})
+        epochs = -(-self.experiment.total_steps // self.experiment.steps_per_epoch)
+        shown = {
+            "test_accuracy": records["test"]["accuracy"],
+            "validation_accuracy": validation.get("accuracy"),
+            "best": validation.get("best", False),
+            "train_accuracy": records["train"]["accuracy"],
+            "train_loss": records["train"]["loss"],
+            "learning_rate": records["train"]["learning_rate"],
+            "images_per_second": self._speed,
+        }
+        self.display.epoch(epoch, epochs, shown)
+        self._looked = time.monotonic(), step
+
+    def adcs(self, step: int, found: Mapping[str, Mapping[str, float]], *, show: bool = True) -> None:
+        """How ADCs are used, by layer."""
+        for layer, values in found.items():
+            self._log({"step": step, "split": "health", "layer": layer, **values})
+        if show:
+            for message in advice.on_adcs(found, self.experiment.layers):
+                self.display.warn(message)
+
+    def finish(self, result: Result, moved: dict[str, Any], found: dict[str, Any]) -> None:
+        """What the run came to."""
+        self.adcs(result.steps, found, show=False)
+        summary = {"accuracy": result.accuracy, **result.more, "moved": result.moved}
+        self._log({"step": result.steps, "split": "result", **summary})
+        self.display.finish(final_rows(result, own=self.own), step_rows(self.experiment, moved, found))
+        had_time = {name: distance for name, distance in result.moved.items() if self._had_time(name)}
+        for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
+            self.display.warn(message)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self._names:
+            records = self.folder.records()
+            self.writers += [make(name, self.folder.path, records) for name in self._names]
+            self._names = []
+        self.folder.log(record)
+        for writer in self.writers:
+            writer.write(record)
+
+    def _had_time(self, kind: str) -> bool:
+        """Whether steps of a kind, as `mean_movement` names it, were trained long enough to have moved far."""
+        epochs = self.experiment.config.epochs
+        since = self.experiment.last_setting_of_adcs if kind.startswith(("psum", "offset")) else 0
+        return epochs - since >= 2
