@@ -11,11 +11,13 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
 from cimjax.training.run import lock, writers
+from cimjax.training.run.files import show_in_one_line
 from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, RunFolderWarning, read_config, read_records
 from cimjax.training.run.options import MAY_CHANGE
 
@@ -338,18 +340,26 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     assert all(name in message for name in MAY_CHANGE)
 
 
-def test_options_of_a_later_version_count_as_their_defaults(tmp_path):
+def test_options_of_an_older_version_are_completed(tmp_path):
+    def completed(old):
+        if not {"seed", "optimizer"} <= old.keys():
+            raise ValueError("`config.seed` is missing; give it.")
+        return {"ema": 0.0, **old, "optimizer": {"clip": None, **old["optimizer"]}}
+
     RunFolder.open(tmp_path, {"seed": 0, "optimizer": {"name": "sgd"}}).close()
-    defaults = {"ema": 0.0, "optimizer": {"name": "adamw", "clip": None}, "gone": 3}
+    before = (tmp_path / "config.json").read_bytes()
     new = {"seed": 0, "ema": 0.0, "optimizer": {"name": "sgd", "clip": 1.0}}
-    refused(lambda: RunFolder.open(tmp_path, new, defaults=defaults), "(optimizer.clip: null -> 1.0)")
-    refused(lambda: RunFolder.open(tmp_path, {"seed": 0}, defaults=defaults), '(optimizer: {"name": "sgd"} -> absent)')
+    refused(lambda: RunFolder.open(tmp_path, new, completed=completed), "(optimizer.clip: null -> 1.0)")
     new["optimizer"]["clip"] = None
     refused(lambda: RunFolder.open(tmp_path, new), "(optimizer.clip: absent -> null, ema: absent -> 0.0)")
-    RunFolder.open(tmp_path, new, defaults=defaults).close()
-    assert read_config(tmp_path) == new
+    RunFolder.open(tmp_path, new, completed=completed).close()
+    assert (tmp_path / "config.json").read_bytes() == before
+    RunFolder.open(tmp_path, {**new, "epochs": 2}, completed=lambda old: {"epochs": 1, **completed(old)}).close()
+    assert read_config(tmp_path) == {**new, "epochs": 2}
     (tmp_path / "config.json").write_text("{}")
-    refused(lambda: RunFolder.open(tmp_path, new, defaults=defaults), "(seed: absent -> 0", "optimizer.name")
+    refused(
+        lambda: RunFolder.open(tmp_path, new, completed=completed), "config.json is damaged: `config.seed` is missing"
+    )
 
 
 def test_a_place_where_a_later_save_would_fail_is_refused_at_once(tmp_path):
@@ -425,3 +435,12 @@ def test_records_become_curves(tmp_path):
         curves.Reload()
         points = [(point.step, point.value) for point in curves.Scalars("health/conv/codes")]
         assert points == [(1, 10.0), (2, 5.0)]
+
+
+def test_a_command_shows_a_warning_in_one_line(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    show_in_one_line()
+    assert warnings.formatwarning("a was put aside", RunFolderWarning, "file.py", 1) == "cimjax: a was put aside\n"
+    assert warnings.formatwarning("another", UserWarning, "file.py", 1, "code").startswith(
+        "file.py:1: UserWarning: ano"
+    )

@@ -23,8 +23,7 @@ def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     That default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`, is repeated here because importing tensorflow-datasets
     for it would cost more time than reading the data.
     """
-    if data_dir is None:
-        data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in str(data_dir):
         raise DataError(f"`data_dir` must be a folder of this machine, got {str(data_dir)!r}")
     try:

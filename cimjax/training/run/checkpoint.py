@@ -12,12 +12,16 @@ since is never taken for a whole one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import os
 import re
 import shutil
+import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from cimjax.training.run import seal
 from cimjax.training.run.files import RunFolderError, warn
 from cimjax.training.run.folder import CHECKPOINTS, CONFIG, read_config
-from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
+from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line, those_in
 
 PyTree = Any
 Which = Literal["last", "best"]
@@ -181,7 +185,7 @@ class Checkpoints:
 
     def _read(self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type]) -> tuple[PyTree, dict[str, Any]]:
         wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
-        with _damage_in_one_line(save.path), _quiet():
+        with _damage_in_one_line(save.path):
             about = ocp.metadata(save.path)
             if not isinstance(about.metadata, Mapping):
                 raise ValueError("what tells of its arrays is missing")
@@ -192,7 +196,7 @@ class Checkpoints:
                     raise ValueError(f"it holds no `{name}` of type {kind.__name__}")
         _require_same(save.path, stored, {name: seal.kind(leaf) for name, leaf in wanted.items()})
         self._require_same_options(save.path, content.options)
-        with _damage_in_one_line(save.path), _quiet():
+        with _damage_in_one_line(save.path):
             leaves = ocp.load(save.path, wanted)
             content.verify(leaves)
         if content.digests is None:
@@ -203,8 +207,7 @@ class Checkpoints:
         now = self._options()
         if saved is None or now is None:
             return
-        # What a later version has added is no difference: it was its default when the run was taken up.
-        found = list(differences(saved, now, defaults=now))
+        found = list(differences(saved, those_in(saved, now)))
         if found:
             raise RunFolderError(
                 f"{self._run / CONFIG} holds other options than {path.name} was trained with ({in_a_line(found)}); put "
@@ -243,25 +246,42 @@ def _require_same(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> 
 @contextlib.contextmanager
 def _damage_in_one_line(path: Path) -> Iterator[None]:
     # Orbax and TensorStore raise errors of many types for files that are missing or cut off.
-    try:
-        yield
-    except Exception as error:
-        raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({_first_line(error)})") from error
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_pass_over_late_readers, hook)
+    with _quiet():
+        try:
+            yield
+        except Exception as error:
+            # Orbax reads many arrays at once: what else has failed is told when it is collected, so here, or by a
+            # thread of TensorStore's whenever it ends: the hook stays.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({_first_line(error)})") from error
+    sys.unraisablehook = hook
+
+
+def _pass_over_late_readers(otherwise: Callable[[Any], Any], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        otherwise(unraisable)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """What happened, without the specification of the array that TensorStore adds."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(" [")[0].rstrip(".")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what orbax tells its developers off the terminal; what matters is raised."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -27,6 +27,17 @@ def warn(message: str) -> None:
     warnings.warn(message, RunFolderWarning, stacklevel=3)
 
 
+def show_in_one_line() -> None:
+    """Print each `RunFolderWarning` as one line from here on, without Python's own about its place: for a command."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+        ours = issubclass(category, RunFolderWarning)
+        return f"cimjax: {message}\n" if ours else usual(message, category, *where, **line)
+
+    warnings.formatwarning = formatted
+
+
 def read_json(file: Path, kind: type[dict] | type[list]) -> Any:
     """The object or the list that a file holds.
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +74,7 @@ class RunFolder:
         config: dict[str, Any],
         *,
         allow: Collection[str] = MAY_CHANGE,
-        defaults: Mapping[str, Any] | None = None,
+        completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         formats: Sequence[str] = (),
     ) -> Self:
         """Create a run folder, or take up an existing one of the same options.
@@ -84,8 +84,8 @@ class RunFolder:
           config: the options of the run; must be JSON (no NaN, no infinity).
           allow: dotted names of options that may differ from those of the existing run (`"schedule"` includes
             `"schedule.epochs"`); the file then takes the new values.
-          defaults: what an option counts as that the existing run, of an older version, does not have; one that is
-            not here either is a difference.
+          completed: makes the options of an existing run, which an older version may have written, those of this
+            version; a ValueError of its says what is wrong with them. As they are, if not given.
           formats: how records are written besides `metrics.jsonl`, names of `writers.WRITERS`.
 
         Raises:
@@ -98,7 +98,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         self = cls(path, take_lock(path / LOCK), formats)
         try:
-            self._settle_config(plain, allow, defaults)
+            self._settle_config(plain, allow, completed)
         except BaseException:
             self.close()
             raise
@@ -190,10 +190,14 @@ class RunFolder:
             self._writers = [writers.make(name, self.path, before) for name in self._formats]
         return self._writers
 
-    def _settle_config(self, config: dict[str, Any], allow: Collection[str], defaults: Any) -> None:
+    def _settle_config(self, config: dict[str, Any], allow: Collection[str], completed: Any) -> None:
         if self.config_path.exists():
             old = read_config(self.path)
-            found = list(differences(old, config, allow, defaults=defaults))
+            try:
+                old = _plain(completed(old)) if completed else old
+            except ValueError as error:
+                raise RunFolderError(f"{self.config_path} is damaged: {error}") from error
+            found = list(differences(old, config, allow))
             if found:
                 may = f" ({', '.join(allow)} may differ)" if allow else ""
                 raise RunFolderError(

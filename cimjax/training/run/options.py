@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from cimjax.spec.base import shortened
@@ -22,20 +22,12 @@ MAY_CHANGE = {
 _ABSENT = object()
 
 
-def differences(
-    old: Any,
-    new: Any,
-    allow: Collection[str] = MAY_CHANGE,
-    *,
-    defaults: Any = None,
-    name: str = "",
-) -> Iterator[str]:
+def differences(old: Any, new: Any, allow: Collection[str] = MAY_CHANGE, name: str = "") -> Iterator[str]:
     """A text for every option that is not the same in both and is not allowed to differ.
 
     Args:
       old, new: options as JSON gives them.
       allow: dotted names; `"schedule"` includes `"schedule.epochs"`.
-      defaults: what an option counts as that `old`, of an older version, does not have.
       name: the dotted name of these options in a greater dictionary.
 
     >>> list(differences({"seed": 0, "adc": {"bits": 3}}, {"seed": 1, "adc": {"bits": 3}}))
@@ -44,14 +36,18 @@ def differences(
     if name in allow:
         return
     if isinstance(old, dict) and isinstance(new, dict):
-        defaults = defaults if isinstance(defaults, Mapping) else {}
         for key in dict.fromkeys([*old, *new]):
-            default = defaults.get(key, _ABSENT)
-            before = old.get(key, default if key in new else _ABSENT)
             dotted = f"{name}.{key}" if name else key
-            yield from differences(before, new.get(key, _ABSENT), allow, defaults=default, name=dotted)
+            yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), allow, dotted)
     elif old != new:
         yield f"{shortened(name)}: {_text(old)} -> {_text(new)}"
+
+
+def those_in(old: Any, new: Any) -> Any:
+    """The options of `new` that `old` has too: a later version may have added others."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return {key: those_in(old[key], value) for key, value in new.items() if key in old}
 
 
 def in_a_line(texts: list[str]) -> str:
