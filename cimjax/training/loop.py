@@ -94,11 +94,13 @@ class Run:
         return experiment.devices.put(state), 0
 
     def _resume(self) -> tuple[TrainState, int]:
-        state, extra = self.checkpoints.restore(self.experiment.abstract_state())
-        step = int(state.step)
-        self.folder.forget_after(step)
+        held = {"best": float, "seen": dict}
+        state, extra = self.checkpoints.restore(self.experiment.abstract_state(), holding=held)
+        step, marked = int(state.step), extra.get("metrics")
+        self.tell.finished = step >= self.experiment.total_steps
+        self.folder.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
         self.best, self.seen = extra["best"], extra["seen"]
-        self.tell.resumed(step, extra.get("seconds", 0.0))
+        self.tell.resumed(step)
         return self.experiment.devices.put(state), step
 
     def _count(self, step: int) -> int:
@@ -151,11 +153,12 @@ class Run:
             self.best = max(self.best, records["validation"]["accuracy"])
             records["validation"]["best"] = best
         self.tell.epoch(step, epoch, records)
+        # Before the state is saved: what is recorded after that is forgotten when the run goes on from there.
+        if epoch == experiment.ideal_epochs + 1 and not final:
+            self.tell.adcs(step, self.health(state))
         every = max(1, round(config.checkpoint_epochs))
         if best or final or epoch % every == 0 or self.stop.requested or self.checkpoints.latest_step() is None:
             self._save(state, step, best=best)
-        if epoch == experiment.ideal_epochs + 1 and not final:
-            self.tell.adcs(step, self.health(state))
         return records
 
     def _measure(self, evaluator: Evaluator, state: TrainState, ideal: bool) -> dict[str, Any]:
@@ -165,7 +168,7 @@ class Run:
         return {**found, **({"ideal_adcs": True} if ideal else {})}
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
-        extra = {"best": self.best, "seen": self.seen, "seconds": self.tell.seconds}
+        extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.mark()}
         self.checkpoints.save(step, state, extra, best=best)
 
     def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:

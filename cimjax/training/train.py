@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,12 @@ import optax
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
-from cimjax.training.config.fields import defaults
+from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import build, default_workdir
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
-from cimjax.training.run.writers import Writer, check
+from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
 from cimjax.training.show.teller import Teller
 from cimjax.training.state import TrainState
@@ -86,15 +85,19 @@ def train(
     """
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
     folder = Path(workdir) if workdir is not None else default_workdir(config)
-    check(config.writers)
     plain = json.loads(config.to_json_best_effort())
     own = any(value is not None for value in (model, dataset, loss_fn, optimizer))
     with (
-        RunFolder.open(folder, plain, defaults=defaults()) as run,
+        RunFolder.open(folder, plain, completed=_as_today, formats=config.writers) as run,
         display or Display() as screen,
         stop_requests(screen.warn) as stop,
-        contextlib.closing(Teller(experiment, run, screen, writers, own=own)) as teller,
     ):
+        teller = Teller(experiment, run, screen, writers, own=own)
         from cimjax.training.loop import Run
 
         return Run(experiment, run, teller, stop, callbacks).run(variables)
+
+
+def _as_today(plain: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that an older version may have begun."""
+    return json.loads(completed(plain).to_json_best_effort())

@@ -270,11 +270,6 @@ def completed(plain: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(_nested({**_USUAL, **given}))
 
 
-def defaults() -> dict[str, Any]:
-    """What fields count as that an older config lacks, as a nested dictionary."""
-    return _nested(_USUAL)
-
-
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted names as groups."""
     nested: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from cimjax.nn.calibration_warnings import messages
 from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
-from cimjax.training.run.writers import Writer, make
+from cimjax.training.run.writers import Writer
 from cimjax.training.show import advice
 from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.display import Display
@@ -27,22 +27,16 @@ if TYPE_CHECKING:
 class Teller:
     """Tells of one run.
 
-    seconds: since training began, compilation included, over all starts of the run.
+    finished: whether the run was finished before, and has nothing more to write down.
     """
 
     def __init__(
         self, experiment: Experiment, run: RunFolder, display: Display, writers: Sequence[Writer], *, own: bool
     ) -> None:
         self.experiment, self.folder, self.display, self.own = experiment, run, display, own
-        # Those with names are made when the first record comes, which is when records of steps done again are gone.
-        self.writers, self._names = list(writers), list(experiment.config.writers)
-        self._begin = time.monotonic()
+        self.writers, self.finished = writers, False
         # When the metrics were last looked at, after how many steps, and the speed between the last two looks.
-        self._looked, self._speed = (self._begin, 0), 0.0
-
-    @property
-    def seconds(self) -> float:
-        return round(time.monotonic() - self._begin, 3)
+        self._looked, self._speed = (time.monotonic(), 0), 0.0
 
     def start(self) -> None:
         experiment = self.experiment
@@ -61,8 +55,7 @@ class Teller:
         for name, text in facts.items():
             self.display.note(f"{name:<10}  {text}")
 
-    def resumed(self, step: int, seconds: float) -> None:
-        self._begin -= seconds
+    def resumed(self, step: int) -> None:
         self._looked = time.monotonic(), step
         self.display.resume(step, step / self.experiment.steps_per_epoch)
 
@@ -90,9 +83,8 @@ class Teller:
 
     def epoch(self, step: int, epoch: int, records: Mapping[str, Mapping[str, Any]]) -> None:
         """The records of an epoch by split."""
-        times = {"seconds": self.seconds, "images_per_second": round(self._speed, 1)}
         for split, record in records.items():
-            more = times if split == "train" else {}
+            more = {"images_per_second": round(self._speed, 1)} if split == "train" else {}
             self._log({"step": step, "epoch": epoch, "split": split, **record, **more})
         validation = records.get("validation", {})
         epochs = -(-self.experiment.total_steps // self.experiment.steps_per_epoch)
@@ -126,15 +118,9 @@ class Teller:
         for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
             self.display.warn(message)
 
-    def close(self) -> None:
-        for writer in self.writers:
-            writer.close()
-
     def _log(self, record: dict[str, Any]) -> None:
-        if self._names:
-            records = self.folder.records()
-            self.writers += [make(name, self.folder.path, records) for name in self._names]
-            self._names = []
+        if self.finished:
+            return
         self.folder.log(record)
         for writer in self.writers:
             writer.write(record)
