@@ -38,18 +38,27 @@ CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", ".lock"
 _LONGEST = 3800
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of an existing run.
+def read_config(path: str | os.PathLike[str], completed: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The options of an existing run, a dictionary.
+
+    Args:
+      path: the run folder.
+      completed: makes of options that an older version may have written those of this version, in any form; a
+        ValueError of its says what is wrong with them.
 
     Raises:
-      RunFolderError: where `path` is no run folder, or its `config.json` cannot be read.
+      RunFolderError: where `path` is no run folder, or its `config.json` cannot be read or completed.
     """
     file = Path(path) / CONFIG
     with in_one_line("read", file):
         found = file.is_file()
     if not found:
         raise RunFolderError(f"{Path(path)} is no run folder: it has no {CONFIG}; give the --workdir of a run.")
-    return read_json(file, dict)
+    options = read_json(file, dict)
+    try:
+        return completed(options) if completed else options
+    except ValueError as error:
+        raise RunFolderError(f"{file} is damaged: {error}") from error
 
 
 class RunFolder:
@@ -84,8 +93,7 @@ class RunFolder:
           config: the options of the run; must be JSON (no NaN, no infinity).
           allow: dotted names of options that may differ from those of the existing run (`"schedule"` includes
             `"schedule.epochs"`); the file then takes the new values.
-          completed: makes the options of an existing run, which an older version may have written, those of this
-            version; a ValueError of its says what is wrong with them. As they are, if not given.
+          completed: for `read_config`; gives a plain dictionary.
           formats: how records are written besides `metrics.jsonl`, names of `writers.WRITERS`.
 
         Raises:
@@ -192,11 +200,7 @@ class RunFolder:
 
     def _settle_config(self, config: dict[str, Any], allow: Collection[str], completed: Any) -> None:
         if self.config_path.exists():
-            old = read_config(self.path)
-            try:
-                old = _plain(completed(old)) if completed else old
-            except ValueError as error:
-                raise RunFolderError(f"{self.config_path} is damaged: {error}") from error
+            old = _plain(read_config(self.path, completed))
             found = list(differences(old, config, allow))
             if found:
                 may = f" ({', '.join(allow)} may differ)" if allow else ""
