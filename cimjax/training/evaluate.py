@@ -99,7 +99,7 @@ class Health:
 def restore(
     run: str | Path, *, which: Which = "last", model: nn.Module | None = None, dataset: Dataset | None = None
 ) -> tuple[Experiment, TrainState, dict[str, Any]]:
-    """The experiment of a run folder, one of its states, and what was saved beside that state.
+    """The experiment of a run folder, one of its states without the optimizer's, and what was saved beside it.
 
     Args:
       run: the run folder.
@@ -112,7 +112,9 @@ def restore(
     from cimjax.training.run.checkpoint import Checkpoints
 
     experiment = build(completed(read_config(run)), model=model, dataset=dataset, to_train=False)
-    state, extra = Checkpoints(Path(run)).restore(experiment.abstract_state(), which=which)
+    # What the optimizer keeps may be of one of the caller's own.
+    wanted = experiment.abstract_state().replace(opt_state=None)
+    state, extra = Checkpoints(Path(run)).restore(wanted, which=which, without="opt_state")
     return experiment, state, extra
 
 

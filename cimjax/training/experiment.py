@@ -27,7 +27,14 @@ from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
-from cimjax.training.optimizer import is_of_adc, make_optimizer, steps_per_epoch, stored_steps, total_steps
+from cimjax.training.optimizer import (
+    is_of_adc,
+    learning_rate,
+    make_optimizer,
+    steps_per_epoch,
+    stored_steps,
+    total_steps,
+)
 from cimjax.training.parallel import Devices
 from cimjax.training.start import Given, put_in
 from cimjax.training.state import TrainState, chip_key
@@ -45,6 +52,7 @@ class Experiment:
     """The parts of a run.
 
     layers: the network's layers in order.
+    schedule: of the learning rate; None of an optimizer of the caller's own.
     """
 
     config: ConfigDict
@@ -55,6 +63,7 @@ class Experiment:
     devices: Devices
     setup: Setup
     preparation: Preparation
+    schedule: optax.Schedule | None
 
     @property
     def key(self) -> Array:
@@ -255,6 +264,7 @@ def build(
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
     images = jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32)
+    schedule = None if optimizer else learning_rate(config, len(dataset.train))
     optimizer = optimizer or make_optimizer(config, len(dataset.train))
     setup = Setup(
         model=model,
@@ -274,6 +284,7 @@ def build(
         devices=devices,
         setup=setup,
         preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
+        schedule=schedule,
     )
 
 

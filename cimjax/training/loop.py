@@ -14,7 +14,7 @@ from cimjax.training.batches import Resident
 from cimjax.training.evaluate import Evaluator, Health, Loaded
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
-from cimjax.training.optimizer import learning_rate, stored_steps
+from cimjax.training.optimizer import stored_steps
 from cimjax.training.programs import Programs
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
@@ -42,7 +42,6 @@ class Run:
         self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
         held_out = getattr(data, "validation", None)
         self.validation = Evaluator(experiment, held_out) if held_out is not None else None
-        self.rate = learning_rate(config, len(data.train))
         # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
         self.chunk = config.steps_per_dispatch or (1 if devices.platform == "cpu" else 16)
         # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
@@ -143,7 +142,7 @@ class Run:
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}
         self.seen = {}
         records: dict[str, Any] = {
-            "train": {"learning_rate": float(self.rate(step - 1)), **means, **mean_movement(self._movement(state))},
+            "train": {**self._rate(step), **means, **mean_movement(self._movement(state))},
             "test": self._measure(self.test, state, ideal),
         }
         best = False
@@ -160,6 +159,10 @@ class Run:
         if best or final or epoch % every == 0 or self.stop.requested or self.checkpoints.latest_step() is None:
             self._save(state, step, best=best)
         return records
+
+    def _rate(self, step: int) -> dict[str, float]:
+        schedule = self.experiment.schedule
+        return {} if schedule is None else {"learning_rate": float(schedule(step - 1))}
 
     def _measure(self, evaluator: Evaluator, state: TrainState, ideal: bool) -> dict[str, Any]:
         found: dict[str, Any] = evaluator(state, ideal_adcs=ideal)

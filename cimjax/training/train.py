@@ -86,7 +86,7 @@ def train(
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
     folder = Path(workdir) if workdir is not None else default_workdir(config)
     plain = json.loads(config.to_json_best_effort())
-    own = any(value is not None for value in (model, dataset, loss_fn, optimizer))
+    own = model is not None or dataset is not None
     with (
         RunFolder.open(folder, plain, completed=_as_today, formats=config.writers) as run,
         display or Display() as screen,

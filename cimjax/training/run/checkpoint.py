@@ -110,7 +110,12 @@ class Checkpoints:
         return self._newest(which) is not None
 
     def restore(
-        self, abstract_state: PyTree, *, which: Which = "last", holding: Mapping[str, type] | None = None
+        self,
+        abstract_state: PyTree,
+        *,
+        which: Which = "last",
+        holding: Mapping[str, type] | None = None,
+        without: str | None = None,
     ) -> tuple[PyTree, dict[str, Any]]:
         """Restore a state exactly, on whatever devices `abstract_state` names.
 
@@ -122,6 +127,7 @@ class Checkpoints:
             restored to the devices of its leaf, or to one device where the leaf has no sharding.
           which: `"last"` or `"best"`.
           holding: entries that the dictionary beside the state must have, and their types.
+          without: a part of the state that `abstract_state` lacks, whatever it is in the save.
 
         Returns:
           The state, of the structure of `abstract_state`, and the dictionary that was saved with it.
@@ -133,7 +139,7 @@ class Checkpoints:
         damaged: dict[_Save, DamagedCheckpointError] = {}
         while (save := next((save for save in self._candidates(which) if save not in damaged), None)) is not None:
             try:
-                state, extra = self._read(save, abstract_state, holding or {})
+                state, extra = self._read(save, abstract_state, holding or {}, without)
             except DamagedCheckpointError as error:
                 damaged[save] = error
                 continue
@@ -183,7 +189,9 @@ class Checkpoints:
             return {name: value for name, value in read_config(self._run).items() if name not in MAY_CHANGE}
         return None
 
-    def _read(self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type]) -> tuple[PyTree, dict[str, Any]]:
+    def _read(
+        self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], without: str | None
+    ) -> tuple[PyTree, dict[str, Any]]:
         wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
         with _damage_in_one_line(save.path):
             about = ocp.metadata(save.path)
@@ -194,10 +202,13 @@ class Checkpoints:
             for name, kind in holding.items():
                 if not isinstance(content.extra.get(name), kind):
                     raise ValueError(f"it holds no `{name}` of type {kind.__name__}")
-        _require_same(save.path, stored, {name: seal.kind(leaf) for name, leaf in wanted.items()})
+        passed_over = {name for name in stored if name.partition("/")[0] == without}
+        compared = {name: of for name, of in stored.items() if name not in passed_over}
+        _require_same(save.path, compared, {name: seal.kind(leaf) for name, leaf in wanted.items()})
         self._require_same_options(save.path, content.options)
         with _damage_in_one_line(save.path):
-            leaves = ocp.load(save.path, wanted)
+            read = wanted | {name: _abstract(about.metadata[name]) for name in passed_over}
+            leaves = ocp.load(save.path, read)
             content.verify(leaves)
         if content.digests is None:
             warn(f"{save.path} was saved by an older version, without checksums: damage to it would not be found.")

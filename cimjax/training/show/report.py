@@ -21,14 +21,18 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
     data, config, devices = experiment.dataset, experiment.config, experiment.devices
     parameters = sum(layer.parameters for layer in experiment.layers)
     shape = " x ".join(str(size) for size in data.image_shape)
-    specs = list(experiment.specs.values())
+    specs, optimizer = list(experiment.specs.values()), config.optimizer
     return {
         "title": f"{type(experiment.model).__name__} on {data.name}, {describe_specs(specs)}",
         "facts": {
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
             "training": f"{_counted(config.epochs, 'epoch')}, {_counted(experiment.total_steps, 'step')} of "
             f"{_counted(config.batch_size, 'image')}, "
-            f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
+            + (
+                f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
+                if experiment.schedule
+                else "own optimizer"
+            )
             + _with_ideal_adcs(experiment.ideal_epochs),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"

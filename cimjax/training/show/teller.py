@@ -94,7 +94,7 @@ class Teller:
             "best": validation.get("best", False),
             "train_accuracy": records["train"]["accuracy"],
             "train_loss": records["train"]["loss"],
-            "learning_rate": records["train"]["learning_rate"],
+            "learning_rate": records["train"].get("learning_rate"),
             "images_per_second": self._speed,
         }
         self.display.epoch(epoch, epochs, shown)
