@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
 def start(argv: list[str] | None = None) -> int:
     """`main` as a process of its own, which may replace itself to have its memory in large pages."""
     from cimjax.training.memory import start_again_with_large_pages
+    from cimjax.training.run.files import show_in_one_line
 
     words = sys.argv[1:] if argv is None else argv
+    show_in_one_line()
     if words and words[0] in ("train", "evaluate", "bench"):
         start_again_with_large_pages()
     code = main(words)
@@ -83,8 +85,10 @@ def _train(arguments: argparse.Namespace) -> None:
     from cimjax.training.train import train
 
     keep_compiled_programs()
-    given = None if arguments.start is None else load(Path(arguments.start).expanduser())
-    workdir = _new_folder(arguments.config) if arguments.workdir is None else Path(arguments.workdir).expanduser()
+    given = None if arguments.start is None else load(Path(os.path.expanduser(arguments.start)))
+    workdir = (
+        _new_folder(arguments.config) if arguments.workdir is None else Path(os.path.expanduser(arguments.workdir))
+    )
     try:
         print(f"run folder: {workdir}", flush=True)
         train(config, workdir=workdir, variables=given)
@@ -97,7 +101,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from cimjax.training.run.folder import read_config
 
-    run = Path(arguments.run).expanduser()
+    run = Path(os.path.expanduser(arguments.run))
     read_config(run)  # says what is wrong with the folder before jax is imported
     from cimjax.training.evaluate import evaluate
 
@@ -360,7 +364,7 @@ def _check_folder(workdir: str) -> None:
     """Refuse at once what can never become a folder."""
     if not workdir:
         raise UsageError("--workdir is empty; give a folder, or leave it out for a new one in runs/.")
-    path = Path(workdir).expanduser().absolute()
+    path = Path(os.path.expanduser(workdir)).absolute()
     with contextlib.suppress(PermissionError):  # said by whoever opens the folder
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         if not there.is_dir():

@@ -131,8 +131,6 @@ def test_schedules_start_at_the_rate_and_do_not_rise_beyond_it(name: str) -> Non
         assert values[10] == pytest.approx(peak)
     if name not in ("constant", "sgdr"):
         assert values[-1] < 0.5 * peak
-    with pytest.raises(ValueError, match=r"`config.optimizer.schedule` is 'cosin' \(did you mean 'cosine'\?\)"):
-        learning_rate(config(optimizer={"schedule": "cosin"}), 640)
 
 
 def test_a_stream_of_the_same_images_gives_the_same_steps() -> None:

@@ -109,12 +109,12 @@ def restore(
     Raises:
       RunFolderError: when the folder holds no run, or its checkpoint is damaged or of another network.
     """
-    from cimjax.training.run.checkpoint import Checkpoints
+    from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 
-    experiment = build(completed(read_config(run)), model=model, dataset=dataset, to_train=False)
+    experiment = build(read_config(run, completed), model=model, dataset=dataset, to_train=False)
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
-    state, extra = Checkpoints(Path(run)).restore(wanted, which=which, without="opt_state")
+    state, extra = Checkpoints(Path(run)).restore(wanted, which=which, holding=BESIDE, without="opt_state")
     return experiment, state, extra
 
 

@@ -16,7 +16,7 @@ from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
 from cimjax.training.optimizer import stored_steps
 from cimjax.training.programs import Programs
-from cimjax.training.run.checkpoint import Checkpoints
+from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
 from cimjax.training.show.teller import Teller
@@ -93,10 +93,12 @@ class Run:
         return experiment.devices.put(state), 0
 
     def _resume(self) -> tuple[TrainState, int]:
-        held = {"best": float, "seen": dict}
-        state, extra = self.checkpoints.restore(self.experiment.abstract_state(), holding=held)
-        step, marked = int(state.step), extra.get("metrics")
-        self.tell.finished = step >= self.experiment.total_steps
+        state, extra = self.checkpoints.restore(self.experiment.abstract_state(), holding=BESIDE)
+        step, marked, total = int(state.step), extra.get("metrics"), self.experiment.total_steps
+        if step > total:
+            raise ValueError(f"{self.folder.path} has done {step:,} steps, more than {total:,}; give more epochs.")
+        last = next(reversed(self.folder.records()), {})
+        self.tell.finished = step == total and last.get("split") == "result"
         self.folder.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
         self.best, self.seen = extra["best"], extra["seen"]
         self.tell.resumed(step)
@@ -148,7 +150,7 @@ class Run:
         best = False
         if self.validation:
             records["validation"] = self._measure(self.validation, state, ideal)
-            best = records["validation"]["accuracy"] > self.best
+            best = records["validation"]["accuracy"] > self.best or not self.checkpoints.has("best")
             self.best = max(self.best, records["validation"]["accuracy"])
             records["validation"]["best"] = best
         self.tell.epoch(step, epoch, records)

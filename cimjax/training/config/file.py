@@ -74,7 +74,7 @@ def load_config(argument: str, overrides: Sequence[Override] = ()) -> ConfigDict
       ValueError: for a field that `cimjax.training.config.fields` refuses.
     """
     name, colon, options = argument.partition(":")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     source = _source(path)
     if path.suffix == ".json":
         if colon:

@@ -38,6 +38,8 @@ PyTree = Any
 Which = Literal["last", "best"]
 
 _NAME = re.compile(r"(\d+)_step_(\d+)(_best)?")
+# What the loop keeps beside a state: the best accuracy so far, and the metrics of the epoch so far.
+BESIDE: dict[str, type] = {"best": float, "seen": dict}
 # What orbax calls a save that is not complete.
 _UNFINISHED = re.compile(_NAME.pattern + r"\.orbax-checkpoint-tmp(-\d+)?")
 
