@@ -15,9 +15,10 @@ import shlex
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -74,26 +75,39 @@ def start(argv: list[str] | None = None) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process as it ends others: within an import libraries make other errors of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     if arguments.workdir is not None:
         _check_folder(arguments.workdir)
-    from cimjax.training.cache import keep_compiled_programs
-    from cimjax.training.evaluate import load
-    from cimjax.training.train import train
+    with _ended_by_ctrl_c():
+        from cimjax.training.cache import keep_compiled_programs
+        from cimjax.training.evaluate import load
+        from cimjax.training.train import train
 
     keep_compiled_programs()
     given = None if arguments.start is None else load(Path(os.path.expanduser(arguments.start)))
-    workdir = (
-        _new_folder(arguments.config) if arguments.workdir is None else Path(os.path.expanduser(arguments.workdir))
-    )
+    own = arguments.workdir is not None
+    workdir = Path(os.path.expanduser(arguments.workdir)) if own else _new_folder(arguments.config)
     try:
         print(f"run folder: {workdir}", flush=True)
         train(config, workdir=workdir, variables=given)
     finally:
-        if arguments.workdir is None:
+        if not own:
             with contextlib.suppress(OSError):
                 workdir.rmdir()  # only where nothing was written
 
@@ -103,7 +117,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     run = Path(os.path.expanduser(arguments.run))
     read_config(run)  # says what is wrong with the folder before jax is imported
-    from cimjax.training.evaluate import evaluate
+    with _ended_by_ctrl_c():
+        from cimjax.training.evaluate import evaluate
 
     result = evaluate(run, which=arguments.which)
     if arguments.json:

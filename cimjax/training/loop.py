@@ -97,8 +97,8 @@ class Run:
         step, marked, total = int(state.step), extra.get("metrics"), self.experiment.total_steps
         if step > total:
             raise ValueError(f"{self.folder.path} has done {step:,} steps, more than {total:,}; give more epochs.")
-        last = next(reversed(self.folder.records()), {})
-        self.tell.finished = step == total and last.get("split") == "result"
+        splits = [record.get("split") for record in self.folder.records()]
+        self.tell.finished = step == total and splits[-1:] == ["result"]
         self.folder.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
         self.best, self.seen = extra["best"], extra["seen"]
         self.tell.resumed(step)

@@ -28,11 +28,7 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
             "data": f"{len(data.train):,} training and {len(data.test):,} test images, {shape}, {data.classes} classes",
             "training": f"{_counted(config.epochs, 'epoch')}, {_counted(experiment.total_steps, 'step')} of "
             f"{_counted(config.batch_size, 'image')}, "
-            + (
-                f"{config.optimizer.name} at {config.optimizer.learning_rate:g}"
-                if experiment.schedule
-                else "own optimizer"
-            )
+            + (f"{optimizer.name} at {optimizer.learning_rate:g}" if experiment.schedule else "an optimizer of its own")
             + _with_ideal_adcs(experiment.ideal_epochs),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
