@@ -114,15 +114,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from cimjax.analysis import sweep
-    from cimjax.training.config.file import load_config
+    from cimjax.analysis.sweep import Stopped, sweep
+    from cimjax.analysis.sweep_plan import parse_axes
+    from cimjax.analysis.sweep_table import save, show, table
 
-    axes = sweep.parse_axes(arguments.over)
-    load_config(arguments.config, arguments.overrides)  # says what is wrong before the first run
-    fields = [str(override) for override in arguments.overrides]
-    rows = sweep.sweep(arguments.config, axes, arguments.workdir, jobs=arguments.jobs, fields=fields)
-    print(sweep.show(sweep.table(rows, axes), [name for name in axes if name != "seed"]))
-    print(f"all runs: {sweep.save(rows, arguments.workdir)}")
+    axes = parse_axes(arguments.over)
+    _check_folder(arguments.workdir)
+    workdir, fields = Path(arguments.workdir).expanduser(), [str(override) for override in arguments.overrides]
+    stop = None
+    try:
+        rows = sweep(arguments.config, axes, workdir, jobs=arguments.jobs, fields=fields, retry=arguments.retry)
+    except Stopped as stopped:
+        rows, stop = stopped.rows, stopped
+    print(show(table(rows, axes), axes))
+    print(f"all runs: {shlex.quote(str(save(rows, workdir)))}", flush=True)
+    if stop:
+        raise stop
+    if failed := sum("failed" in row for row in rows):
+        raise UsageError(f"{failed} of {len(rows)} runs failed; the same command with --retry tries them again.")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -227,6 +236,7 @@ _COMMANDS = {
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
             "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
+            "--retry": {"action": "store_true", "help": "try runs again that failed before"},
         },
         _sweep,
     ),
