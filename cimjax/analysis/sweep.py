@@ -131,7 +131,7 @@ def _train(
             while waiting and len(running) < jobs and not asked:
                 index = waiting.popleft()
                 running[index] = _start(runs[index], jobs), time.monotonic()
-            progress.doing(*(f"{index + 1} of {len(runs)}: {runs[index]}" for index in running))
+            progress.doing(*(f"training {index + 1} of {len(runs)}: {runs[index]}" for index in running))
             for index, (process, since) in list(running.items()):
                 if process.poll() is not None:
                     del running[index]
