@@ -24,7 +24,7 @@ from cimjax.training.run.records import epochs_done
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 PLAIN = f"{CONFIG}:smoke,weight=none"
-FIELDS = ["--config.epochs=0.5", "--config.model.width=2"]
+FIELDS = ["--config.epochs=0.5", "--config.model.width=2", "--config.subset.images=260"]
 
 
 def test_axes_are_options_or_fields_and_commas_in_brackets_stay() -> None:
