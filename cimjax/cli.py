@@ -129,44 +129,69 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from cimjax.analysis import sweep
-    from cimjax.training.config.file import load_config
+    from cimjax.analysis.sweep import Stopped, sweep
+    from cimjax.analysis.sweep_plan import parse_axes
+    from cimjax.analysis.sweep_table import save, show, table
 
-    axes = sweep.parse_axes(arguments.over)
-    load_config(arguments.config, arguments.overrides)  # says what is wrong before the first run
-    fields = [str(override) for override in arguments.overrides]
-    rows = sweep.sweep(arguments.config, axes, arguments.workdir, jobs=arguments.jobs, fields=fields)
-    print(sweep.show(sweep.table(rows, axes), [name for name in axes if name != "seed"]))
-    print(f"all runs: {sweep.save(rows, arguments.workdir)}")
+    axes = parse_axes(arguments.over)
+    _check_folder(arguments.workdir)
+    workdir, fields = Path(arguments.workdir).expanduser(), [str(override) for override in arguments.overrides]
+    stop = None
+    try:
+        rows = sweep(arguments.config, axes, workdir, jobs=arguments.jobs, fields=fields, retry=arguments.retry)
+    except Stopped as stopped:
+        rows, stop = stopped.rows, stopped
+    print(show(table(rows, axes), axes))
+    print(f"all runs: {shlex.quote(str(save(rows, workdir)))}", flush=True)
+    if stop:
+        raise stop
+    if failed := sum("failed" in row for row in rows):
+        raise UsageError(f"{failed} of {len(rows)} runs failed; the same command with --retry tries them again.")
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from cimjax.analysis.plot import plot
+
+    file = Path(arguments.save).expanduser()
+    plot([Path(run).expanduser() for run in arguments.run], file, over=arguments.over.split(","))
+    print(shlex.quote(str(file)))
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    from cimjax.analysis.plot import check_figure, check_writable
     from cimjax.training.config.file import load_config
 
+    saved, figure = (Path(name).expanduser() if name else None for name in (arguments.save, arguments.plot))
+    if figure:
+        check_figure(figure)
+    if saved:
+        check_writable(saved)
     config = load_config(arguments.config, arguments.overrides)
-    from cimjax.analysis import bench, timing
-    from cimjax.data.catalog import images_of
-
     if config.spec is None or arguments.runs < 1:
         raise ValueError(
             "`bench` compares with full precision: give a configuration with arrays, and at least one run."
         )
+    from cimjax.analysis import bench, timing
+    from cimjax.analysis.progress import Progress
+    from cimjax.data.catalog import images_of
+
     spec, runs = cimjax.CIMSpec.from_dict(config.spec.to_dict()), arguments.runs
-    if arguments.of in ("layers", "growth"):
-        bench_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
-        timings = bench_layer(spec, batch=config.batch_size, runs=runs)
-    else:
-        image, classes = images_of(config.dataset)
-        programs = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
-        timings = bench.bench_steps(config, programs, image=image, classes=classes, runs=runs)
+    with Progress() as progress:
+        if arguments.of in ("layers", "growth"):
+            bench_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
+            timings = bench_layer(spec, batch=config.batch_size, runs=runs, say=progress.doing)
+        else:
+            image, classes = images_of(config.dataset)
+            programs = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
+            timings = bench.bench_steps(config, programs, image=image, classes=classes, runs=runs, say=progress.doing)
     about = timing.machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{arguments.config}, batch {config.batch_size}, medians of {arguments.runs} runs\n")
     print(timing.show(timings))
-    if arguments.save:
-        timing.save(timings, arguments.save)
-    if arguments.plot:
-        timing.plot(timings, arguments.plot)
+    if saved:
+        timing.save(timings, saved)
+    if figure:
+        timing.plot(timings, figure)
 
 
 def _data_prepare(arguments: argparse.Namespace) -> None:
@@ -242,8 +267,28 @@ _COMMANDS = {
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
             "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
+            "--retry": {"action": "store_true", "help": "try runs again that failed before"},
         },
         _sweep,
+    ),
+    "plot": Command(
+        "draw loss and accuracy of runs over their epochs",
+        "cimjax plot runs/a/seed=0 runs/a/seed=1 --save a.png --over loss,accuracy",
+        {
+            "run": {"nargs": "+", "metavar": "RUN", "help": "the folder of a run"},
+            "--save": {
+                "default": "curves.png",
+                "metavar": "FILE",
+                "help": "a PNG or SVG file, which is replaced; curves.png if not given",
+            },
+            "--over": {
+                "default": "loss,accuracy",
+                "metavar": "NAME,...",
+                "help": "what to draw: loss (of training), accuracy (on the test images, and dashed on those held "
+                "out), or another number of metrics.jsonl, as learning_rate or test.loss",
+            },
+        },
+        _plot,
     ),
     "bench": Command(
         "time training and evaluation steps of a network beside full precision, or its layers",

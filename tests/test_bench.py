@@ -27,10 +27,17 @@ def test_steps_are_timed_side_by_side(
     small = ["--config.batch_size=4", "--config.model.width=4", "--config.rules=(('conv[12]',None),)"]
     command = ["bench", "--config", f"{CONFIG}:smoke", *small, "--runs", "2", "--save", str(saved)]
     assert main(command) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    names = ("full precision", "psum column")
+    assert said.splitlines() == [
+        *(f"compiling {name}, train and evaluate" for name in names),
+        "warming up 4 programs",
+        *(f"timing 4 programs, run {run} of 2" for run in (1, 2)),
+    ]
     figures: dict[str, Any] = json.loads(saved.read_text())
-    names = [row["name"] for row in figures["timings"]]
-    assert names == [f"{name}, {kind}" for name in ("full precision", "psum column") for kind in ("train", "evaluate")]
+    assert [row["name"] for row in figures["timings"]] == [
+        f"{name}, {kind}" for name in names for kind in ("train", "evaluate")
+    ]
     for row in figures["timings"]:
         assert row["images"] == 4 and row["compile_seconds"] > 0 and row["whole_mb"] >= row["temporary_mb"] >= 0
         assert 0 < row["fastest"] <= row["milliseconds"] <= row["slowest"]
@@ -42,7 +49,9 @@ def test_steps_are_timed_side_by_side(
 @pytest.mark.full
 def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LAYERS", ((4, 16, 3, 2),))
-    timings = bench.bench_layers(CIMSpec(), batch=2, runs=1)
+    said: list[str] = []
+    timings = bench.bench_layers(CIMSpec(), batch=2, runs=1, say=said.append)
+    assert said[:2] == [f"compiling 4x4 16-3/2, {name}, forward and gradients" for name in ("plain", "reference")]
     assert [timing.name for timing in timings] == [
         f"4x4 16-3/2, {name}, {kind}"
         for name in ("plain", "reference", *map(str, PRODUCTS))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cimjax.analysis.timing import Compiled, Timing, measured, without_cache
+from cimjax.analysis.timing import Compiled, Say, Timing, measured, silent, without_cache
 from cimjax.core import conv
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.programs.contract import exact_in, runs_on
@@ -77,6 +77,7 @@ def bench_steps(
     image: tuple[int, int, int],
     classes: int,
     runs: int = 10,
+    say: Say = silent,
 ) -> list[Timing]:
     """Time a training and an evaluation step of the network that a configuration describes, as every variant.
 
@@ -86,6 +87,7 @@ def bench_steps(
       image: (H, W, C) of the random images.
       classes: their classes.
       runs: of each program.
+      say: called with what is compiled or timed from then on.
     """
     size = config.batch_size
     rng = np.random.default_rng(0)
@@ -94,8 +96,9 @@ def bench_steps(
     compiled = []
     with without_cache():
         for name, variant in programs.items():
+            say(f"compiling {name}, train and evaluate")
             compiled += _steps_of(name, _as_variant(config, variant), dataset)
-    return measured(compiled, runs)
+    return measured(compiled, runs, say)
 
 
 def _steps_of(name: str, config: ConfigDict, dataset: Dataset) -> list[Compiled]:
@@ -136,7 +139,7 @@ TILES = (1, 2, 4, 8, 16)
 ACTIVE_ROWS = (256, 64, 32, 16)
 
 
-def bench_layers(spec: CIMSpec, *, batch: int = 64, runs: int = 10) -> list[Timing]:
+def bench_layers(spec: CIMSpec, *, batch: int = 64, runs: int = 10, say: Say = silent) -> list[Timing]:
     """Time 3 x 3 layers of ResNet-20, forwards and with all gradients: as a plain convolution, by the definition and by
     every product."""
     variants = {"plain": Variant(None), "reference": Variant(spec, Execution(program=Program.REFERENCE))}
@@ -144,11 +147,11 @@ def bench_layers(spec: CIMSpec, *, batch: int = 64, runs: int = 10) -> list[Timi
     compiled = []
     with without_cache():
         for shape in LAYERS:
-            compiled += _layer(variants, shape, batch)
-    return measured(compiled, runs)
+            compiled += _layer(variants, shape, batch, say)
+    return measured(compiled, runs, say)
 
 
-def bench_growth(spec: CIMSpec, *, batch: int = 64, runs: int = 10) -> list[Timing]:
+def bench_growth(spec: CIMSpec, *, batch: int = 64, runs: int = 10, say: Say = silent) -> list[Timing]:
     """Time one layer with more and more planes, in more and more row tiles, with partial sums kept and computed again;
     and in arrays of 256 rows of which fewer and fewer are read at once.
 
@@ -174,11 +177,11 @@ def bench_growth(spec: CIMSpec, *, batch: int = 64, runs: int = 10) -> list[Timi
     read_groups = {f"{rows} active rows": Variant(read(rows)) for rows in ACTIVE_ROWS}
     with without_cache():
         all_variants = {"plain": Variant(None)} | variants | recomputed | read_groups
-        compiled = _layer(all_variants, (size, channels, features, stride), batch)
-    return measured([program for program in compiled if program.name.endswith("gradients")], runs)
+        compiled = _layer(all_variants, (size, channels, features, stride), batch, say)
+    return measured([program for program in compiled if program.name.endswith("gradients")], runs, say)
 
 
-def _layer(variants: Mapping[str, Variant], shape: tuple[int, int, int, int], batch: int) -> list[Compiled]:
+def _layer(variants: Mapping[str, Variant], shape: tuple[int, int, int, int], batch: int, say: Say) -> list[Compiled]:
     """One 3 x 3 layer as every variant, full precision being a plain convolution: forwards, and with all gradients."""
     size, channels, features, stride = shape
     key = jax.random.key(0)
@@ -188,6 +191,7 @@ def _layer(variants: Mapping[str, Variant], shape: tuple[int, int, int, int], ba
     label = f"{size}x{size} {channels}-{features}{f'/{stride}' if stride > 1 else ''}"
     compiled = []
     for name, variant in variants.items():
+        say(f"compiling {label}, {name}, forward and gradients")
         function, arguments = _plain(stride), (x, kernel)  # type: tuple[Callable[..., Any], tuple[Any, ...]]
         if variant.spec is not None:
             function = _through_arrays(variant.spec, variant.execution, stride)

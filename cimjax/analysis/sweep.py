@@ -1,46 +1,59 @@
-"""Runs over all combinations of options, and the table of their accuracies: mean and spread over seeds.
+"""Runs over all combinations of options, each in a run folder and a process of its own.
 
-Every run is a run folder of its own, trained in a process of its own; runs that are finished are not repeated, so a
-sweep that was stopped goes on where it was.
+A run that is finished is not repeated, nor is one that failed unless asked for, so a sweep that was stopped goes on
+where it was. Combinations are planned by `cimjax.analysis.sweep_plan`, and what they came to is tabulated by
+`cimjax.analysis.sweep_table`.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import collections
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from cimjax.analysis.sweep_plan import PlannedRun, plan
+from cimjax.training.run.files import in_one_line, parsed, write_json
+from cimjax.training.run.folder import LOCK, read_records
+from cimjax.training.run.lock import give_back, take_lock
+from cimjax.training.run.records import METRICS, epochs_done
+
+if TYPE_CHECKING:
+    from cimjax.analysis.progress import Progress
+
+# In the folder of a run, beside its own files: what its process printed, and why it failed.
+OUTPUT, FAILED = "output.log", "failed.json"
+# Seconds between looks at the processes.
+_LOOK_EVERY = 0.1
 
 
-def parse_axes(words: Sequence[str]) -> dict[str, list[str]]:
-    """Axes of a sweep as typed, `NAME=VALUE,VALUE,...`; commas inside brackets belong to a value.
+class Stopped(KeyboardInterrupt):
+    """A sweep was asked to stop, by Ctrl-C or SIGTERM; every state was saved, and `rows` is what `sweep` returns."""
 
-    Raises:
-      ValueError: for a word without a name or values, or a name given twice.
-    """
-    axes: dict[str, list[str]] = {}
-    for word in words:
-        name, equals, values = word.partition("=")
-        chosen = [value for value in re.split(r",(?![^(]*\))", values) if value]
-        if not (name and equals and chosen) or name in axes:
-            raise ValueError(
-                f"--over {word}: give each option once, with its values, as in --over weight=layer,column."
-            )
-        axes[name] = chosen
-    return axes
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        done = sum("accuracy" in row for row in rows)
+        super().__init__(f"stopped with {done} of {len(rows)} runs finished; the same command goes on.")
+        self.rows = rows
 
 
 def sweep(
-    config: str, axes: Mapping[str, Sequence[str]], workdir: str | Path, *, jobs: int = 1, fields: Sequence[str] = ()
+    config: str,
+    axes: Mapping[str, Sequence[str]],
+    workdir: str | Path,
+    *,
+    jobs: int = 1,
+    fields: Sequence[str] = (),
+    retry: bool = False,
 ) -> list[dict[str, Any]]:
-    """Train every combination of options and fields.
+    """Train every combination of options and fields; progress goes to standard error.
 
     Args:
       config: a config file with its options, `configs/digits.py:adc_bits=2`.
@@ -48,103 +61,165 @@ def sweep(
       workdir: a folder for all runs; one inside for each.
       jobs: runs at a time.
       fields: further arguments of every run, such as `--config.epochs=5`.
+      retry: whether runs that failed are tried again.
 
     Returns:
-      A row for each run, in order: its options, `accuracy` and `best_accuracy` of the test images (0 to 1), `moved`
-      (mean |log(s/s0)| by kind of step) and `workdir`.
+      A row for each run, in order: its options, `workdir`, and `accuracy` of the last state on the test images (0 to
+      1), `moved` (mean |log(s/s0)| by kind of step), `seconds` of training and what else its `result` record has; or
+      `failed`, the last line that it printed.
 
     Raises:
-      ValueError: when a run fails, with what it printed last.
+      ValueError: before any run starts, where a combination cannot be trained or a folder cannot be used.
+      Stopped: after Ctrl-C or SIGTERM, when all runs have saved their states and ended.
     """
-    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        return list(pool.map(lambda options: _run(config, options, Path(workdir), fields), combinations))
+    if jobs < 1:
+        raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
+    runs, workdir = plan(config, axes, workdir, fields), Path(workdir)
+    from cimjax.analysis.progress import Progress  # imports jax, which nobody waits for before a refusal
+
+    with in_one_line("create", workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(workdir / LOCK)
+    try:
+        with Progress() as progress, _requests_to_stop() as asked:
+            return _train(runs, [_known(run, retry) for run in runs], jobs, progress, asked)
+    finally:
+        give_back(lock)
 
 
-def _run(config: str, options: dict[str, str], workdir: Path, fields: Sequence[str]) -> dict[str, Any]:
-    path, _, given = config.partition(":")
-    chosen = [f"{name}={value}" for name, value in options.items() if not name.startswith("config.")]
-    fields = [*fields, *(f"--{name}={value}" for name, value in options.items() if name.startswith("config."))]
-    # Whole names: two fields may end alike, and a folder stands for one set of options only.
-    names = [f"{name.removeprefix('config.')}={value}" for name, value in options.items()]
-    folder = workdir / (re.sub(r"[^\w.=,+-]", "_", "-".join(names)) or "run")
-    argument = f"{path}:{','.join([*filter(None, [given]), *chosen])}".rstrip(":")
-    if not _finished(folder):
-        command = [sys.executable, "-m", "cimjax", "train", "--config", argument, "--workdir", str(folder), *fields]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
-            raise ValueError(f"The run {argument} failed: {last}")
-    return {**options, **_summary(folder), "workdir": str(folder)}
+def _known(run: PlannedRun, retry: bool) -> dict[str, Any] | None:
+    """The row of a run that is not to be trained."""
+    if (result := _result(run)) is not None:
+        return _row(run, **result)
+    file = run.folder / FAILED
+    failure = parsed(file.read_bytes()) if file.exists() and not retry else None
+    # What failed with other fields may succeed now.
+    if isinstance(failure, dict) and [failure.get("config"), failure.get("fields")] == [run.config, run.fields]:
+        return _row(run, failed=failure.get("failed"))
+    return None
 
 
-def _records(folder: Path) -> list[dict[str, Any]]:
-    from cimjax.training.run.folder import read_records
-
-    return read_records(folder)
+def _row(run: PlannedRun, **found: Any) -> dict[str, Any]:
+    return {**run.values, **found, "workdir": str(run.folder)}
 
 
-def _finished(folder: Path) -> bool:
-    if not (folder / "metrics.jsonl").exists():
-        return False
-    return any(record["split"] == "result" for record in _records(folder))
+def _result(run: PlannedRun) -> dict[str, Any] | None:
+    """The last state's figures where the run is finished."""
+    results = [record for record in read_records(run.folder) if record.get("split") == "result"]
+    if not results or epochs_done(run.folder / METRICS) < run.epochs:
+        return None
+    return {name: value for name, value in results[-1].items() if name not in ("step", "split")}
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    result = next(record for record in reversed(_records(folder)) if record["split"] == "result")
-    return {name: result[name] for name in ("accuracy", "best_accuracy", "moved")}
-
-
-def table(
-    rows: Sequence[dict[str, Any]], axes: Mapping[str, Sequence[str]], over: str = "seed"
+def _train(
+    runs: Sequence[PlannedRun],
+    rows: list[dict[str, Any] | None],
+    jobs: int,
+    progress: Progress,
+    asked: list[int],
 ) -> list[dict[str, Any]]:
-    """Rows of a sweep gathered over one axis: `accuracies`, their `mean`, `lowest` and `highest`, and `moved`."""
-    names = [name for name in axes if name != over]
-    gathered: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        gathered.setdefault(tuple(row[name] for name in names), []).append(row)
-    lines = []
-    for key, members in gathered.items():
-        accuracies = [row["accuracy"] for row in members]
-        kinds = sorted({kind for row in members for kind in row["moved"]})
-        moved = {kind: float(np.mean([row["moved"][kind] for row in members])) for kind in kinds}
-        lines.append(
-            {
-                **dict(zip(names, key, strict=True)),
-                "runs": len(members),
-                "accuracies": accuracies,
-                "mean": float(np.mean(accuracies)),
-                "lowest": min(accuracies),
-                "highest": max(accuracies),
-                "moved": moved,
-            }
-        )
-    return lines
+    """Train those runs that have no row."""
+    waiting = collections.deque(index for index, row in enumerate(rows) if row is None)
+    before = sum("failed" in row for row in rows if row)
+    failed = f", {before} failed before (--retry tries them again)" if before else ""
+    finished = len(runs) - len(waiting) - before
+    progress.note(f"{len(runs)} runs: {finished} finished{failed}, {len(waiting)} to train")
+    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+    sent = 0
+    try:
+        while running or (waiting and not asked):
+            while waiting and len(running) < jobs and not asked:
+                index = waiting.popleft()
+                running[index] = _start(runs[index], jobs), time.monotonic()
+            progress.doing(*(f"training {index + 1} of {len(runs)}: {runs[index]}" for index in running))
+            for index, (process, since) in list(running.items()):
+                if process.poll() is not None:
+                    del running[index]
+                    seconds = time.monotonic() - since
+                    rows[index] = _ended(runs[index], process.returncode, seconds, stopped=bool(asked))
+                    progress.note(f"{index + 1} of {len(runs)}: {runs[index]}: {_outcome(rows[index])}")
+            # Every request is passed on: a run saves its state at the first one, and ends at once at the second.
+            for _ in asked[sent:]:
+                progress.note("stopping as soon as all states are saved; the same once more stops at once.")
+                _terminate(running)
+            sent = len(asked)
+            time.sleep(_LOOK_EVERY if running else 0)
+    finally:
+        _terminate(running)
+        for process, _ in running.values():
+            process.wait()
+    whole = [row or _row(run, stopped=True) for run, row in zip(runs, rows, strict=True)]
+    if asked:
+        raise Stopped(whole)
+    return whole
 
 
-def show(lines: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """The table as text (Markdown): test accuracy of the last state in percent, mean and range."""
-    head = [*names, "test accuracy", "lowest", "highest", "runs", "steps moved"]
-    body = [
-        [
-            *(str(line[name]) for name in names),
-            f"{line['mean']:.2%}",
-            f"{line['lowest']:.2%}",
-            f"{line['highest']:.2%}",
-            str(line["runs"]),
-            ", ".join(f"{kind.removesuffix('_moved')} {value:.2g}" for kind, value in line["moved"].items()),
-        ]
-        for line in lines
-    ]
-    widths = [max(len(row[index]) for row in [head, *body]) for index in range(len(head))]
-    rows = [head, ["-" * width for width in widths], *body]
-    return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+def _terminate(running: Mapping[int, tuple[subprocess.Popen[bytes], float]]) -> None:
+    for process, _ in running.values():
+        process.terminate()
 
 
-def save(rows: Sequence[dict[str, Any]], workdir: str | Path) -> Path:
-    """Write all rows as JSON beside the runs."""
-    path = Path(workdir) / "sweep.json"
-    path.write_text(json.dumps(list(rows), indent=1) + "\n")
-    return path
+def _start(run: PlannedRun, jobs: int) -> subprocess.Popen[bytes]:
+    """Its process, in a session of its own: what is typed at the terminal reaches it through the sweep only."""
+    command = [sys.executable, "-m", "cimjax", "train", "--config", run.config, "--workdir", str(run.folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # lines in the order in which they were printed
+    if jobs > 1:
+        # Each process of jax takes three quarters of a GPU's memory unless told otherwise.
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.3f}")
+    with in_one_line("write", run.folder):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / FAILED).unlink(missing_ok=True)
+        with (run.folder / OUTPUT).open("wb") as output:
+            return subprocess.Popen(
+                [*command, *run.fields],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+
+def _ended(run: PlannedRun, code: int, seconds: float, *, stopped: bool) -> dict[str, Any]:
+    """The row of a run whose process has ended; a failure is kept in its folder."""
+    if (result := _result(run)) is not None:
+        return _row(run, **result)
+    if stopped:
+        return _row(run, stopped=True)
+    failed = _last_words(run.folder / OUTPUT)
+    if code < 0:
+        memory = ", as by a system without memory left" if -code == signal.SIGKILL else ""
+        failed = f"killed by {signal.Signals(-code).name}{memory}; it printed last: {failed}"
+    about = {"failed": failed, "config": run.config, "fields": run.fields, "returncode": code}
+    write_json(run.folder / FAILED, about)
+    return _row(run, failed=failed, seconds=round(seconds, 2))
+
+
+def _last_words(file: Path) -> str:
+    """The last line that tells of an error, else the last line."""
+    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"cimjax: |[\w.]*(Error|Exception)\b", line)]
+    return [f"nothing was printed in {file}", *lines, *errors[-1:]][-1].removeprefix("cimjax: ")
+
+
+def _outcome(row: Mapping[str, Any] | None) -> str:
+    if row and "accuracy" in row:
+        return f"{row['accuracy']:.2%}, {row['seconds']:.1f} s"
+    return f"failed: {row['failed']}" if row and "failed" in row else "stopped"
+
+
+@contextlib.contextmanager
+def _requests_to_stop() -> Iterator[list[int]]:
+    """The signals that came so far, in the main thread, where Python receives them; ignored ones stay so."""
+    asked: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if main else []
+    before = {number: signal.getsignal(number) for number in watched}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: asked.append(number))
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,7 +19,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from cimjax.analysis.plot import check_figure
 from cimjax.core.programs.cpu import compiler_options
+
+# Called with what is being done from now on.
+Say = Callable[[str], None]
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +86,15 @@ class Compiled:
         return seconds
 
 
-def measured(programs: Sequence[Compiled], runs: int) -> list[Timing]:
+def measured(programs: Sequence[Compiled], runs: int, say: Say = silent) -> list[Timing]:
     """All programs in turns, after one run of each to warm up."""
+    say(f"warming up {len(programs)} programs")
     for program in programs:
         program.once()
-    seconds = np.array([[program.once() for program in programs] for _ in range(runs)])
+    seconds = np.empty((runs, len(programs)))
+    for run in range(runs):
+        say(f"timing {len(programs)} programs, run {run + 1} of {runs}")
+        seconds[run] = [program.once() for program in programs]
     return [
         Timing(
             name=program.name,
@@ -179,12 +191,11 @@ def plot(timings: Sequence[Timing], path: str | Path) -> None:
     """Draw the medians as bars, with their spread, into a PNG or SVG file.
 
     Raises:
-      ValueError: where matplotlib is not installed.
+      ValueError: as `check_figure` does, which is to be asked before anything is timed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'cimjax[plot]'.") from error
+    check_figure(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 1 + 0.32 * len(timings)), layout="constrained")
     axes = figure.subplots()
     names = [timing.name for timing in timings]
