@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from cimjax.core import cells
 from cimjax.core import window as window_lib
@@ -35,7 +36,7 @@ def cim_conv(
     kernel_dilation: PerAxis = None,
     variation_key: Array | None = None,
     execution: Execution = Execution(),
-) -> Array:
+) -> Float[Array, "N *output O"]:
     """A convolution through memory arrays: `y = s_a * sum_{t,r,k} g_t f_k s_w P^`.
 
     `P^` is what the ADC makes of `P[t,r,k,o] = sum over the rows of read group r of a_t * d_k`. With an ideal ADC
@@ -94,7 +95,7 @@ def cim_dense(
     *,
     variation_key: Array | None = None,
     execution: Execution = Execution(),
-) -> Array:
+) -> Float[Array, "*leading O"]:
     """A matrix product through memory arrays: `cim_conv` without spatial axes.
 
     Args:

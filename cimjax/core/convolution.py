@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+from jaxtyping import Shaped
 
 from cimjax.core.window import Window, dimension_numbers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolution(inputs: Array, kernel: Array, window: Window, groups: int = 1) -> Array:
+def convolution(
+    inputs: Shaped[Array, "N *space C"], kernel: Shaped[Array, "*kernel c O"], window: Window, groups: int = 1
+) -> Shaped[Array, "N *output O"]:
     """A convolution without any rounding of operands: no TF32, no bfloat16 passes.
 
     Integers must stay exact, and step gradients are small differences of large terms. The gradient to the kernel is one

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 
-def reciprocal(step: Array) -> Array:
+def reciprocal(step: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`1 / step`, rounded to the nearest float32 on every backend, so that codes at ties are the same on all.
 
     XLA:GPU's division misses it by a unit in the last place for a quarter of all numbers (openxla/xla#37181).
@@ -22,7 +23,7 @@ def reciprocal(step: Array) -> Array:
     return nearest_quotient(step, 1.0 / step)
 
 
-def nearest_quotient(step: Array, quotient: Array) -> Array:
+def nearest_quotient(step: Float[Array, "*shape"], quotient: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The float32 nearest to `1 / step`, given one within some units in the last place of it."""
     near = quotient - quotient * _excess(step, quotient)
     bits = lax.bitcast_convert_type(near, jnp.int32)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from cimjax.core import lsq
 from cimjax.core.tiling import Tiling
@@ -67,7 +68,7 @@ def shapes(tiling: Tiling, spec: CIMSpec) -> StepSizes:
     )
 
 
-def expand_outputs(step: Array, tiling: Tiling) -> Array:
+def expand_outputs(step: Float[Array, "*axes _"], tiling: Tiling) -> Float[Array, "*axes _"]:
     """Repeat a step whose last axis is 1, `Ct` or `O` so that it is broadcastable over the `O` outputs."""
     # A last axis of 1 is a layer's or a single column tile's; both are broadcast.
     if step.shape[-1] in (1, tiling.features):
@@ -75,7 +76,7 @@ def expand_outputs(step: Array, tiling: Tiling) -> Array:
     return jnp.take(step, tiling.column_tile_of_output, axis=-1)
 
 
-def expand_weight(step: Array, tiling: Tiling) -> Array:
+def expand_weight(step: Float[Array, ...], tiling: Tiling) -> Float[Array, "_ _ _"]:
     """The weight step of every read group, plane and output: broadcastable to (R, K, O).
 
     Args:
@@ -88,7 +89,7 @@ def expand_weight(step: Array, tiling: Tiling) -> Array:
     return expand_outputs(per_group, tiling)
 
 
-def sum_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Array:
+def sum_over_groups(values: Float[Array, "R K O"], shape: tuple[int, ...], tiling: Tiling) -> Float[Array, "_ _ _"]:
     """Sum values of (R, K, O) over everything that shares a psum step of `shape`; the transpose of its expansion."""
 
     def expand(step: Array) -> Array:
@@ -97,7 +98,7 @@ def sum_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Ar
     return jax.linear_transpose(expand, jax.ShapeDtypeStruct(shape, values.dtype))(values)[0]
 
 
-def max_over_groups(values: Array, shape: tuple[int, ...], tiling: Tiling) -> Array:
+def max_over_groups(values: Float[Array, "R K O"], shape: tuple[int, ...], tiling: Tiling) -> Float[Array, "_ _ _"]:
     """The maximum of values of (R, K, O) over everything that shares a psum step of `shape`."""
     if shape == values.shape:
         return values
