@@ -135,7 +135,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     axes = parse_axes(arguments.over)
     _check_folder(arguments.workdir)
-    workdir, fields = Path(arguments.workdir).expanduser(), [str(override) for override in arguments.overrides]
+    workdir, fields = Path(os.path.expanduser(arguments.workdir)), [str(override) for override in arguments.overrides]
     stop = None
     try:
         rows = sweep(arguments.config, axes, workdir, jobs=arguments.jobs, fields=fields, retry=arguments.retry)
@@ -152,8 +152,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
 def _plot(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.plot import plot
 
-    file = Path(arguments.save).expanduser()
-    plot([Path(run).expanduser() for run in arguments.run], file, over=arguments.over.split(","))
+    file = Path(os.path.expanduser(arguments.save))
+    plot([os.path.expanduser(run) for run in arguments.run], file, over=arguments.over.split(","))
     print(shlex.quote(str(file)))
 
 
@@ -161,7 +161,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.plot import check_figure, check_writable
     from cimjax.training.config.file import load_config
 
-    saved, figure = (Path(name).expanduser() if name else None for name in (arguments.save, arguments.plot))
+    saved, figure = (Path(os.path.expanduser(name)) if name else None for name in (arguments.save, arguments.plot))
     if figure:
         check_figure(figure)
     if saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import IO, Any
 
 import pytest
 
+from cimjax.analysis.progress import Progress
 from cimjax.analysis.sweep import FAILED, OUTPUT, sweep
 from cimjax.analysis.sweep_plan import parse_axes, plan
 from cimjax.analysis.sweep_table import show, table
@@ -188,11 +190,12 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_shows_what_there_is(
     folders = [tmp_path / f"seed={seed}" for seed in range(3)]
 
     def interrupt() -> None:
-        while not all((folder / OUTPUT).exists() and (folder / OUTPUT).read_text() for folder in folders[:2]):
+        for _ in range(600):
+            if all((folder / OUTPUT).exists() and (folder / OUTPUT).read_text() for folder in folders[:2]):
+                return os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     command = ["sweep", "--config", PLAIN, "--over", "seed=0,1,2", "--workdir", str(tmp_path), "--jobs", "2"]
     assert main(command) == 130
     out, err = capsys.readouterr()
@@ -202,6 +205,23 @@ def test_a_sweep_that_is_stopped_stops_its_runs_and_shows_what_there_is(
     assert (folders[0] / OUTPUT).read_text() == "ready\nsaved\n" and not folders[2].exists()
     assert not any((folder / FAILED).exists() for folder in folders)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_progress_is_live_on_a_terminal_and_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    said = {}
+    for on_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda on_terminal=on_terminal: on_terminal)
+        with Progress(stream) as progress:
+            progress.doing("one", "two")
+            progress.doing("two", "three")
+            progress.note("one is done")
+            time.sleep(0.3 * on_terminal)
+        said[on_terminal] = stream.getvalue()
+    assert said[False] == "one\ntwo\nthree\none is done\n"
+    assert "0:00:00  two" in said[True] and "one is done" in said[True] and "\x1b[2K" in said[True]
+    assert said[True].count("one is done") == 1 and "\nthree" not in said[True]
 
 
 def test_a_folder_that_another_process_uses_is_refused_first(tmp_path: Path) -> None:

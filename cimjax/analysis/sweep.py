@@ -139,10 +139,10 @@ def _train(
                     rows[index] = _ended(runs[index], process.returncode, seconds, stopped=bool(asked))
                     progress.note(f"{index + 1} of {len(runs)}: {runs[index]}: {_outcome(rows[index])}")
             # Every request is passed on: a run saves its state at the first one, and ends at once at the second.
-            for _ in asked[sent:]:
+            while sent < len(asked):
+                sent += 1
                 progress.note("stopping as soon as all states are saved; the same once more stops at once.")
                 _terminate(running)
-            sent = len(asked)
             time.sleep(_LOOK_EVERY if running else 0)
     finally:
         _terminate(running)
