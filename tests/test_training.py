@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_layer(tmp_path: P
 
 PARALLEL = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 sys.path.insert(0, sys.argv[1])
 import json, jax, cimjax
 from test_training import few_steps, quiet
