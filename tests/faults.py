@@ -194,7 +194,7 @@ ENCODING = [
         "core/encoding.py",
         "jnp.where(codes > 0, plus, jnp.where(codes < 0, minus,",
         "jnp.where(codes < 0, plus, jnp.where(codes > 0, minus,",
-        oracle("encoding-diff-digital-joined"),
+        oracle("encoding-diff-digital-1-joined"),
     ),
     Fault(
         "planes' gradients are added instead of averaged",

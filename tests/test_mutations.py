@@ -43,7 +43,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tested(copy: Path, module: str, *tests: str) -> subprocess.CompletedProcess[str]:
+def outcome_of(copy: Path, module: str, *tests: str) -> subprocess.CompletedProcess[str]:
     # Of this run's environment that one takes the compiled programs, but it is no worker of this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -53,7 +53,7 @@ def tested(copy: Path, module: str, *tests: str) -> subprocess.CompletedProcess[
 
 def test_without_a_fault_all_tests_pass(copy: Path) -> None:
     every = sorted({test for fault in FAULTS for test in fault.tests})
-    done = tested(copy, "cimjax", *every)
+    done = outcome_of(copy, "cimjax", *every)
     assert done.returncode == 0, done.stdout
 
 
@@ -64,5 +64,5 @@ def test_a_fault_is_caught(fault: Fault, copy: Path) -> None:
     assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
     file.write_text(text.replace(fault.old, fault.new))
     module = ".".join(["cimjax", *Path(fault.file).with_suffix("").parts]).removesuffix(".__init__")
-    done = tested(copy, module, *fault.tests)
+    done = outcome_of(copy, module, *fault.tests)
     assert done.returncode == 1, f"{fault.name} is not caught by {fault.tests}:\n{done.stdout}{done.stderr}"
