@@ -59,6 +59,8 @@ class ResNet(nn.Module):
         for name, allowed in (("shortcut", ("pad", "projection")), ("residual", ("wide", "codes"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+        if len(self.blocks) != len(self.widths):
+            raise ValueError(f"`blocks` is {self.blocks} and `widths` {self.widths}; give one of each for every stage.")
         if round(self.width * min(self.widths)) < 1:
             raise ValueError(f"`width` is {self.width}: that leaves a stage without channels; give a larger one.")
         super().__post_init__()

@@ -275,11 +275,16 @@ def build(
         fresh_chips=config.variation_draw == "step",
         axis_name=devices.axis_name,
     )
+    layers = layers_of(model, images)
+    varies = any(layer.spec is not None and layer.spec.variation for layer in layers)
+    for field in ("fresh_chips", "variation_draw"):
+        if config[field] not in (0, "chip") and not varies:
+            raise ValueError(f"`config.{field}` is {config[field]}, but no layer has `variation`: all chips are alike.")
     return Experiment(
         config=config,
         dataset=dataset,
         model=model,
-        layers=layers_of(model, images),
+        layers=layers,
         optimizer=optimizer,
         devices=devices,
         setup=setup,
