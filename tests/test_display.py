@@ -26,6 +26,7 @@ RECORD = {
     "train_loss": 0.51234,
     "train_accuracy": 0.8,
     "test_accuracy": 0.98765,
+    "validation_accuracy": 0.97,
     "best": True,
     "learning_rate": 0.0123,
     "images_per_second": 12345.6,
@@ -176,20 +177,22 @@ def test_narrow_output_leaves_out_columns_and_breaks_no_row(columns):
     assert sum(line.startswith("stage") for line in lines) == 18 or columns == 20
     assert any("wider" in line for line in lines) == (columns < 120)
     (epoch,) = (line for line in lines if line.startswith("epoch  3/60"))
-    assert ("test  98.77 %  best" in epoch) == (columns >= 45)
-    assert ("12,346 images/s" in epoch) == (columns >= 100)
+    assert ("held out  97.00 %  best" in epoch) == (columns >= 60)
+    assert ("12,346 images/s" in epoch) == (columns >= 120)
 
 
 def test_one_line_per_epoch():
     def act(display):
         display.epoch(9, 10, RECORD)
-        display.epoch(10, 10, {**RECORD, "train_loss": math.nan, "test_accuracy": math.nan, "best": False})
+        display.epoch(
+            10, 10, {**RECORD, "train_loss": math.nan, "test_accuracy": math.nan, "validation_accuracy": None}
+        )
         display.epoch(11, 10, {"train_loss": None})
 
     assert plain(act) == [
-        "epoch  9/10  test  98.77 %  best  train  80.00 %  loss  0.5123  lr   0.0123  12,346 images/s",
-        "epoch 10/10  test    nan %        train  80.00 %  loss     nan  lr   0.0123  12,346 images/s",
-        "epoch 11/10  test        -        train        -  loss       -  lr        -       - images/s",
+        "epoch  9/10  test  98.77 %  held out  97.00 %  best  train  80.00 %  loss  0.5123  lr   0.0123  12,346 images/s",
+        "epoch 10/10  test    nan %  train  80.00 %  loss     nan  lr   0.0123  12,346 images/s",
+        "epoch 11/10  test        -  train        -  loss       -  lr        -       - images/s",
     ]
 
 

@@ -27,7 +27,7 @@ def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     if "://" in str(data_dir):
         raise DataError(f"`data_dir` must be a folder of this machine, got {str(data_dir)!r}")
     try:
-        return pathlib.Path(os.path.expanduser(data_dir)).absolute()
+        return pathlib.Path(data_dir).expanduser().absolute()
     except RuntimeError as error:  # a user of a container may have no home
         raise DataError(
             f"there is no home for {str(data_dir)!r}; give the folder of all data sets as `data_dir` or TFDS_DATA_DIR"
