@@ -190,7 +190,8 @@ def test_one_line_per_epoch():
         display.epoch(11, 10, {"train_loss": None})
 
     assert plain(act) == [
-        "epoch  9/10  test  98.77 %  held out  97.00 %  best  train  80.00 %  loss  0.5123  lr   0.0123  12,346 images/s",
+        "epoch  9/10  test  98.77 %  held out  97.00 %  best  train  80.00 %  loss  0.5123  lr   0.0123  "
+        "12,346 images/s",
         "epoch 10/10  test    nan %  train  80.00 %  loss     nan  lr   0.0123  12,346 images/s",
         "epoch 11/10  test        -  train        -  loss       -  lr        -       - images/s",
     ]
