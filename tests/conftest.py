@@ -23,7 +23,7 @@ import pytest
 # The shapes and types in the signatures of the mathematics are checked in every call: from its import on.
 MATHEMATICS = (
     *("adc", "array_mac", "cells", "conv", "convolution", "encoding"),
-    *("readout", "step_sizes", "tiling", "variation"),
+    *("readout", "tiling", "variation"),
 )
 jaxtyping.install_import_hook([f"cimjax.core.{name}" for name in MATHEMATICS], "beartype.beartype")
 

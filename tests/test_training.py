@@ -307,7 +307,10 @@ def test_own_networks_and_own_images(tmp_path: Path) -> None:
     own = config(epochs=8.0, batch_size=16, eval_batch_size=16, augment={"flip": True})
     result = cimjax.train(own, workdir=tmp_path / "run", model=net, dataset=data, display=quiet())
     assert result.accuracy > 0.9
-    model, variables, spec = cimjax.load(tmp_path / "run", model=net, dataset=data)
+    # What a network must know of its images is saved with its state.
+    loaded = cimjax.load(tmp_path / "run", model=net)
+    np.testing.assert_allclose(loaded.normalise(images[:1]), (images[:1] / 255 - data.mean) / data.std, rtol=1e-4)
+    model, variables, spec = loaded
     assert model == net and "CIMConv_0" in variables["params"]
     # The network's own, not that of the configuration.
     assert spec == net.spec != build(own).spec

@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -246,6 +246,44 @@ class Dataset:
         if held.all() or not held.any():
             raise ValueError(f"`part` is {part} of {len(self.train)} images, which leaves a split empty; give another.")
         return dataclasses.replace(self, train=self.train._where(~held), validation=self.train._where(held))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """A data set without its images: what a trained network must know of it; fields as of `Dataset`.
+
+    images: how many of them a run trains on.
+    """
+
+    name: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Description:
+        """Of a data set whose part it is already, and of whose images some may be held out."""
+        return cls(
+            name=dataset.name,
+            classes=dataset.classes,
+            image_shape=dataset.image_shape,
+            mean=dataset.mean,
+            std=dataset.std,
+            images=len(dataset.train),
+        )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Description:
+        """From JSON, in which tuples are lists."""
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**given)
+
+    @property
+    def train(self) -> range:
+        """Something of the training images' number."""
+        return range(self.images)
 
 
 def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

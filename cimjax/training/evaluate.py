@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, Split
+from cimjax.data.dataset import Description
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
 from cimjax.training.batches import Preparation
@@ -97,7 +98,12 @@ class Health:
 
 
 def restore(
-    run: str | Path, *, which: Which = "last", model: nn.Module | None = None, dataset: Dataset | None = None
+    run: str | Path,
+    *,
+    which: Which = "last",
+    model: nn.Module | None = None,
+    dataset: Dataset | None = None,
+    images: bool = False,
 ) -> tuple[Experiment, TrainState, dict[str, Any]]:
     """The experiment of a run folder, one of its states without the optimizer's, and what was saved beside it.
 
@@ -105,16 +111,20 @@ def restore(
       run: the run folder.
       which: the last state, or the one of the best accuracy on the images that `config.validation` holds out.
       model, dataset: the network and images of the run when they were the caller's own.
+      images: whether the images themselves are wanted; what a network must know of them is saved with its state.
 
     Raises:
       RunFolderError: when the folder holds no run, or its checkpoint is damaged or of another network.
     """
     from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 
-    experiment = build(read_config(run, completed), model=model, dataset=dataset, to_train=False)
+    checkpoints = Checkpoints(Path(run))
+    known = checkpoints.beside(which).get("data")
+    about = Description.from_dict(known) if known and dataset is None and not images else dataset
+    experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
-    state, extra = Checkpoints(Path(run)).restore(wanted, which=which, holding=BESIDE, without="opt_state")
+    state, extra = checkpoints.restore(wanted, which=which, holding=BESIDE, without="opt_state")
     return experiment, state, extra
 
 
@@ -179,7 +189,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}; with an average of the
     parameters also `average_accuracy`."""
-    experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
+    experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
     evaluator = Evaluator(experiment, experiment.dataset.test)
     state = experiment.devices.put(state)
     found = evaluator(state)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, load
+from cimjax.data.dataset import Description
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
 from cimjax.nn.layers import ADC_STATISTICS
@@ -56,7 +57,7 @@ class Experiment:
     """
 
     config: ConfigDict
-    dataset: Dataset
+    dataset: Any
     model: nn.Module
     layers: list[Layer]
     optimizer: optax.GradientTransformation
@@ -226,7 +227,7 @@ def build(
     config: ConfigDict,
     *,
     model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | Description | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
     to_train: bool = True,
@@ -236,7 +237,8 @@ def build(
     Args:
       config: as the files in `configs/` give it.
       model: a network of the caller's own, `model(images, train=...)` giving logits; else `config.model`.
-      dataset: images of the caller's own; else `config.dataset`.
+      dataset: images of the caller's own, or, of a run that is not trained, what is known of them; else
+        `config.dataset`.
       loss_fn, optimizer: the caller's own; else cross entropy, and `config.optimizer`.
       to_train: whether devices must be able to share the batches of training.
 
@@ -244,8 +246,9 @@ def build(
       ValueError: for anything in the configuration that cannot be built.
     """
     check_config(config)
-    dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
-    dataset = dataset.holding_out(config.validation, config.seed)
+    if not isinstance(dataset, Description):
+        dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
+        dataset = dataset.holding_out(config.validation, config.seed)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
     devices = Devices(config.parallel)
     if to_train:

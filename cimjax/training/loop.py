@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cimjax.data.dataset import Description
 from cimjax.training.batches import Resident
 from cimjax.training.evaluate import Evaluator, Health, Loaded
 from cimjax.training.experiment import Experiment
@@ -173,7 +175,8 @@ class Run:
         return {**found, **({"ideal_adcs": True} if ideal else {})}
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
-        extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.mark()}
+        data = dataclasses.asdict(Description.of(self.experiment.dataset))
+        extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.mark(), "data": data}
         self.checkpoints.save(step, state, extra, best=best)
 
     def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:

@@ -156,6 +156,13 @@ class Checkpoints:
         other = "take the last state instead" if self.has("last") else "train first"
         raise RunFolderError(f"{self._folder} has no {which} checkpoint; {other}, or give another --workdir.")
 
+    def beside(self, which: Which = "last") -> dict[str, Any]:
+        """What was saved beside a state, without a look at its arrays; empty where no save tells."""
+        for save in self._candidates(which):
+            with contextlib.suppress(DamagedCheckpointError):  # said where the state is restored
+                return self._about(save)[1].extra
+        return {}
+
     def _saves(self) -> list[_Save]:
         """The complete saves, oldest first."""
         names = os.listdir(self._folder) if self._folder.is_dir() else []
@@ -191,16 +198,22 @@ class Checkpoints:
             return {name: value for name, value in read_config(self._run).items() if name not in MAY_CHANGE}
         return None
 
-    def _read(
-        self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], without: str | None
-    ) -> tuple[PyTree, dict[str, Any]]:
-        wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
+    def _about(self, save: _Save) -> tuple[Mapping[str, Any], seal.Content]:
+        """What tells of the arrays of a save, and what is beside them."""
         with _damage_in_one_line(save.path):
             about = ocp.metadata(save.path)
             if not isinstance(about.metadata, Mapping):
                 raise ValueError("what tells of its arrays is missing")
             stored = {name: seal.kind(leaf) for name, leaf in about.metadata.items()}
-            content = seal.open(about.custom_metadata, save.step, stored)
+            return about.metadata, seal.open(about.custom_metadata, save.step, stored)
+
+    def _read(
+        self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], without: str | None
+    ) -> tuple[PyTree, dict[str, Any]]:
+        wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
+        about, content = self._about(save)
+        stored = {name: seal.kind(leaf) for name, leaf in about.items()}
+        with _damage_in_one_line(save.path):
             for name, kind in holding.items():
                 if not isinstance(content.extra.get(name), kind):
                     raise ValueError(f"it holds no `{name}` of type {kind.__name__}")
@@ -209,7 +222,7 @@ class Checkpoints:
         _require_same(save.path, compared, {name: seal.kind(leaf) for name, leaf in wanted.items()})
         self._require_same_options(save.path, content.options)
         with _damage_in_one_line(save.path):
-            read = wanted | {name: _abstract(about.metadata[name]) for name in passed_over}
+            read = wanted | {name: _abstract(about[name]) for name in passed_over}
             leaves = ocp.load(save.path, read)
             content.verify(leaves)
         if content.digests is None:
