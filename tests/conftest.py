@@ -3,8 +3,8 @@
 `pytest` runs the quick tier: of the contract table, which holds programs against the oracle, so much that every two
 kinds of options meet; every granularity pair on the smallest network; short runs. `pytest --rest` runs what is marked
 `full`: the rest of the table, larger networks, runs that are killed and resumed, and `test_mutations`, which puts every
-fault of `faults.py` into a copy and runs the few quick tests that must notice it. `pytest --full` is both, as is
-`.ci/run`, which is to end within half an hour on two cores, and the quick tier within five minutes.
+fault of `faults.py` into a copy and runs the few quick tests that must notice it. `pytest --full` is both. `.ci/run`
+runs the quick tier.
 """
 
 from __future__ import annotations

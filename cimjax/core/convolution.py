@@ -50,6 +50,8 @@ def _convolve(inputs: Array, kernel: Array, window: Window, groups: int) -> Arra
 
 def _gradients(window: Window, groups: int, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     inputs, kernel = operands
+    if not gradient.size:  # XLA knows no window of nothing
+        return jnp.zeros_like(inputs), jnp.zeros_like(kernel)
     to_inputs = jax.linear_transpose(lambda inputs: _convolve(inputs, kernel, window, groups), inputs)
     to_kernel = jax.linear_transpose(lambda kernel: _convolve(inputs, kernel, window, groups), kernel)
     if groups == 1:
