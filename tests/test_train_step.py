@@ -24,6 +24,7 @@ from cimjax.training.batches import Resident, Streamed, mix
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.optimizer import SCHEDULES, learning_rate
 from cimjax.training.programs import train_steps
+from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.start import choose, put_in
 from cimjax.training.state import Batch, TrainState
 from cimjax.training.train_step import train_step
@@ -300,8 +301,31 @@ def test_callbacks_see_every_epoch_and_may_end_the_run(tmp_path: Path) -> None:
         assert set(records) == {"train", "test"} and int(state.step) == 4 * epoch
         return epoch == 2
 
-    chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=5.0)
+    class Kept:
+        """A writer of one's own."""
+
+        def __init__(self) -> None:
+            self.splits: list[str] = []
+            self.closed = False
+
+        def write(self, record: dict[str, Any]) -> None:
+            self.splits.append(record["split"])
+
+        def close(self) -> None:
+            self.closed = True
+
+    writer = Kept()
+    chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=5.0, checkpoint_epochs=10.0)
     result = cimjax.train(
-        chosen, workdir=tmp_path, model=Tiny(), dataset=images(), callbacks=[callback], display=quiet()
+        chosen,
+        workdir=tmp_path,
+        model=Tiny(),
+        dataset=images(),
+        callbacks=[callback],
+        writers=[writer],
+        display=quiet(),
     )
     assert seen == [1, 2] and result.steps == 8
+    # The state at which it ended is saved, and a writer has every record.
+    assert Checkpoints(tmp_path).latest_step() == 8
+    assert writer.closed and writer.splits == ["train", "test", "train", "test", "result"]

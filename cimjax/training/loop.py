@@ -78,6 +78,8 @@ class Run:
             if self.stop.requested and step < total:
                 self.stop.leave(step, total, self.folder.path)
             if ended:
+                if self.checkpoints.latest_step() != step:
+                    self._save(state, step)
                 break
         return self._finish(state, step, records.get("test") or self.test(state))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +92,10 @@ def train(
         RunFolder.open(folder, plain, completed=_as_today, formats=config.writers) as run,
         display or Display() as screen,
         stop_requests(screen.warn) as stop,
+        contextlib.ExitStack() as stack,
     ):
+        for writer in writers:
+            stack.callback(writer.close)
         teller = Teller(experiment, run, screen, writers, own=own)
         from cimjax.training.loop import Run
 
