@@ -35,16 +35,16 @@ def check_figure(path: str | Path) -> None:
     """Refuse a figure that could not be written.
 
     Raises:
-      ValueError: in one line: where matplotlib is not installed, for a name that ends in neither .png nor .svg, and as
-        `check_writable` does.
+      ValueError: in one line: for a name that ends in neither .png nor .svg, as `check_writable` does, and where
+        matplotlib is not installed.
     """
+    if Path(path).suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"a plot is a PNG or SVG file, not {shown(str(path))}; give a name that ends in .png or .svg.")
+    check_writable(path)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueError("a plot needs matplotlib: pip install 'cimjax[plot]'.") from error
-    if Path(path).suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"a plot is a PNG or SVG file, not {shown(str(path))}; give a name that ends in .png or .svg.")
-    check_writable(path)
 
 
 def check_writable(path: str | Path) -> None:

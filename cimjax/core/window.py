@@ -13,7 +13,7 @@ from jax import Array, lax
 
 # What `flax.linen.Conv` accepts for strides and dilations, and for padding.
 PerAxis = int | Sequence[int] | None
-Padding = str | int | Sequence[int | tuple[int, int]]
+Padding = str | int | Sequence[int | Sequence[int]]
 
 
 class Window(NamedTuple):
