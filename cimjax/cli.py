@@ -104,7 +104,7 @@ def _train(arguments: argparse.Namespace) -> None:
     own = arguments.workdir is not None
     workdir = Path(os.path.expanduser(arguments.workdir)) if own else _new_folder(arguments.config)
     try:
-        print(f"run folder: {workdir}", flush=True)
+        print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
         train(config, workdir=workdir, variables=given)
     finally:
         if not own:

@@ -20,7 +20,7 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.data import Dataset
-from cimjax.training.batches import Resident, Streamed, mix
+from cimjax.training.batches import Resident, Streamed, batches_of, mix
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.optimizer import SCHEDULES, learning_rate
 from cimjax.training.programs import train_steps
@@ -134,16 +134,20 @@ def test_schedules_start_at_the_rate_and_do_not_rise_beyond_it(name: str) -> Non
         assert values[-1] < 0.5 * peak
 
 
-def test_a_stream_of_the_same_images_gives_the_same_steps() -> None:
+def test_images_on_the_host_give_the_steps_of_images_on_the_device() -> None:
+    """Over the end of an epoch as well, whose order is another."""
     experiment = tiny(augment={"shift": 1, "flip": True}, label_smoothing=0.1, mixup=0.4)
-    batches, split = resident(experiment), experiment.dataset.train
-    order = np.asarray(batches.feed(0, 1)[2])
-
-    def read(step: int) -> tuple[Any, Any]:
-        chosen = order[8 * step : 8 * step + 8]
-        return split.images[chosen], split.labels[chosen]
-
-    got, _ = after(experiment, batches=Streamed(read, experiment.preparation))
+    streamed = tiny(augment={"shift": 1, "flip": True}, label_smoothing=0.1, mixup=0.4, images_on="host")
+    batches = batches_of(streamed.dataset.train, streamed.preparation, jax.device_put)
+    assert isinstance(batches, Streamed)
+    for step in (0, experiment.steps_per_epoch - 1, experiment.steps_per_epoch):
+        feeds = [each.feed(step, 1) for each in (batches, resident(experiment))]
+        state = experiment.first_state().replace(step=jnp.int32(step))
+        got, want = (
+            each.batch(feed, state, 0, None) for each, feed in zip((batches, resident(experiment)), feeds, strict=True)
+        )
+        chex.assert_trees_all_equal(got, want)
+    got, _ = after(streamed, batches=batches)
     want, _ = after(experiment)
     chex.assert_trees_all_equal(got, want)
 
@@ -211,7 +215,7 @@ import os, sys
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 sys.path.insert(0, sys.argv[1])
 import json, jax, test_train_step
-print(json.dumps(test_train_step.on_devices(int(sys.argv[2]), sys.argv[3])))
+print(json.dumps(test_train_step.on_devices(int(sys.argv[2]), *sys.argv[3:])))
 """
 
 
@@ -227,7 +231,7 @@ class Plain(nn.Module):
     axis_name: str | None = None
 
 
-def on_devices(count: int, way: str) -> dict[str, Any]:
+def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
     """Losses of three steps, evaluation and what the program gathers, on so many devices."""
     from cimjax.training import parallel
     from cimjax.training.evaluate import Evaluator
@@ -235,10 +239,11 @@ def on_devices(count: int, way: str) -> dict[str, Any]:
 
     devices = jax.devices()[:count]
     jax.devices = lambda: devices
-    chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=4.0, parallel=way, mixup=0.2)
+    fields = {"parallel": way, "mixup": 0.2, "images_on": images_on}
+    chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=4.0, **fields)
     experiment = build(chosen, model=Plain(), dataset=images())
     assert experiment.devices.count == count and parallel.AXIS
-    batches = Resident(experiment.dataset.train, experiment.preparation, 0, experiment.devices.put)
+    batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices.put)
     state, losses = experiment.devices.put(experiment.first_state()), []
     programs = Programs(experiment, batches)
     gathered = []
@@ -254,16 +259,16 @@ def on_devices(count: int, way: str) -> dict[str, Any]:
 
 
 def test_devices_share_a_step_by_both_ways() -> None:
-    """1 = 2 = 4 devices: loss, batch statistics, evaluation; and nothing of a batch is gathered."""
-    jobs = [(1, "shard_map"), (2, "shard_map"), (4, "pmap")]
+    """1 = 2 = 4 devices: loss, batch statistics, evaluation, wherever images lie; nothing of a batch is gathered."""
+    jobs = [(1, "shard_map", "device"), (2, "shard_map", "device"), (4, "pmap", "host")]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", MANY, str(Path(__file__).parent), str(count), way],
+            [sys.executable, "-c", MANY, str(Path(__file__).parent), str(count), way, place],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for count, way in jobs
+        for count, way, place in jobs
     ]
     results = []
     for process in started:

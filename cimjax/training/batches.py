@@ -121,6 +121,28 @@ class Streamed:
         return self.preparation.for_training(pixels, labels, key, keys)
 
 
+def batches_of(split: Split, preparation: Preparation, put: Callable[[Any], Any]) -> Batches:
+    """The batches of a split, which lies where `config.images_on` says; the same ones wherever that is.
+
+    Args:
+      put: copies arrays to every device.
+    """
+    config = preparation.config
+    if config.images_on == "device":
+        return Resident(split, preparation, config.seed, put)
+    key, size, orders = jax.random.key(config.seed), config.batch_size, {}  # type: Any, int, dict[int, Any]
+
+    def read(step: int) -> tuple[Any, Any]:
+        epoch, position = divmod(step, len(split) // size)
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.asarray(order_of_epoch(key, epoch, len(split)))
+        chosen = orders[epoch][position * size :][:size]
+        return split.images[chosen], split.labels[chosen]
+
+    return Streamed(read, preparation)
+
+
 def _share(values: Array, axis_name: str | None) -> Array:
     """This device's part of what is whole on every device."""
     if axis_name is None:

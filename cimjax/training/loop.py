@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cimjax.data.dataset import Description
-from cimjax.training.batches import Resident
+from cimjax.training.batches import batches_of
 from cimjax.training.evaluate import Evaluator, Health, Loaded
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
@@ -39,7 +39,7 @@ class Run:
         self.experiment, self.folder, self.tell, self.stop = experiment, run, teller, stop
         self.callbacks, self.checkpoints = callbacks, Checkpoints(run.path)
         config, data, devices = experiment.config, experiment.dataset, experiment.devices
-        self.batches = Resident(data.train, experiment.preparation, config.seed, devices.put)
+        self.batches = batches_of(data.train, experiment.preparation, devices.put)
         self.programs = Programs(experiment, self.batches)
         self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
         held_out = getattr(data, "validation", None)

@@ -38,9 +38,9 @@ class CalibrationReport(NamedTuple):
     calls: Any = 1
 
     @classmethod
-    def nothing(cls, like: Array) -> CalibrationReport:
-        """That of a layer that was not called, each entry of the shape of an array."""
-        shape = jnp.shape(like)
+    def nothing(cls, step: Array) -> CalibrationReport:
+        """Of a layer that was not called; each entry has the shape of its step."""
+        shape = jnp.shape(step)
         return cls(*(jnp.zeros(shape, jnp.float32 if isinstance(value, float) else jnp.int32) for value in cls()))
 
     def joined(self, other: CalibrationReport) -> CalibrationReport:

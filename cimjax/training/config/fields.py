@@ -154,6 +154,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("data_dir", "", TEXT, "folder of data sets; empty: tensorflow-datasets' own"),
         Field("subset.classes", 0, _whole(), "only the first so many classes; 0: all"),
         Field("subset.images", 0, _whole(), "only so many training images of these; 0: all"),
+        Field("images_on", "device", _one_of("device", "host"), "where training images lie; a host sends each batch"),
         Field("validation", 0.0, _PART, "part of the training images held out to choose the best state; 0: the last"),
         Field("augment.shift", 0, _whole(0, 1000), "random shifts by up to so many pixels"),
         Field("augment.flip", False, FLAG, "random mirror images"),
