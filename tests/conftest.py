@@ -28,7 +28,7 @@ MATHEMATICS = (
 jaxtyping.install_import_hook([f"cimjax.core.{name}" for name in MATHEMATICS], "beartype.beartype")
 
 from cimjax.core.programs import cpu  # noqa: E402
-from cimjax.training.cache import keep_compiled_programs  # noqa: E402
+from cimjax.training.cache import KEPT_FROM, keep_compiled_programs  # noqa: E402
 
 # Set within a run of the suite, for runs of it that its tests start.
 _WITHIN = "CIMJAX_WITHIN_SUITE"
@@ -53,13 +53,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What takes long to compile is compiled once for all workers and all processes that tests start, and quickly.
+    """Programs are compiled once for all workers and all processes that tests start, and quickly.
 
     In a folder of this run: no test sees programs of another version, and none are left with the user.
     """
     if not hasattr(config, "workerinput") and _WITHIN not in os.environ:
         os.environ[_WITHIN] = "1"
         os.environ.setdefault("XLA_FLAGS", compiles_quickly())
+        # The small ones are kept too: a suite has thousands of them, most of them many times.
+        os.environ.setdefault(KEPT_FROM, "0")
         folder = tempfile.mkdtemp(prefix="cimjax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -130,13 +131,11 @@ class Net(nn.Module):
 
 def test_a_network_is_calibrated_layer_by_layer_on_what_calibrated_layers_give() -> None:
     net, x = Net(SMALL), images(8)
-    variables = net.init(jax.random.key(0), x, train=True)
+    variables = jax.jit(functools.partial(net.init, train=True))(jax.random.key(0), x)
     spoil = jax.tree_util.tree_map_with_path
     spoiled = spoil(lambda path, p: p + 1.0 if "step" in str(path) or "offset" in str(path) else p, variables)
 
-    def calibrate(variables: Any) -> Any:
-        return cimjax.calibrate(net, variables, x, train=True)
-
+    calibrate = jax.jit(lambda variables: cimjax.calibrate(net, variables, x, train=True))
     calibrated = calibrate(spoiled)
     chex.assert_trees_all_equal(calibrated["batch_stats"], variables["batch_stats"])
     chex.assert_trees_all_close(calibrated, dict(variables), rtol=1e-4, atol=1e-4)
@@ -258,7 +257,7 @@ def test_frozen_kinds_of_steps_get_no_gradient_and_power_of_two_steps_are_powers
         with without_calibration():
             params = layer.init(jax.random.key(0), x)["params"]
         params["weight_log_step"] = params["weight_log_step"] - 2
-        gradient = jax.grad(lambda p, layer=layer: jnp.sum(jnp.square(layer.apply({"params": p}, x))))(params)
+        gradient = jax.jit(jax.grad(lambda p, layer=layer: jnp.sum(jnp.square(layer.apply({"params": p}, x)))))(params)
         for name in ("psum_log_step", "psum_offset"):
             assert bool(jnp.any(gradient[name] != 0)) == moves, (step, name)
 
@@ -272,7 +271,7 @@ def test_a_dense_layer_of_several_positions_learns_as_a_convolution_of_one_pixel
     params["weight_log_step"] = params["weight_log_step"] - 2
 
     def gradient(layer: nn.Module, params: Any, x: jax.Array) -> Any:
-        return jax.grad(lambda params: jnp.sum(jnp.square(layer.apply({"params": params}, x))))(params)
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.square(layer.apply({"params": params}, x)))))(params)
 
     got = gradient(dense, params, x)
     want = gradient(conv, params | {"kernel": params["kernel"][None, None]}, x[:, :, None])
@@ -302,6 +301,7 @@ def test_steps_move_and_stay_positive_and_finite_at_absurd_learning_rates(rate: 
         assert not jnp.array_equal(params[name], before[name]), name
 
 
+@pytest.mark.full
 def test_all_steps_move_toward_their_least_squares_optimum() -> None:
     """A one-layer regression: the layer's own full-precision output is the target, every kind starts off by 3 x."""
     x = jax.random.normal(jax.random.key(0), (64, 6, 6, 8))

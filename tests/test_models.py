@@ -98,7 +98,7 @@ def parameters_with_steps(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"preactivation": True}, {"shortcut": "projection", "residual": "codes"}],
+    [{"preactivation": True}, pytest.param({"shortcut": "projection", "residual": "codes"}, marks=pytest.mark.full)],
     ids=str,
 )
 def test_narrow_networks_run_and_differentiate(options: dict[str, Any]) -> None:

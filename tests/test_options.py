@@ -262,6 +262,7 @@ USUAL: dict[str, Any] = {
     "seed": 0,
     "dataset": "",
     "data_dir": "",
+    "images_on": "device",
     "subset": {"classes": 0, "images": 0},
     "model": {"name": ""},
     "spec": CIMSpec().to_dict(),
@@ -321,7 +322,7 @@ def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.P
 
 def older() -> dict[str, Any]:
     """The fields of a run of the first version, as `config.json` holds them."""
-    new = ("ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel", "writers")
+    new = ("images_on", "ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel", "writers")
     plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
     optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}
     spec = plain["spec"] | {"activation": {"bits": 3}}
@@ -369,7 +370,7 @@ def test_what_is_no_config_is_refused_in_one_line(change: dict[str, Any], messag
 
 
 def test_a_config_to_train_has_every_field() -> None:
-    with pytest.raises(ValueError, match=r"^`config.ema` is missing; `cimjax config resolve` prints"):
+    with pytest.raises(ValueError, match=r"^`config.images_on` is missing; `cimjax config resolve` prints"):
         check_config(ConfigDict({name: value for name, value in USUAL.items() if name != "ema"}))
     with pytest.raises(ValueError, match="give a ConfigDict, as `load_config` returns"):
         check_config(USUAL)  # type: ignore[arg-type]

@@ -243,6 +243,7 @@ def test_the_fused_kernel_is_lowered_for_gpus(operands: str) -> None:
         traced.lower(lowering_platforms=("tpu",))
 
 
+@pytest.mark.full
 def test_the_step_of_a_network_is_lowered_for_the_platform_that_is_asked_for() -> None:
     """On a CPU host for a GPU: none of what is for the CPU, and cheap operands where these are exact."""
     config = load_config(str(CONFIGS / "resnet20_c10.py"))
@@ -301,6 +302,7 @@ def temporary(layer: Any, execution: Execution, x: Any, kernel: Any, layers: int
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.full
 def test_recomputation_takes_less_memory() -> None:
     """Of six layers the partial sums of one read group at a time are held."""
     base = spec(activation={"bits": 4}, weight={"bits": 4, "cell_bits": 1}, array={"rows": 64, "columns": 64})

@@ -149,22 +149,6 @@ def wait_for_epoch(folder: Path, epoch: int, process: subprocess.Popen[str]) -> 
     raise AssertionError(f"epoch {epoch} was not seen: {process.communicate()}")
 
 
-@pytest.mark.full
-def test_a_killed_run_ends_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    fields = ("--config.epochs=4.0", f"--config.rules={RULES}")
-    output, error = start(whole, *fields).communicate()
-    assert "test accuracy" in output and "Traceback" not in error, error
-    process = start(cut, *fields)
-    wait_for_epoch(cut, 1, process)
-    process.kill()
-    process.communicate()
-    assert 22 <= (Checkpoints(cut).latest_step() or 0) < 88
-    output, error = start(cut, *fields).communicate()
-    assert "resumed after step" in output and "Traceback" not in error, error
-    assert without_times(read_records(cut)) == without_times(read_records(whole))
-
-
 class Stopping(Display):
     """Asks for an end, as Ctrl-C does, at the first look at the metrics after so many steps."""
 
@@ -240,6 +224,7 @@ def few_steps() -> Any:
     return config(epochs=0.45, augment={"shift": 1}, rules=(("conv[23]", None),))
 
 
+@pytest.mark.full
 def test_several_devices_give_the_result_of_one(tmp_path: Path) -> None:
     """To rounding, over ten steps; later a code that lies at a tie may round differently, and runs part from there."""
     four = subprocess.Popen(
@@ -333,6 +318,7 @@ def test_evaluation_counts_every_image_once() -> None:
         assert found["loss"] == pytest.approx(np.mean(log_sum - logits[np.arange(360), labels]), rel=1e-5)
 
 
+@pytest.mark.full
 def test_the_chip_of_a_run_is_the_same_wherever_it_is_looked_at() -> None:
     """How ADCs are used is measured on the cells that the run trains through."""
     varied = [Override("spec.variation", "{'sigma': 0.8, 'on': 'cells'}")]
@@ -542,6 +528,7 @@ def test_rules_change_single_layers() -> None:
     assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
 
 
+@pytest.mark.full
 def test_adcs_can_be_ideal_at_first(tmp_path: Path) -> None:
     """Then ladders are set from data, and the best state is one of these."""
     chosen = config(epochs=2.0, ideal_share=0.5)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import jax
 
+# JAX's own setting: the seconds of compilation from which on a program is kept.
+KEPT_FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
 
 def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None:
     """Turn on JAX's persistent compilation cache, unless the user has set one or turned it off.
@@ -24,7 +27,8 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None
         chosen.mkdir(parents=True, exist_ok=True)
         if os.access(chosen, os.W_OK | os.X_OK):
             jax.config.update("jax_compilation_cache_dir", str(chosen))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+            if KEPT_FROM not in os.environ:
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _caches() -> Path:
