@@ -18,26 +18,15 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import cimjax
+from cimjax.analysis.studies.commands import STUDIES
+from cimjax.command import A_CONFIG, Command, UsageError
 from cimjax.spec.base import closest, nearest, shortened, shown
 from cimjax.training.config.options import CIM_OPTIONS, describe_options
-
-
-class UsageError(ValueError):
-    """A command line that cannot be understood: one line that says what, and how to mend it."""
-
-
-class Command(NamedTuple):
-    """One command: what `--help` says, its arguments as `argparse` takes them, and what it does."""
-
-    help: str
-    example: str
-    arguments: Mapping[str, dict[str, Any]]
-    run: Callable[[argparse.Namespace], None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,7 +208,6 @@ def _config_resolve(arguments: argparse.Namespace) -> None:
     print(json.dumps(load_config(arguments.config, arguments.overrides).to_dict(), indent=2))
 
 
-_A_CONFIG = "FILE[:OPTIONS]"
 _COMMANDS = {
     "train": Command(
         "train a network through the arrays, or go on with a run; `python train.py` is the same",
@@ -227,7 +215,7 @@ _COMMANDS = {
         {
             "--config": {
                 "required": True,
-                "metavar": _A_CONFIG,
+                "metavar": A_CONFIG,
                 "help": "what to train: Python, or JSON of `cimjax config resolve`",
             },
             "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
@@ -258,7 +246,7 @@ _COMMANDS = {
         "train every combination of some options, and print the table of accuracies",
         "cimjax sweep --config configs/digits.py --over adc_bits=2,3 --workdir runs/a",
         {
-            "--config": {"required": True, "metavar": _A_CONFIG, "help": "what to train"},
+            "--config": {"required": True, "metavar": A_CONFIG, "help": "what to train"},
             "--over": {
                 "action": "append",
                 "required": True,
@@ -294,7 +282,7 @@ _COMMANDS = {
         "time training and evaluation steps of a network beside full precision, or its layers",
         "cimjax bench --config configs/resnet20_c10.py --runs 5 --plot bench.png",
         {
-            "--config": {"required": True, "metavar": _A_CONFIG, "help": "the network and its batch size"},
+            "--config": {"required": True, "metavar": A_CONFIG, "help": "the network and its batch size"},
             "--of": {
                 "choices": ("steps", "programs", "layers", "growth"),
                 "default": "steps",
@@ -311,15 +299,16 @@ _COMMANDS = {
     "config show": Command(
         "print all fields of a config, their values and what they mean",
         "cimjax config show configs/digits.py:psum=layer",
-        {"config": {"metavar": _A_CONFIG, "help": "what to look at"}},
+        {"config": {"metavar": A_CONFIG, "help": "what to look at"}},
         _config_show,
     ),
     "config resolve": Command(
         "print all fields of a config as JSON, which `--config` takes too",
         "cimjax config resolve configs/digits.py:psum=layer > mine.json",
-        {"config": {"metavar": _A_CONFIG, "help": "what to print"}},
+        {"config": {"metavar": A_CONFIG, "help": "what to print"}},
         _config_resolve,
     ),
+    **STUDIES,
 }
 
 _ON_CONFIGS = """\
@@ -342,7 +331,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str) -> None:
         command = _COMMANDS[name]
-        self.takes_config = any(settings.get("metavar") == _A_CONFIG for settings in command.arguments.values())
+        self.takes_config = any(settings.get("metavar") == A_CONFIG for settings in command.arguments.values())
         super().__init__(
             prog=f"cimjax {name}",
             description=textwrap.fill(f"{command.help[0].upper()}{command.help[1:]}.", 80),

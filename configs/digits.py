@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.config.defaults import default_config
+from cimjax.training.config.defaults import default_config, finished
 from cimjax.training.config.options import parse_options
 
 
@@ -33,4 +33,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.optimizer.learning_rate = 0.15
     config.optimizer.weight_decay = 2e-3
     config.eval_batch_size = 360
-    return config.lock()
+    return finished(config, options)

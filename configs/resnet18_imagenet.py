@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.config.defaults import IDEAL_SHARE, RECIPE, default_config
+from cimjax.training.config.defaults import IDEAL_SHARE, RECIPE, default_config, finished
 from cimjax.training.config.options import parse_options
 
 
@@ -38,4 +38,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.ideal_share = IDEAL_SHARE
     config.optimizer.weight_decay = 1e-4
     config.augment = ConfigDict({"shift": 0, "flip": True})
-    return config.lock()
+    return finished(config, options)

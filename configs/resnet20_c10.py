@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from cimjax.training.config.defaults import RECIPE, default_config, train_as_cifar
+from cimjax.training.config.defaults import RECIPE, default_config, finished, train_as_cifar
 from cimjax.training.config.options import parse_options
 
 
@@ -28,4 +28,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.dataset = "cifar10"
     config.model = ConfigDict({"name": "resnet20", "width": 1.0})
     train_as_cifar(config, smoke=options.smoke, classes=10)
-    return config.lock()
+    return finished(config, options)

@@ -4,7 +4,7 @@
 kinds of options meet; every granularity pair on the smallest network; short runs. `pytest --rest` runs what is marked
 `full`: the rest of the table, larger networks, runs that are killed and resumed, and `test_mutations`, which puts every
 fault of `faults.py` into a copy and runs the few quick tests that must notice it. `pytest --full` is both. `.ci/run`
-runs the quick tier.
+runs one after the other.
 """
 
 from __future__ import annotations

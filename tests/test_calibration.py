@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import chex
 import jax
@@ -17,9 +18,10 @@ from cimjax.core import step_sizes as steps_lib
 from cimjax.core import window as window_lib
 from cimjax.core.array_mac import partial_sums
 from cimjax.core.calibration import steps as calibration
+from cimjax.core.calibration.quantile import PERCENTILE
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile, tile_kernel
-from cimjax.spec import CIMSpec
+from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
 
 SAMPLES = 512
 
@@ -358,3 +360,60 @@ def test_simpler_starts_of_ladders_are_what_they_say(offset: bool) -> None:
             low = values.min() if offset else 0
             np.testing.assert_allclose(step.item(), (values.max() - low) / 7, rtol=1e-5)
             assert zero is None or zero.item() == pytest.approx(low)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "array", "column"])
+def test_ranges_and_percentiles_of_weights_are_those_of_each_group(granularity: str) -> None:
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 9, 5))
+    for start, part in (("range", 1.0), ("percentile", PERCENTILE)):
+        spec = CIMSpec(weight=WeightSpec(granularity=granularity, start=start), array=ArraySpec(rows=36, columns=6))
+        tiling = tile(kernel.shape, spec)
+        got = np.asarray(calibration.weight_step(kernel, tiling, spec))
+        reach = np.maximum(kernel / spec.weight.code_range.q_max, kernel / spec.weight.code_range.q_min)
+        # Groups as a mask each: what a change of the weight moves of the step of its group.
+        for index in np.ndindex(*got.shape):
+            inside = np.asarray(members(tiling, spec, index, kernel.shape))
+            values = np.sort(reach[inside])
+            assert got[index] == pytest.approx(values[int(np.ceil(part * len(values))) - 1], rel=1e-5)
+
+
+def members(tiling: Any, spec: CIMSpec, index: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Which weights share the step at an index, by the gradient of their codes to it."""
+    ones = jnp.ones(shape)
+
+    def total(kernel: Any) -> Any:
+        step = jnp.zeros(steps_lib.shapes(tiling, spec).weight).at[index].set(1.0)
+        expanded = jnp.moveaxis(steps_lib.expand_weight(step, tiling), 1, 0)[0]
+        return jnp.sum(tile_kernel(kernel, tiling) * expanded[:, None])
+
+    return np.asarray(jax.grad(total)(ones)) != 0
+
+
+def test_the_percentile_of_a_ladder_leaves_out_the_outermost_psums() -> None:
+    spec = CIMSpec(
+        activation=ActivationSpec(bits=3),
+        weight=WeightSpec(bits=2, cell_bits=1),
+        adc=ADCSpec(bits=4, offset=True, start="percentile"),
+        array=ArraySpec(rows=64),
+    )
+    tiling = tile((1, 1, 8, 2), spec)
+    psums = jax.random.randint(jax.random.key(1), (1, 1000, 1, 2, 2), 0, 200).astype(jnp.float32)
+    psums = psums.at[0, 0].set(10_000.0)
+    steps = StepSizes(*(s if s is None else jnp.ones(s) for s in steps_lib.shapes(tiling, spec)))
+    step, offset = calibration.psum_steps(psums, steps, tiling, spec)
+    values = np.sort(np.moveaxis(np.asarray(psums[0, :, 0]), 0, -1), axis=-1)
+    place = int(np.ceil(PERCENTILE * 1000)) - 1
+    high, low = values[..., place], -np.sort(-values)[..., place]
+    assert values.max() == 10_000 and high.max() < 200
+    np.testing.assert_allclose(np.asarray(step)[0], (high - low) / 15, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(offset)[0], low, atol=1e-2)
+    wide = dataclasses.replace(spec, adc=dataclasses.replace(spec.adc, start="range"))
+    assert float(calibration.psum_steps(psums, steps, tiling, wide)[0].min()) > 600
+
+
+def test_ranges_and_percentiles_of_activations() -> None:
+    x = jnp.concatenate([jnp.linspace(-1, 2, 30_001), jnp.asarray([50.0])])
+    for bits, signed, q_max in ((4, False, 15), (4, True, 7)):
+        for start, reach in (("range", 50.0), ("percentile", None)):
+            step = float(calibration.activation_step(x, ActivationSpec(bits=bits, signed=signed, start=start)))
+            assert step == pytest.approx((reach or 2.0) / q_max, rel=5e-3)

@@ -21,6 +21,7 @@ from cimjax.training.config.fields import FIELDS, SCHEDULES, check_config, compl
 from cimjax.training.config.file import Override, load_config
 from cimjax.training.config.options import (
     CIM_OPTIONS,
+    SCHEMES,
     Option,
     OptionError,
     describe_options,
@@ -32,8 +33,8 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = [option.name for option in CIM_OPTIONS]
 
 REFUSED = [
-    ("wieght=layer", r"unknown option 'wieght' \(did you mean 'weight'\?\); known: scheme, weight, psum, .*, smoke\."),
-    ("xyz=red", r"unknown option 'xyz'; known: scheme, weight, "),
+    ("wieght=layer", r"unknown option 'wieght' \(did you mean 'weight'\?\); known: scheme, training, .*, smoke\."),
+    ("xyz=red", r"unknown option 'xyz'; known: scheme, training, "),
     ("weight=colum", r"weight is 'colum' \(did you mean 'column'\?\); allowed: layer, array, column, none\."),
     ("psum=row", r"psum is 'row'; allowed: layer, array, column, none\."),
     ("weight=Layer", r"weight is 'Layer' \(did you mean 'layer'\?\)"),
@@ -58,14 +59,15 @@ REFUSED = [
     ("seed=1,seed=1", r"option seed is given twice; leave one of them out\."),
     ("smoke,", r"an option is empty in 'smoke,'; write them as name=value,name=value,flag\."),
     ("=3", r"an option is empty in '=3'"),
-    ("scheme=colum", r"scheme is 'colum' \(did you mean 'column'\?\); allowed: column\."),
-    ("scheme=kim2022", r"scheme=kim2022 comes with a later version; weight=layer,psum=layer trains its .* one stage"),
-    ("scheme=bai2023", r"a later version; weight=array,psum=array trains"),
-    ("scheme=bai2024", r"a later version; weight=array,psum=array trains"),
-    ("scheme=saxena2022", r"a later version; weight=layer,psum=array trains"),
-    ("scheme=saxena2023", r"a later version; weight=layer,psum=column trains"),
-    ("scheme=column,weight=layer", r"scheme=column means weight=column,psum=column, not weight=layer; leave one of"),
-    ("psum=none,scheme=column", r"scheme=column means weight=column,psum=column, not psum=none"),
+    ("scheme=colum", r"scheme is 'colum' \(did you mean 'column'\?\); allowed: kim2022, bai2023, .*, column\."),
+    ("scheme=kim2022,weight=array", r"scheme=kim2022 means weight=layer,psum=layer,training=post_training, not weight"),
+    ("scheme=bai2023,training=one_stage", r"means weight=array,psum=array,training=post_training, not training=one"),
+    ("scheme=saxena2022,weight_step=learned", r"training=two_stage,weight_step=calibrated, not weight_step=learned"),
+    ("scheme=column,weight=layer", r"scheme=column means weight=column,psum=column,.* not weight=layer; leave one of"),
+    ("psum=none,scheme=column", r"scheme=column means .*, not psum=none"),
+    ("training=two_stage,weight=none", r"training has no effect with weight=none"),
+    ("training=two_stage,psum=none", r"training has no effect with psum=none, which is an ideal ADC"),
+    ("weight_step=calibrated,weight=none", r"weight_step has no effect with weight=none"),
     ("weight=none,rows=64", r"rows has no effect with weight=none, which is full precision; leave one of them out\."),
     ("weight=none,psum=layer", r"psum has no effect with weight=none"),
     ("adc_bits=2,psum=none", r"adc_bits has no effect with psum=none, which is an ideal ADC; leave one of them out\."),
@@ -263,6 +265,8 @@ USUAL: dict[str, Any] = {
     "dataset": "",
     "data_dir": "",
     "images_on": "device",
+    "start": "random",
+    "frozen": (),
     "subset": {"classes": 0, "images": 0},
     "model": {"name": ""},
     "spec": CIMSpec().to_dict(),
@@ -320,9 +324,39 @@ def test_every_config_has_exactly_the_fields_that_training_reads(file: pathlib.P
     json.loads(config.to_json())
 
 
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_schemes_are_granularities_and_a_way_of_training(file: pathlib.Path) -> None:
+    usual = load_config(str(file))
+    for name, meant in SCHEMES.items():
+        config = load_config(f"{file}:scheme={name}")
+        adc, weight = config.spec.adc, config.spec.weight
+        assert (weight.granularity, adc.granularity) == (meant["weight"], meant["psum"])
+        assert (adc.offset, weight.start) == (False, "magnitude")
+        after = meant["training"] == "post_training"
+        assert config.start == ("run" if after else "random")
+        assert config.ideal_share == (0.5 if meant["training"] == "two_stage" else 0.0)
+        frozen = {"kim2022": ("network", "activation", "weight"), "saxena2022": ("weight",)}
+        assert config.frozen == frozen.get(name.replace("bai2023", "kim2022").replace("bai2024", "kim2022"), ())
+        assert config.epochs == (max(1, round(usual.epochs / 10)) if after else usual.epochs)
+    config = load_config(f"{file}:training=post_training,adc_step=calibrated,weight_start=percentile")
+    assert (config.epochs, config.spec.weight.start) == (0.0, "percentile")
+    assert load_config(f"{file}:scheme=column,offset").spec.adc.offset
+
+
 def older() -> dict[str, Any]:
     """The fields of a run of the first version, as `config.json` holds them."""
-    new = ("images_on", "ema", "validation", "mixup", "variation_draw", "fresh_chips", "parallel", "writers")
+    new = (
+        "images_on",
+        "start",
+        "frozen",
+        "ema",
+        "validation",
+        "mixup",
+        "variation_draw",
+        "fresh_chips",
+        "parallel",
+        "writers",
+    )
     plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
     optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}
     spec = plain["spec"] | {"activation": {"bits": 3}}
@@ -341,7 +375,7 @@ def test_an_older_config_is_completed() -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"epochs": None}, "`config.epochs` is None; give a number above 0 up to 2147483647."),
+        ({"epochs": None}, "`config.epochs` is None; give a number from 0 to 2147483647."),
         ({"seed": "22"}, "`config.seed` is '22'; give a whole number from -2147483647 to 2147483647."),
         ({"batch_size": 64.0}, "`config.batch_size` is 64.0; give a whole number from 1 to 2147483647."),
         ({"batch_size": True}, "`config.batch_size` is True; give a whole number"),
@@ -370,7 +404,7 @@ def test_what_is_no_config_is_refused_in_one_line(change: dict[str, Any], messag
 
 
 def test_a_config_to_train_has_every_field() -> None:
-    with pytest.raises(ValueError, match=r"^`config.images_on` is missing; `cimjax config resolve` prints"):
+    with pytest.raises(ValueError, match=r"^`config.ema` is missing; `cimjax config resolve` prints"):
         check_config(ConfigDict({name: value for name, value in USUAL.items() if name != "ema"}))
     with pytest.raises(ValueError, match="give a ConfigDict, as `load_config` returns"):
         check_config(USUAL)  # type: ignore[arg-type]

@@ -11,16 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cimjax.analysis.figures import COLOURS, DPI, HEIGHT, MARKERS, WIDTH, plain, require_matplotlib
 from cimjax.spec.base import nearest, shown
 from cimjax.training.run.folder import read_config, read_records
 
-# Okabe and Ito's colours without yellow, which is too light for a line; markers tell more runs apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # Splits that have a record for every epoch.
 _SPLITS = ("train", "test", "validation")
-# Inches; 900 pixels wide where a figure is shown at 100 per inch, and twice as sharp.
-_WIDTH, _HEIGHT, _DPI = 9.0, 3.7, 200
 
 
 class Run(NamedTuple):
@@ -41,10 +37,7 @@ def check_figure(path: str | Path) -> None:
     if Path(path).suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"a plot is a PNG or SVG file, not {shown(str(path))}; give a name that ends in .png or .svg.")
     check_writable(path)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'cimjax[plot]'.") from error
+    require_matplotlib()
 
 
 def check_writable(path: str | Path) -> None:
@@ -80,7 +73,7 @@ def plot(runs: Sequence[str | Path], path: str | Path, *, over: Sequence[str] = 
     curves = {name: _curves_of(name, found) for name in dict.fromkeys(over)}
     if not curves:
         raise ValueError("nothing is to be drawn; give --over, as in --over loss,accuracy.")
-    _draw(found, curves).savefig(path, dpi=_DPI)
+    _draw(found, curves).savefig(path, dpi=DPI)
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:
@@ -139,8 +132,8 @@ def _draw(runs: Sequence[Run], curves: Mapping[str, Sequence[tuple[str, str]]]) 
     columns = 2 if len(curves) > 1 else 1
     rows, width = -(-len(curves) // columns), max(len(run.label) for run in runs)
     # Columns of the legend that fit, at about ten letters to an inch.
-    across = max(1, min(len(runs), int(10 * _WIDTH) // (width + 10)))
-    figure = Figure(figsize=(_WIDTH, _HEIGHT * rows + 0.22 * -(-len(runs) // across)), layout="constrained")
+    across = max(1, min(len(runs), int(10 * WIDTH) // (width + 10)))
+    figure = Figure(figsize=(WIDTH, HEIGHT * rows + 0.22 * -(-len(runs) // across)), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (name, lines) in zip(panels, curves.items(), strict=False):
         _panel(axes, name, lines, runs)
@@ -167,8 +160,8 @@ def _panel(axes: Any, name: str, lines: Sequence[tuple[str, str]], runs: Sequenc
                 [record["epoch"] for record in records],
                 [100 * value for value in values] if percent else values,
                 style,
-                color=_COLOURS[index % len(_COLOURS)],
-                marker=_MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)] if style == "-" else None,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[(index + index // len(COLOURS)) % len(MARKERS)] if style == "-" else None,
                 markevery=(index % every, every),  # not on those of others
                 markersize=4,
                 linewidth=1.5 if style == "-" else 1,
@@ -180,15 +173,14 @@ def _panel(axes: Any, name: str, lines: Sequence[tuple[str, str]], runs: Sequenc
     axes.set_title(f"{what}{' (dashed: held out)' if dashed else ''}{', percent' if percent else ''}", fontsize=10)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
 
 
 def _switches(axes: Any, runs: Sequence[Run], *, at_bottom: bool) -> None:
     """A line at every epoch after which ADCs were switched on, with its words where curves have left room by then."""
     for index, epochs in enumerate(sorted({run.ideal_epochs for run in runs} - {0})):
         own = [number for number, run in enumerate(runs) if run.ideal_epochs == epochs]
-        colour = _COLOURS[own[0] % len(_COLOURS)] if len(own) == 1 < len(runs) else "0.35"
+        colour = COLOURS[own[0] % len(COLOURS)] if len(own) == 1 < len(runs) else "0.35"
         height = 0.02 + 0.07 * (index % 3)
         y, side = (height, "bottom") if at_bottom else (1 - height, "top")
         axes.axvline(epochs, color=colour, linestyle=":", linewidth=1.2)

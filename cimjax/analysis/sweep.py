@@ -7,7 +7,6 @@ where it was. Combinations are planned by `cimjax.analysis.sweep_plan`, and what
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import re
@@ -74,7 +73,14 @@ def sweep(
     """
     if jobs < 1:
         raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
-    runs, workdir = plan(config, axes, workdir, fields), Path(workdir)
+    return train_all(plan(config, axes, workdir, fields), workdir, jobs=jobs, retry=retry)
+
+
+def train_all(
+    runs: Sequence[PlannedRun], workdir: str | Path, *, jobs: int = 1, retry: bool = False
+) -> list[dict[str, Any]]:
+    """Train planned runs, each once the run that it starts from has ended; all else as of `sweep`."""
+    workdir = Path(workdir)
     from cimjax.analysis.progress import Progress  # imports jax, which nobody waits for before a refusal
 
     with in_one_line("create", workdir):
@@ -119,7 +125,7 @@ def _train(
     asked: list[int],
 ) -> list[dict[str, Any]]:
     """Train those runs that have no row."""
-    waiting = collections.deque(index for index, row in enumerate(rows) if row is None)
+    waiting = [index for index, row in enumerate(rows) if row is None]
     before = sum("failed" in row for row in rows if row)
     failed = f", {before} failed before (--retry tries them again)" if before else ""
     finished = len(runs) - len(waiting) - before
@@ -128,8 +134,14 @@ def _train(
     sent = 0
     try:
         while running or (waiting and not asked):
-            while waiting and len(running) < jobs and not asked:
-                index = waiting.popleft()
+            ready = [index for index in waiting if _has_its_start(runs[index])]
+            if not (ready or running):
+                # What they start from has failed.
+                for index in waiting:
+                    rows[index] = _row(runs[index], failed=f"{runs[index].start}, which it starts from, has not ended")
+                break
+            for index in ready[: jobs - len(running)] if not asked else ():
+                waiting.remove(index)
                 running[index] = _start(runs[index], jobs), time.monotonic()
             progress.doing(*(f"training {index + 1} of {len(runs)}: {runs[index]}" for index in running))
             for index, (process, since) in list(running.items()):
@@ -154,6 +166,11 @@ def _train(
     return whole
 
 
+def _has_its_start(run: PlannedRun) -> bool:
+    """Whether the run that a run starts from has ended."""
+    return run.start is None or any(record.get("split") == "result" for record in read_records(run.start))
+
+
 def _terminate(running: Mapping[int, tuple[subprocess.Popen[bytes], float]]) -> None:
     for process, _ in running.values():
         process.terminate()
@@ -162,6 +179,7 @@ def _terminate(running: Mapping[int, tuple[subprocess.Popen[bytes], float]]) -> 
 def _start(run: PlannedRun, jobs: int) -> subprocess.Popen[bytes]:
     """Its process, in a session of its own: what is typed at the terminal reaches it through the sweep only."""
     command = [sys.executable, "-m", "cimjax", "train", "--config", run.config, "--workdir", str(run.folder)]
+    command += [] if run.start is None else ["--from", str(run.start)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # lines in the order in which they were printed
     if jobs > 1:
         # Each process of jax takes three quarters of a GPU's memory unless told otherwise.

@@ -26,13 +26,15 @@ _LONGEST = 200
 
 
 class PlannedRun(NamedTuple):
-    """One combination: its values as typed, the config and fields of its run, its epochs, and its folder."""
+    """One combination: its values as typed, the config and fields of its run, its epochs, its folder, and the folder of
+    the run that it starts from, which must have ended before."""
 
     values: dict[str, str]
     config: str
     fields: list[str]
     epochs: float
     folder: Path
+    start: Path | None = None
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.values.items()) or self.config
@@ -86,7 +88,7 @@ def plan(
     for chosen in itertools.product(*axes.values()):
         run = _planned(config, dict(zip(axes, chosen, strict=True)), Path(workdir), fields)
         try:
-            runs.append(_checked(run, {other.folder for other in runs}))
+            runs.append(checked(run, {other.folder for other in runs}))
         except ValueError as error:
             wrong.setdefault(str(error), []).append(str(run))
     bad, total = sum(map(len, wrong.values())), math.prod(map(len, axes.values()))
@@ -111,8 +113,15 @@ def _planned(config: str, values: dict[str, str], workdir: Path, fields: Sequenc
     return PlannedRun(values, argument, [*fields, *own], 0.0, workdir / name)
 
 
-def _checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
-    """The run with its epochs, where its config can be trained, and its folder is free and of this config."""
+def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
+    """The run with its epochs, where its config can be trained, and its folder is free and of this config.
+
+    Args:
+      taken: the folders of other runs.
+
+    Raises:
+      ValueError: in one line.
+    """
     config = load_config(run.config, take_overrides(run.fields)[0])
     check_config(config)
     if run.folder in taken:

@@ -75,6 +75,8 @@ class StepStart(enum.StrEnum):
 
     LEAST_SQUARES = "least_squares"
     MAGNITUDE = "magnitude"
+    RANGE = "range"
+    PERCENTILE = "percentile"
 
 
 class LadderStart(enum.StrEnum):
@@ -83,6 +85,7 @@ class LadderStart(enum.StrEnum):
     LEAST_SQUARES = "least_squares"
     MAGNITUDE = "magnitude"
     RANGE = "range"
+    PERCENTILE = "percentile"
 
 
 class ADCRange(enum.StrEnum):
@@ -195,7 +198,7 @@ class WeightSpec(Spec):
     # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only.
     step_per_plane: bool = False
     # Where calibration starts the step: `least_squares`: where rounding changes the tensor least; `magnitude`: LSQ's
-    # rule, `2 mean|x| / sqrt(q)`.
+    # rule, `2 mean|x| / sqrt(q)`; `range`: where the codes just cover all values; `percentile`: 99.9 % of them.
     start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
     gradient_factor: float = 30.0
@@ -278,7 +281,8 @@ class ADCSpec(Spec):
     # rounded to the nearest power of two.
     step: StepKind = StepKind.LEARNED
     # Where calibration puts the ladder: `least_squares`: where the output changes least; `magnitude`: LSQ's rule for
-    # real numbers, `2 mean|P| / sqrt(q)` from 0; `range`: over all partial sums that occur.
+    # real numbers, `2 mean|P| / sqrt(q)` from 0; `range`: over all partial sums that occur; `percentile`: over all but
+    # the outermost 0.1 % on either side.
     start: LadderStart = LadderStart.LEAST_SQUARES
     # `auto`: signed codes where a column can be negative and there is no offset; `signed`: always.
     range: ADCRange = ADCRange.AUTO

@@ -81,6 +81,8 @@ class Run:
                 if self.checkpoints.latest_step() != step:
                     self._save(state, step)
                 break
+        if self.checkpoints.latest_step() is None:
+            self._save(state, step, best=True)
         return self._finish(state, step, records.get("test") or self.test(state))
 
     def _begin(self, variables: Any) -> tuple[TrainState, int]:
@@ -196,4 +198,4 @@ class Run:
 
     def _movement(self, state: TrainState) -> dict[str, dict[str, float]]:
         first, now = jax.device_get((state.first_steps, stored_steps(state.params)))
-        return movement(first, now, self.experiment.specs)
+        return movement(first, now, self.experiment.specs, self.experiment.config.frozen)

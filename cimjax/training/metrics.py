@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -64,18 +64,19 @@ def is_trained(kind: str, spec: CIMSpec) -> bool:
 
 
 def movement(
-    first: Mapping[str, Any], now: Mapping[str, Any], specs: Mapping[str, CIMSpec]
+    first: Mapping[str, Any], now: Mapping[str, Any], specs: Mapping[str, CIMSpec], frozen: Collection[str] = ()
 ) -> dict[str, dict[str, float]]:
     """How far steps moved since calibration: by kind and layer, the mean of `|log(s / s0)|` (offsets: of steps).
 
     Args:
       first, now: stored steps by path, as `step.stored_steps` gives them.
       specs: of the array layers by path; steps that training cannot move are left out, and all others counted.
+      frozen: as `config.frozen`, whose steps are left out as well.
     """
     moved: dict[str, dict[str, float]] = {}
     for path, value in now.items():
         layer, kind = path.rsplit("/", 1)[0], kind_of_step(path)
-        if layer in specs and not is_trained(kind, specs[layer]):
+        if (layer in specs and not is_trained(kind, specs[layer])) or {"offset": "psum"}.get(kind, kind) in frozen:
             continue
         distance = float(np.mean(np.abs(np.asarray(value, np.float64) - np.asarray(first[path], np.float64))))
         moved.setdefault(kind, {})[layer] = distance

@@ -52,6 +52,13 @@ def is_of_adc(path: tuple[Any, ...]) -> bool:
     return str(getattr(path[-1], "key", "")).endswith(ADC_SUFFIXES)
 
 
+def trained_as(path: tuple[Any, ...]) -> str:
+    """The word of `config.frozen` for the parameter at a tree path."""
+    if kind_of(path) != "step":
+        return "network"
+    return "psum" if is_of_adc(path) else "weight" if str(path[-1].key) == "weight_log_step" else "activation"
+
+
 def is_kind(params: Any, kind: str) -> Any:
     """A tree of booleans, True at the parameters of a kind."""
     return jax.tree_util.tree_map_with_path(lambda path, _: kind_of(path) == kind, params)
@@ -67,11 +74,9 @@ def total_steps(config: ConfigDict, images: int) -> int:
     """Optimizer steps of a whole run: `epochs` epochs of whole batches.
 
     Raises:
-      ValueError: for a batch larger than the data, or a run without steps or without end.
+      ValueError: for a batch larger than the data, or a run without end.
     """
     steps = config.epochs * steps_per_epoch(config, images)
-    if not steps > 0:
-        raise ValueError(f"`config.epochs` is {config.epochs}: that is no step; give more epochs.")
     if steps > LARGEST_COUNT:
         raise ValueError(f"`config.epochs` is {config.epochs}: more than {LARGEST_COUNT} steps; give fewer epochs.")
     return math.ceil(steps)
@@ -86,7 +91,7 @@ def steps_per_epoch(config: ConfigDict, images: int) -> int:
 
 def learning_rate(config: ConfigDict, images: int) -> optax.Schedule:
     """Linear warm-up over `warmup_epochs`, then `optimizer.schedule` over the rest, by default a cosine down to 0."""
-    total, options = total_steps(config, images), config.optimizer
+    total, options = max(1, total_steps(config, images)), config.optimizer
     warmup = round(min(total - 1, config.warmup_epochs * steps_per_epoch(config, images)))
     after = SCHEDULES[options.schedule](options.learning_rate, total - warmup, options.schedule_options)
     if not warmup:
@@ -95,7 +100,8 @@ def learning_rate(config: ConfigDict, images: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, images: int) -> optax.GradientTransformation:
-    """SGD with momentum or AdamW; decay on kernels only; steps and offsets at `step_factor` times the rate.
+    """SGD with momentum or AdamW; decay on kernels only; steps and offsets at `step_factor` times the rate; what
+    `config.frozen` names is left as it is.
 
     With `clip_norm` the gradient of all parameters together is scaled down to that norm first.
 
@@ -105,10 +111,15 @@ def make_optimizer(config: ConfigDict, images: int) -> optax.GradientTransformat
     options, rate = config.optimizer, learning_rate(config, images)
     decay = optax.masked(optax.add_decayed_weights(options.weight_decay), lambda params: is_kind(params, "kernel"))
     steps = optax.masked(optax.scale(options.step_factor), lambda params: is_kind(params, "step"))
+    frozen = optax.masked(
+        optax.set_to_zero(),
+        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: trained_as(path) in config.frozen, params),
+    )
+    last = [optax.scale_by_learning_rate(rate), *([frozen] if config.frozen else [])]
     clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.name == "sgd":
         moments = optax.trace(options.momentum, nesterov=options.nesterov)
-        return optax.chain(*clip, decay, moments, steps, optax.scale_by_learning_rate(rate))
+        return optax.chain(*clip, decay, moments, steps, *last)
     if options.name == "adamw":
-        return optax.chain(*clip, optax.scale_by_adam(), decay, steps, optax.scale_by_learning_rate(rate))
+        return optax.chain(*clip, optax.scale_by_adam(), decay, steps, *last)
     raise ValueError(f"`config.optimizer.name` is {options.name!r}; allowed: sgd, adamw.")

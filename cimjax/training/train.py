@@ -17,6 +17,7 @@ from cimjax.data import Dataset
 from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import build, default_workdir
+from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
@@ -86,6 +87,11 @@ def train(
     """
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
     folder = Path(workdir) if workdir is not None else default_workdir(config)
+    if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
+        raise ValueError(
+            "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "
+            "--from RUN (`variables=`)."
+        )
     plain = json.loads(config.to_json_best_effort())
     own = model is not None or dataset is not None
     with (

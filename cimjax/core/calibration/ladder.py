@@ -1,7 +1,7 @@
-"""Starting values of ADC ladders: the search for the least squared error, and two simpler rules; all traceable.
+"""Starting values of ADC ladders: the search for the least squared error, and three simpler rules; all traceable.
 
 The search is a grid, then alternating least squares. A *ladder* is a step and the offset of its code 0. Which partial
-sums share a ladder is told by a `Grouping`; which of them are looked at is decided in `cimjax.core.start`.
+sums share a ladder is told by a `Grouping`; which of them are looked at is decided in `cimjax.core.calibration.steps`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from cimjax.core import lsq
+from cimjax.core.calibration.quantile import PERCENTILE, quantile
 from cimjax.core.step_sizes import fixed_step
 from cimjax.spec import ADCSpec, CIMSpec, CodeRange, LadderStart, StepKind
 
@@ -77,6 +78,8 @@ def fit(
         best = problem.of_magnitude(start)
     elif adc.start == LadderStart.RANGE:
         best = problem.covering(start)
+    elif adc.start == LadderStart.PERCENTILE:
+        best = problem.covering(start, PERCENTILE)
     else:
         search = problem.search_with_offset if adc.offset else problem.search
         best = jax.lax.fori_loop(0, REFINEMENTS, lambda _, ladder: problem.refine(ladder), search(start))
@@ -94,8 +97,6 @@ class _Problem:
         self.q_min, self.q_max = np.asarray(codes[0]), np.asarray(codes[1])
         self.grouping, self.spec = grouping, spec
         self.adc: ADCSpec = spec.adc
-        # (T, *columns) extremes of the partial sums.
-        self.low, self.high = jnp.min(values, axis=1), jnp.max(values, axis=1)
 
     def total(self, elements: Array) -> Array:
         """Sums over slices, samples and the columns of each group."""
@@ -132,21 +133,26 @@ class _Problem:
         largest = np.sqrt(max(-self.q_min.min(), self.q_max.max()))
         return start._replace(step=self.allowed(2 * mean / largest))
 
-    def covering(self, start: _Ladder) -> _Ladder:
-        """The ladder whose lowest and highest code just reach the extremes."""
+    def covering(self, start: _Ladder, part: float = 1.0) -> _Ladder:
+        """The ladder whose lowest and highest code just reach the extremes, without the outermost ones on either side
+        if only a `part` of the partial sums shall lie inside."""
         if not self.adc.offset:
-            return start._replace(step=self.allowed(self._reach()))
-        low = -self.grouping.largest(jnp.max(-self.low, axis=0))
-        high = self.grouping.largest(jnp.max(self.high, axis=0))
+            return start._replace(step=self.allowed(self._reach(part)))
+        low, high = -self._largest(-self.values, part), self._largest(self.values, part)
         q_min, q_max = float(self.q_min.min()), float(self.q_max.max())
         step = self.allowed((high - low) / (q_max - q_min))
         return start._replace(step=step, offset=low - step * q_min)
 
-    def _reach(self) -> Array:
+    def _reach(self, part: float = 1.0) -> Array:
         """The step at which the highest and the lowest code just reach the extremes, code 0 at 0."""
-        q_min, q_max = self.q_min[:, 0], self.q_max[:, 0]
-        reach = jnp.maximum(self.high / q_max, jnp.where(q_min < 0, self.low / np.minimum(q_min, -1), 0.0))
-        return self.grouping.largest(jnp.max(reach, axis=0))
+        below = jnp.where(self.q_min < 0, self.values / np.minimum(self.q_min, -1), 0.0)
+        return self._largest(jnp.maximum(self.values / self.q_max, below), part)
+
+    def _largest(self, values: Array, part: float = 1.0) -> Array:
+        """The largest value of each group, or the one that a `part` of them does not exceed."""
+        if part == 1.0:
+            return self.grouping.largest(jnp.max(values, axis=(0, 1)))
+        return quantile(values, part, self.grouping.expand, self.total, jnp.float32(1))
 
     def search(self, start: _Ladder) -> _Ladder:
         """The best step of the grid, code 0 at 0."""
@@ -161,8 +167,7 @@ class _Problem:
         """The best step and ladder position of the grid."""
         # With an offset all code ranges are the same.
         reach, middle = float((self.q_max - self.q_min).max()), float((self.q_max + self.q_min).max()) / 2
-        low = -self.grouping.largest(jnp.max(-self.low, axis=0))
-        high = self.grouping.largest(jnp.max(self.high, axis=0))
+        low, high = -self._largest(-self.values), self._largest(self.values)
         mass = self.total(self.weight)
         mean = self.total(self.weight * self.values) / mass
         spread = jnp.sqrt(self.total(self.weight * jnp.square(self.values - self.grouping.expand(mean))) / mass)

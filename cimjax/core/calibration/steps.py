@@ -20,6 +20,7 @@ from cimjax.core import lsq
 from cimjax.core.adc import psum_ranges, reference_ranges
 from cimjax.core.array_mac import array_mac
 from cimjax.core.calibration.ladder import Grouping, fit
+from cimjax.core.calibration.quantile import PERCENTILE, quantile
 from cimjax.core.calibration.report import CalibrationReport, report_input
 from cimjax.core.cells import quantize_weight, store
 from cimjax.core.encoding import slice_codes
@@ -118,9 +119,13 @@ def activation_step(x: Array, spec: ActivationSpec) -> Array:
     step = _from_mean_magnitude(jnp.mean(jnp.abs(values)), spec.code_range)
     if spec.start == StepStart.MAGNITUDE or spec.code_range.binary:
         return step
+    if spec.start == StepStart.RANGE:
+        return _positive(jnp.max(_reach(values, spec.code_range)))
     values = values.reshape(-1)
     # Every so many elements are enough, and much quicker.
     values = values[:: max(1, values.size // 2**16)]
+    if spec.start == StepStart.PERCENTILE:
+        return _positive(jnp.quantile(_reach(values, spec.code_range), PERCENTILE))
     return _least_squares(values, step, spec.code_range, lambda step: step, jnp.sum)
 
 
@@ -137,10 +142,17 @@ def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
     """
     expand, total = _over_weight_groups(tiling, spec)
     weights = tile_kernel(kernel.astype(jnp.float32), tiling)
-    count = total(jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape))
-    step = _from_mean_magnitude(total(jnp.abs(weights)) / count, spec.weight.code_range)
-    if spec.weight.start == StepStart.LEAST_SQUARES and not spec.weight.code_range.binary:
-        step = _least_squares(weights, step, spec.weight.code_range, lambda step: expand(step)[:, None], total)
+    stored = jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape)
+    codes, start = spec.weight.code_range, spec.weight.start
+    step = _from_mean_magnitude(total(jnp.abs(weights)) / total(stored), codes)
+    if codes.binary or start == StepStart.MAGNITUDE:
+        pass
+    elif start == StepStart.LEAST_SQUARES:
+        step = _least_squares(weights, step, codes, lambda step: expand(step)[:, None], total)
+    else:
+        part = 1.0 if start == StepStart.RANGE else PERCENTILE
+        reach = _reach(weights, codes)
+        step = _positive(quantile(reach, part, lambda step: expand(step)[:, None], total, stored))
     return jnp.broadcast_to(step[:, None], shapes(tiling, spec).weight) if spec.weight.step_per_plane else step
 
 
@@ -186,6 +198,17 @@ def _over_weight_groups(tiling: Tiling, spec: CIMSpec) -> tuple[Callable[[Array]
 def _from_mean_magnitude(mean: Array, codes: CodeRange) -> Array:
     """LSQ's start, `2 mean|x| / sqrt(q)`; `mean|x|` for signed 1 bit (Esser et al. 2020, section 2.1)."""
     step = mean if codes.binary else 2.0 * mean / math.sqrt(codes.magnitude)
+    return _positive(step)
+
+
+def _reach(values: Array, codes: CodeRange) -> Array:
+    """The step at which each value just reaches the end of the codes on its side; 0 on a side without codes."""
+    below = values / codes.q_min if codes.q_min < 0 else 0.0
+    return jnp.maximum(values / codes.q_max, below)
+
+
+def _positive(step: Array) -> Array:
+    """Steps, 1 where there was nothing to follow."""
     return jnp.where(step > 0, step, 1.0)
 
 

@@ -27,6 +27,30 @@ RECIPE = {"offset": True, "weight_start": "least_squares"}
 IDEAL_SHARE = 0.5
 
 
+# What a published scheme in two stages leaves open: the part of the training before ADCs are there.
+_FIRST_STAGE = 0.5
+# Epochs in which the ADCs of a trained network learn their steps, as a part of those of a whole training.
+_POST_TRAINING = 0.1
+
+
+def finished(config: ConfigDict, options: types.SimpleNamespace) -> ConfigDict:
+    """The config, locked, in the stages that the options `training` and `weight_step` ask for: what ends `get_config`.
+
+    `post_training` starts from a trained run (`--from`), and only ADCs learn; where these learn nothing, nothing is
+    trained at all.
+    """
+    if options.weight_step == "calibrated":
+        config.frozen = ("weight",)
+    if options.training is not None:
+        config.ideal_share = _FIRST_STAGE if options.training == "two_stage" else 0.0
+    if options.training == "post_training":
+        learns = options.psum is not None and (options.adc_step in ("learned", "power_of_two"))
+        config.start, config.frozen = "run", ("network", "activation", "weight")
+        config.epochs = max(1.0, round(_POST_TRAINING * config.epochs)) if learns else 0.0
+        config.warmup_epochs = 0.0
+    return config.lock()
+
+
 def train_as_cifar(config: ConfigDict, *, smoke: bool, classes: int) -> None:
     """Train as is usual for CIFAR: 200 epochs on images shifted by up to 4 pixels and mirrored.
 

@@ -147,6 +147,9 @@ SCHEDULES = (
     *("cosine_onecycle", "linear_onecycle", "sgdr"),
 )
 
+# What may stay as it was at the start: kernels, biases and scales; steps of activations, weights, partial sums.
+FROZEN = ("network", "activation", "weight", "psum")
+
 # By what they are about.
 SECTIONS: dict[str, tuple[Field, ...]] = {
     "data": (
@@ -195,7 +198,9 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
     "training": (
         Field("seed", 0, _whole(-LARGEST_COUNT), "seed of everything random"),
         Field("batch_size", 64, _whole(1), "images of a batch, over all devices"),
-        Field("epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "passes over the training images"),
+        Field("start", "random", _one_of("random", "run"), "random weights, or a run's, which must then be given"),
+        Field("frozen", (), _several(_one_of(*FROZEN), ", ".join(FROZEN)), "what is not trained"),
+        Field("epochs", 1.0, _number(0, LARGEST_COUNT), "passes over the training images; 0: calibrated only"),
         Field("warmup_epochs", 1.0, _number(0, LARGEST_COUNT), "epochs in which the rate rises from 0"),
         Field("optimizer.name", "sgd", _one_of("sgd", "adamw"), "the optimizer"),
         Field("optimizer.learning_rate", 0.1, _number(0, _LARGE), "the highest learning rate"),

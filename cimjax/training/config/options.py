@@ -104,18 +104,24 @@ def _names(kind: type[enum.StrEnum]) -> tuple[str, ...]:
     return tuple(str(member) for member in kind)
 
 
-# The granularities (weight, psum) of schemes whose way of training is not here yet: they are refused by name.
-_LATER_SCHEMES = {
-    "kim2022": ("layer", "layer"),
-    "bai2023": ("array", "array"),
-    "bai2024": ("array", "array"),
-    "saxena2022": ("layer", "array"),
-    "saxena2023": ("layer", "column"),
+# How a network comes to its partial-sum quantizers.
+TRAININGS = ("one_stage", "two_stage", "post_training")
+# What every scheme has in common: no offset before the ADC, and LSQ's own start of weight steps.
+_PUBLISHED = {"offset": False, "weight_start": "magnitude"}
+# The schemes of the paper's Table I as options: granularities, training, and what is learned.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "kim2022": {"weight": "layer", "psum": "layer", "training": "post_training"},
+    "bai2023": {"weight": "array", "psum": "array", "training": "post_training"},
+    "bai2024": {"weight": "array", "psum": "array", "training": "post_training"},
+    "saxena2022": {"weight": "layer", "psum": "array", "training": "two_stage", "weight_step": "calibrated"},
+    "saxena2023": {"weight": "layer", "psum": "column", "training": "two_stage"},
+    "column": {"weight": "column", "psum": "column", "training": "one_stage"},
 }
 
 # The options that every config offers.
 CIM_OPTIONS = (
-    Option("scheme", ("column",), None, "weight and psum by the name of a scheme"),
+    Option("scheme", tuple(SCHEMES), None, "a scheme of the paper's Table I: granularities and training"),
+    Option("training", TRAININGS, None, "ADCs from the start, after ideal ones, or on a trained network"),
     Option("weight", (*_names(Granularity), None), "column", "what shares a weight step", "weight.granularity"),
     Option("psum", (*_names(Granularity), None), "column", "what shares an ADC step", "adc.granularity"),
     Option("act_bits", (int, 1.5), 4, "bits of an activation", "activation.bits"),
@@ -133,6 +139,7 @@ CIM_OPTIONS = (
     Option("act_step", _names(StepKind), "learned", "how an activation's step comes about", "activation.step"),
     Option("act_full_scale", (float, None), None, "inputs that a `fixed` act_step spans", "activation.full_scale"),
     Option("act_start", _names(StepStart), "magnitude", "what sets an activation's first step", "activation.start"),
+    Option("weight_step", ("learned", "calibrated"), "learned", "whether training moves weight steps"),
     Option("weight_start", _names(StepStart), "magnitude", "what sets a weight's first step", "weight.start"),
     Option("adc_start", _names(LadderStart), "least_squares", "what sets an ADC's first step", "adc.start"),
     Option("offset", (bool,), False, "an offset of its own before each ADC", "adc.offset"),
@@ -168,7 +175,7 @@ def parse_options(argument: str | None, *extra: Option, **defaults: Any) -> type
             raise ValueError(f"{name}={value!r} is no default: there is no such option, or it takes no such value.")
     typed = _read(argument, table)
     values = {option.name: option.default for option in table.values()} | defaults | typed
-    values |= _granularities(values["scheme"], typed)
+    values |= _of_scheme(values["scheme"], typed)
     if values["adc_step"] == StepKind.FIXED and "offset" not in typed:
         # One reference for all columns is what a fixed ADC is for; an offset in every column is not typed by accident.
         values["offset"] = False
@@ -235,29 +242,27 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
             raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
         if name in typed:
             raise OptionError(f"option {name} is given twice; leave one of them out.")
-        if name == "scheme" and text in _LATER_SCHEMES:
-            weight, psum = _LATER_SCHEMES[text]
-            today = f"weight={weight},psum={psum} trains its granularities in one stage today"
-            raise OptionError(f"scheme={text} comes with a later version; {today}.")
         typed[name] = table[name].parse(text if equals else None)
     return typed
 
 
-def _granularities(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, str]:
-    """What the name of a scheme stands for."""
+def _of_scheme(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the name of a scheme stands for; what is no part of its definition may be typed beside it."""
     if scheme is None:
         return {}
-    for name in ("weight", "psum"):
-        if name in typed and typed[name] != "column":
+    meant = SCHEMES[scheme]
+    for name, value in meant.items():
+        if name in typed and typed[name] != value:
             given = f"{name}={'none' if typed[name] is None else typed[name]}"
-            raise OptionError(f"scheme=column means weight=column,psum=column, not {given}; leave one of them out.")
-    return {"weight": "column", "psum": "column"}
+            text = ",".join(f"{name}={value}" for name, value in meant.items())
+            raise OptionError(f"scheme={scheme} means {text}, not {given}; leave one of them out.")
+    return meant | {name: value for name, value in _PUBLISHED.items() if name not in typed}
 
 
 def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mapping[str, Option]) -> None:
     """An option that changes nothing would mislead whoever reads the command later."""
     for name in typed:
-        field = table[name].field
+        field = table[name].field or {"training": "adc.", "weight_step": "weight."}.get(name)
         if field is None or values[name] is None:
             continue
         if values["weight"] is None:

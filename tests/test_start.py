@@ -1,0 +1,73 @@
+"""Runs that start from a trained one: post-training schemes, what stays frozen, and what is calibrated only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+from test_training import config, quiet
+
+import cimjax
+from cimjax.training.config.file import load_config
+from cimjax.training.run.folder import read_records
+
+DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of full precision."""
+    folder = tmp_path_factory.mktemp("start") / "full"
+    cimjax.train(config("smoke,weight=none", epochs=4.0), workdir=folder, display=quiet())
+    return cimjax.load(folder)
+
+
+def of(options: str, **fields: Any) -> Any:
+    chosen = load_config(f"{DIGITS}:smoke,{options}")
+    with chosen.unlocked():
+        chosen.model.width = 4
+        chosen.update(fields)
+    return chosen
+
+
+def flat(variables: Any) -> dict[str, np.ndarray]:
+    return {path: np.asarray(x) for path, x in flax.traverse_util.flatten_dict(dict(variables), sep="/").items()}
+
+
+def test_a_post_training_scheme_learns_the_steps_of_adcs_alone(trained: Any, tmp_path: Path) -> None:
+    chosen = of("scheme=kim2022", model=trained.config.model, rules=trained.config.rules)
+    with pytest.raises(ValueError, match=r"`config.start` is 'run', as training=post_training has it; give a trained"):
+        cimjax.train(chosen, workdir=tmp_path / "none", display=quiet())
+    assert not (tmp_path / "none").exists()
+    result = cimjax.train(chosen, workdir=tmp_path / "run", variables=trained, display=quiet())
+    assert set(result.moved) == {"psum_moved"} and result.moved["psum_moved"] > 1e-3
+    before, after = flat(trained.variables["params"]), flat(cimjax.load(tmp_path / "run").variables["params"])
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value)
+    # It goes on, and ends, without being given the run again.
+    cimjax.train(chosen, workdir=tmp_path / "run", display=quiet())
+
+
+def test_without_epochs_a_network_is_calibrated_saved_and_measured(trained: Any, tmp_path: Path) -> None:
+    fields = {"model": trained.config.model, "rules": trained.config.rules}
+    chosen = of("training=post_training,adc_step=calibrated,adc_start=percentile", **fields)
+    result = cimjax.train(chosen, workdir=tmp_path / "run", variables=trained, display=quiet())
+    assert (result.steps, result.moved) == (0, {})
+    assert [record["split"] for record in read_records(tmp_path / "run")][-1] == "result"
+    assert cimjax.evaluate(tmp_path / "run")["accuracy"] == result.accuracy > 0.2
+    records = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    cimjax.train(chosen, workdir=tmp_path / "run", display=quiet())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == records
+
+
+def test_what_is_frozen_stays(tmp_path: Path) -> None:
+    chosen = of("weight_step=calibrated,offset")
+    assert chosen.frozen == ("weight",)
+    result = cimjax.train(chosen, workdir=tmp_path, display=quiet())
+    assert {"activation_moved", "psum_moved", "offset_moved"} == set(result.moved)
+    state = cimjax.load(tmp_path).variables["params"]
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
