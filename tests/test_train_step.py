@@ -204,7 +204,7 @@ def test_weights_of_another_network_are_taken_and_the_rest_is_calibrated() -> No
     # Steps of the same specification are taken; those of another are calibrated.
     _, facts = choose(state.variables, experiment.abstract_state().variables)
     assert facts["calibrated"] == "none"
-    given, facts = choose(state.variables, experiment.abstract_state().variables, lambda layer: layer != "body")
+    given, facts = choose(state.variables, experiment.abstract_state().variables, lambda path: "body" not in path)
     assert not given.steps and "psum_log_step" in facts["calibrated"]
     with pytest.raises(ValueError, match="nothing of the given variables fits: they have 2: other/kernel"):
         choose({"params": {"other": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}}, state.variables)

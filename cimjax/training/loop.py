@@ -22,7 +22,7 @@ from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
 from cimjax.training.show.teller import Teller
-from cimjax.training.start import choose
+from cimjax.training.start import choose, fits
 from cimjax.training.state import TrainState
 from cimjax.training.train import Callback, Result
 
@@ -91,8 +91,7 @@ class Run:
         if variables is not None:
             specs = variables.specs if isinstance(variables, Loaded) else experiment.specs
             there = variables.variables if isinstance(variables, Loaded) else variables
-            same = {layer for layer, spec in experiment.specs.items() if specs.get(layer) == spec}
-            given, facts = choose(there, experiment.abstract_state().variables, same.__contains__)
+            given, facts = choose(there, experiment.abstract_state().variables, fits(specs, experiment.specs))
             self.tell.taken(facts)
         state, reports = experiment.first_state_and_reports(given)
         self.tell.calibrated(reports, 0)

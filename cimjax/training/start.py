@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.spec import CIMSpec, StepStart
+from cimjax.training.metrics import kind_of_step
 from cimjax.training.optimizer import STEP_SUFFIXES
 
 
@@ -25,14 +28,14 @@ class Given(NamedTuple):
 
 
 def choose(
-    given: Mapping[str, Any], wanted: Mapping[str, Any], takes_steps: Callable[[str], bool] = lambda layer: True
+    given: Mapping[str, Any], wanted: Mapping[str, Any], takes_step: Callable[[str], bool] = lambda path: True
 ) -> tuple[Given, dict[str, str]]:
     """What of some variables fits a network.
 
     Args:
       given: variables of another network, {"params": ..., ...}; of full precision, or of arrays.
       wanted: those of this network, or their shapes.
-      takes_steps: whether a layer ("block1/conv1") takes steps over; otherwise these are calibrated.
+      takes_step: whether a stored step ("params/conv1/weight_log_step") is taken over; otherwise it is calibrated.
 
     Returns:
       What is taken, and lines to show: how much was taken, is calibrated, is new, and was left over.
@@ -43,7 +46,7 @@ def choose(
     there, here = (flax.traverse_util.flatten_dict(dict(tree), sep="/") for tree in (given, wanted))
     fitting = {path: jnp.asarray(value) for path, value in there.items() if path in here}
     fitting = {path: value for path, value in fitting.items() if value.shape == here[path].shape}
-    steps = {path: value for path, value in fitting.items() if is_step(path) and takes_steps(_layer(path))}
+    steps = {path: value for path, value in fitting.items() if is_step(path) and takes_step(path)}
     values = {path: value for path, value in fitting.items() if not is_step(path)}
     if not values:
         raise ValueError(f"nothing of the given variables fits: they have {_some(there)}, the network {_some(here)}.")
@@ -55,6 +58,30 @@ def choose(
         "left over": _some([path for path in there if path not in values and path not in steps]),
     }
     return Given(values, steps), facts
+
+
+def fits(there: Mapping[str, CIMSpec], here: Mapping[str, CIMSpec]) -> Callable[[str], bool]:
+    """Whether a stored step of one network means the same in another: what it quantizes is built alike in both.
+
+    Args:
+      there, here: the specifications of all array layers by path; of the network that steps are of, and of the other.
+    """
+
+    def built(spec: CIMSpec, kind: str) -> Any:
+        if kind == "activation":
+            return dataclasses.replace(spec.activation, start=StepStart.MAGNITUDE, gradient_factor=1.0)
+        weight = dataclasses.replace(spec.weight, start=StepStart.MAGNITUDE, gradient_factor=1.0)
+        return (weight, spec.array) if kind == "weight" else spec
+
+    def takes(path: str) -> bool:
+        layer, kind = _layer(path), kind_of_step(path)
+        if layer in here and layer in there:
+            return bool(built(here[layer], kind) == built(there[layer], kind))
+        # A tensor that several layers read is quantized by itself, as all their inputs are.
+        inputs = [{built(spec, "activation") for spec in specs.values()} for specs in (there, here)]
+        return layer not in here and inputs[0] == inputs[1]
+
+    return takes
 
 
 def is_step(path: str) -> bool:

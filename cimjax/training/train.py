@@ -74,7 +74,7 @@ def train(
       model: a network of your own, called as `model(images, train=...)` or `model(images)`; else `config.model`.
       dataset: images of your own; else `config.dataset` names some.
       variables: what to start from, instead of random weights: what fits is taken, steps that it lacks are calibrated.
-        Of a `Loaded` run, steps are taken by layers of the same specification only.
+        Of a `Loaded` run, a step is taken where what it quantizes is built alike in both.
       loss_fn: `loss_fn(logits, batch)`, () or (N,) float32; else cross entropy. See `training.state.Batch`.
       optimizer: else `config.optimizer` describes one.
       writers: your own further places for the records of `metrics.jsonl`, beside `config.writers`.

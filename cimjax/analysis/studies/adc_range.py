@@ -1,0 +1,91 @@
+"""Which rule sets an ADC best: ladders of a network that was trained with ideal ADCs, without training and with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cimjax.analysis import figures
+from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
+from cimjax.analysis.studies.runs import (
+    Case,
+    Outcome,
+    Study,
+    accuracy_cells,
+    failures,
+    markdown,
+    save,
+    train_cases,
+)
+from cimjax.spec import LadderStart
+
+IDEAL = "ideal ADC"
+# Rules by name, as options; the first of them train nothing.
+RULES = {str(rule).replace("_", " "): f"adc_start={rule},adc_step=calibrated" for rule in LadderStart}
+RULES |= {
+    "least squares, one for the layer": "adc_step=calibrated,psum=layer",
+    "learned": "adc_step=learned",
+    "learned, power of two": "adc_step=power_of_two",
+}
+
+
+def cases(bits: Sequence[str]) -> list[Case]:
+    """The network with ideal ADCs, and from it every rule at every number of bits."""
+    found = [Case(IDEAL, "psum=none")]
+    for one in bits:
+        for name, options in RULES.items():
+            found.append(Case(f"{name} P{one}", f"training=post_training,{options},adc_bits={one}", IDEAL))
+    return found
+
+
+def study_adc_range(
+    config: str,
+    workdir: str | Path,
+    *,
+    bits: Sequence[str] = ("2", "3", "4"),
+    seeds: Sequence[int] = (0, 1, 2),
+    fields: Sequence[str] = (),
+    jobs: int = 1,
+    retry: bool = False,
+) -> Study:
+    """Train a network with ideal ADCs, then set its ADCs by each rule; weights and their steps stay as they are.
+
+    Args:
+      config: a config file with options for all runs, without `adc_bits`.
+      workdir: a folder for the runs, the table (`adc_range.md`, `.json`) and the figure.
+      bits: of the ADC, as the option `adc_bits` takes them.
+      seeds, fields, jobs, retry: as for `study_granularity`.
+
+    Raises:
+      ValueError, Stopped: as `study_granularity` does.
+    """
+    figures.require_matplotlib()
+    outcomes = train_cases(config, cases(bits), seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    head = ["ADC set by", "accuracy %", "lowest", "highest", "runs", "trained"]
+    rows = []
+    for one in outcomes:
+        trains = "adc_step=learned" in one.case.options or "adc_step=power_of_two" in one.case.options
+        rows.append([one.case.name, *accuracy_cells(one, len(seeds)), "its steps" if trains else ""])
+    text = f"{markdown(head, rows)}{failures(outcomes)}"
+    data = [{"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed} for one in outcomes]
+    files = save(workdir, "adc_range", text, data)
+    files += figures.save(_figure(outcomes, bits), workdir, "adc_range")
+    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+
+
+def _figure(outcomes: Sequence[Outcome], bits: Sequence[str]) -> Any:
+    """Accuracy over bits, a line for each rule."""
+    of = {one.case.name: one for one in outcomes}
+    figure, (axes,) = figures.panels()
+    for index, name in enumerate(RULES):
+        own = [of[f"{name} P{one}"] for one in bits]
+        trained = "learned" in name
+        where = [float(one) + 0.015 * (index - len(RULES) / 2) for one in bits]
+        draw(axes, where, own, index, label=name, linestyle="-" if trained else "--")
+    level(axes, of[IDEAL])
+    axes.set_xticks([float(one) for one in bits], bits)
+    axes.set_xlabel("bits of the ADC (solid: its steps are trained; dotted: ideal ADC)", fontsize=9)
+    accuracy_axis(axes)
+    axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure

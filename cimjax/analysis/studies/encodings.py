@@ -1,0 +1,136 @@
+"""What accuracy costs: encodings of weights and bits of ADCs, over conversions and over the energy of ADCs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cimjax.analysis import figures
+from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
+from cimjax.analysis.studies.granularity import FULL
+from cimjax.analysis.studies.runs import (
+    Case,
+    Outcome,
+    Study,
+    accuracy_cells,
+    costs_of,
+    failures,
+    markdown,
+    pareto,
+    save,
+    train_cases,
+    with_options,
+)
+from cimjax.spec.base import nearest
+
+# Encodings by a name of the study, as options.
+ENCODINGS = {
+    "twos_complement": "encoding=twos_complement",
+    "differential": "encoding=differential",
+    "differential_analog": "encoding=differential,subtract=analog",
+    "offset": "encoding=offset",
+    "offset_adc": "encoding=offset,reference=adc",
+}
+# What accuracy is set against.
+COSTS = {"conversions": "ADC conversions per image", "energy": "ADC energy per image, conversions x codes"}
+
+
+def cases(encodings: Sequence[str], bits: Sequence[str], pairs: Sequence[str]) -> list[Case]:
+    """Full precision, ideal ADCs in the first encoding and pair, and every combination.
+
+    Raises:
+      ValueError: for an unknown encoding or pair of granularities.
+    """
+    for name in encodings:
+        if name not in ENCODINGS:
+            raise ValueError(f"--encodings names {name!r}{nearest(name, ENCODINGS)}.")
+    for pair in pairs:
+        if pair.count("/") != 1:
+            raise ValueError(f"--pairs names {pair!r}; give granularities of weights and psums, as in column/column.")
+    found = [Case(FULL, "weight=none")]
+    found += [Case("ideal ADC", f"weight={pairs[0].split('/')[0]},psum=none,{ENCODINGS[encodings[0]]}")]
+    for encoding, pair, one in itertools.product(encodings, pairs, bits):
+        weight, psum = pair.split("/")
+        where = "" if len(pairs) == 1 else f" {pair}"
+        options = f"weight={weight},psum={psum},{ENCODINGS[encoding]},adc_bits={one}"
+        found.append(Case(f"{encoding}{where} P{one}", options))
+    return found
+
+
+def study_encodings(
+    config: str,
+    workdir: str | Path,
+    *,
+    encodings: Sequence[str] = ("twos_complement", "differential", "differential_analog"),
+    bits: Sequence[str] = ("2", "3", "4"),
+    pairs: Sequence[str] = ("column/column",),
+    seeds: Sequence[int] = (0, 1, 2),
+    fields: Sequence[str] = (),
+    jobs: int = 1,
+    retry: bool = False,
+) -> Study:
+    """Train every combination over seeds, and name those that no other beats: the Pareto front.
+
+    Args:
+      config: a config file with options for all runs.
+      workdir: a folder for the runs, the table (`encodings.md`, `.json`) and the figure.
+      encodings: names of `ENCODINGS`.
+      bits: of the ADC, as the option `adc_bits` takes them.
+      pairs: granularities of weights and partial sums, "column/column".
+      seeds, fields, jobs, retry: as for `study_granularity`.
+
+    Raises:
+      ValueError, Stopped: as `study_granularity` does.
+    """
+    figures.require_matplotlib()
+    planned = cases(encodings, bits, pairs)
+    outcomes = train_cases(config, planned, seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    costs = {outcome.case.name: costs_of(with_options(config, outcome.case.options), fields) for outcome in outcomes}
+    done = {one.case.name: one.mean for one in outcomes[2:] if one.accuracies}
+    fronts = {cost: pareto({name: (costs[name][cost], mean) for name, mean in done.items()}) for cost in COSTS}
+    head = ["encoding and ADC", "accuracy %", "lowest", "highest", "runs", *COSTS, "best for"]
+    rows = []
+    for one in outcomes:
+        name = one.case.name
+        counts = [f"{costs[name][cost]:,.0f}" if costs[name]["conversions"] else "-" for cost in COSTS]
+        best = ", ".join(cost for cost, front in fronts.items() if name in front)
+        rows.append([name, *accuracy_cells(one, len(seeds)), *counts, best])
+    legend = (
+        "best for: no other is as accurate at as few conversions, or at as little energy (Pareto front);\n"
+        "energy: a conversion counts as the codes of its ADC, 2^bits"
+    )
+    text = f"{markdown(head, rows)}\n\n{legend}{failures(outcomes)}"
+    data = [
+        {"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed, **costs[one.case.name]}
+        for one in outcomes
+    ]
+    files = save(workdir, "encodings", text, data)
+    files += figures.save(_figure(outcomes, costs, fronts), workdir, "encodings")
+    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+
+
+def _figure(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]], fronts: dict[str, list[str]]) -> Any:
+    figure, panels = figures.panels(2)
+    of = {one.case.name: one for one in outcomes}
+    groups: dict[str, list[Outcome]] = {}
+    for one in outcomes[2:]:
+        groups.setdefault(one.case.name.rpartition(" ")[0], []).append(one)
+    for axes, (cost, title) in zip(panels, COSTS.items(), strict=True):
+        front = [(costs[name][cost], 100 * of[name].mean) for name in fronts[cost]]
+        if front:
+            axes.plot(*zip(*front, strict=True), color="0.85", linewidth=7, zorder=1, label="Pareto front")
+        for index, (group, own) in enumerate(groups.items()):
+            where = [costs[one.case.name][cost] for one in own]
+            draw(axes, where, own, index, label=group.replace("_", " "), zorder=2)
+            for x, one in zip(where, own, strict=True):
+                if one.accuracies:
+                    label = one.case.name.rpartition(" ")[2]
+                    axes.annotate(label, (x, 100 * one.mean), (5, -10), textcoords="offset points", fontsize=8)
+        level(axes, of["ideal ADC"], linestyle="--")
+        level(axes, of[FULL])
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{title}\n(dashed: ideal ADC; dotted: full precision)", fontsize=9)
+    accuracy_axis(panels[0])
+    return figure

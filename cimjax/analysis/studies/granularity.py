@@ -1,0 +1,133 @@
+"""What shares a step: every granularity pair, no partial-sum quantization, full precision and the named schemes.
+
+The paper's section IV-B and IV-C: accuracy (Fig. 7), and accuracy over dequantization overhead (Fig. 8).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cimjax.analysis import figures
+from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
+from cimjax.analysis.studies.runs import (
+    Case,
+    Outcome,
+    Study,
+    accuracy_cells,
+    costs_of,
+    failures,
+    markdown,
+    save,
+    train_cases,
+    with_options,
+)
+from cimjax.spec import Granularity
+from cimjax.training.config.options import SCHEMES
+
+GRANULARITIES = tuple(str(one) for one in Granularity)
+FULL = "full precision"
+# Schemes that are one and the same here, under the name of the first.
+_SAME = {"bai2024": "bai2023"}
+
+
+def cases() -> list[Case]:
+    """Full precision, 3 weight granularities with ideal ADCs, 9 pairs, and the schemes of the paper's Table I."""
+    found = [Case(FULL, "weight=none")]
+    found += [Case(f"{weight}/ideal", f"weight={weight},psum=none") for weight in GRANULARITIES]
+    pairs = itertools.product(GRANULARITIES, GRANULARITIES)
+    found += [Case(f"{weight}/{psum}", f"weight={weight},psum={psum}") for weight, psum in pairs]
+    for scheme, meant in SCHEMES.items():
+        if scheme not in _SAME:
+            start = FULL if meant["training"] == "post_training" else None
+            found.append(Case(f"scheme {scheme}", f"scheme={scheme}", start))
+    return found
+
+
+def study_granularity(
+    config: str,
+    workdir: str | Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    fields: Sequence[str] = (),
+    jobs: int = 1,
+    retry: bool = False,
+) -> Study:
+    """Train every granularity pair and scheme over seeds; what is finished is kept, and starts are shared.
+
+    Args:
+      config: a config file with options for all runs, as the ADC's bits.
+      workdir: a folder for the runs, the table (`granularity.md`, `.json`) and the figures.
+      seeds: a run of every case for each.
+      fields: further arguments of every run, such as `--config.epochs=5`.
+      jobs: runs at a time.
+      retry: whether runs that failed are tried again.
+
+    Raises:
+      ValueError: before any run starts: for a case that cannot be trained, or where no figure can be drawn.
+      Stopped: as `sweep` does.
+    """
+    figures.require_matplotlib()
+    outcomes = train_cases(config, cases(), seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    costs = {outcome.case.name: costs_of(with_options(config, outcome.case.options), fields) for outcome in outcomes}
+    head = ["weight/psum", "accuracy %", "lowest", "highest", "runs", "multiplies per pixel", "paper's count"]
+    rows = [[outcome.case.name, *accuracy_cells(outcome, len(seeds)), *_counts(costs, outcome)] for outcome in outcomes]
+    table = markdown(head, rows)
+    same = [
+        f"{one} is {other} here: they differ in what the paper's Table I leaves out." for one, other in _SAME.items()
+    ]
+    text = "\n".join([table, "", *same]) + failures(outcomes)
+    data = [
+        {"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed, **costs[one.case.name]}
+        for one in outcomes
+    ]
+    files = save(workdir, "granularity", text, data)
+    files += figures.save(_accuracies(outcomes), workdir, "granularity")
+    files += figures.save(_overhead(outcomes, costs), workdir, "overhead")
+    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+
+
+def _counts(costs: dict[str, dict[str, float]], outcome: Outcome) -> list[str]:
+    found = costs[outcome.case.name]
+    return [f"{found[name]:,.0f}" if found["conversions"] else "-" for name in ("multiplies", "multiplies_of_paper")]
+
+
+def _accuracies(outcomes: Sequence[Outcome]) -> Any:
+    """The form of Fig. 7: accuracy over the granularity of psums, a line for each granularity of weights."""
+    of = {outcome.case.name: outcome for outcome in outcomes}
+    figure, (pairs, schemes) = figures.panels(2)
+    for index, weight in enumerate(GRANULARITIES):
+        own = [of[f"{weight}/{psum}"] for psum in GRANULARITIES]
+        draw(pairs, [number + 0.06 * (index - 1) for number in range(3)], own, index, label=f"{weight} weights")
+        level(pairs, of[f"{weight}/ideal"], color=figures.COLOURS[index], linestyle="--", linewidth=1)
+    level(pairs, of[FULL])
+    pairs.set_xticks(range(3), GRANULARITIES)
+    pairs.set_xlabel("granularity of partial sums (dashed: not quantized; dotted: full precision)", fontsize=9)
+    accuracy_axis(pairs)
+    named = [outcome for outcome in outcomes if outcome.case.name.startswith("scheme ")]
+    for number, outcome in enumerate(named):
+        draw(schemes, [number], [outcome], number, linestyle="none")
+    level(schemes, of[FULL])
+    names = [outcome.case.name.removeprefix("scheme ") for outcome in named]
+    schemes.set_xticks(range(len(named)), names, fontsize=9)
+    schemes.margins(x=0.15)
+    schemes.set_xlabel("scheme of Table I (dotted: full precision)", fontsize=9)
+    return figure
+
+
+def _overhead(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]]) -> Any:
+    """The form of Fig. 8: accuracy over multiplications by scale factors, counted here and as the paper counts."""
+    figure, panels = figures.panels(2)
+    titles = {"multiplies": "multiplications per output pixel", "multiplies_of_paper": "the same, as the paper counts"}
+    of = {outcome.case.name: outcome for outcome in outcomes}
+    for axes, (count, title) in zip(panels, titles.items(), strict=True):
+        for index, weight in enumerate(GRANULARITIES):
+            own = [of[f"{weight}/{psum}"] for psum in GRANULARITIES]
+            where = [costs[one.case.name][count] for one in own]
+            draw(axes, where, own, index, label=f"{weight} weights", linestyle="none")
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{title}, all layers", fontsize=9)
+    accuracy_axis(panels[0])
+    return figure

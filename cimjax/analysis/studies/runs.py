@@ -1,0 +1,222 @@
+"""What studies share: cases that are trained once for each seed, their costs on the chip, and tables of both."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cimjax.analysis.sweep_plan import PlannedRun, checked
+from cimjax.spec.base import shortened
+from cimjax.training.run.files import in_one_line, write_atomically, write_json
+
+
+class Case(NamedTuple):
+    """One of the things that a study compares.
+
+    name: as tables show it; also of its folder.
+    options: of the config file, beside those of the study: "weight=layer,psum=none".
+    start: the name of the case whose run of the same seed it starts from.
+    """
+
+    name: str
+    options: str
+    start: str | None = None
+
+
+class Outcome(NamedTuple):
+    """What a case came to.
+
+    accuracies: of the last state on the test images, 0 to 1, one for each seed that has ended.
+    failed: why a run failed, by seed.
+    rows: the rows of `sweep`, one for each seed.
+    """
+
+    case: Case
+    accuracies: list[float]
+    failed: dict[int, str]
+    rows: list[dict[str, Any]]
+
+    @property
+    def mean(self) -> float:
+        """The mean accuracy; NaN where no run has ended."""
+        return statistics.fmean(self.accuracies) if self.accuracies else float("nan")
+
+
+class Study(NamedTuple):
+    """What a study came to.
+
+    table: as Markdown.
+    files: the files that hold it, its data and its figures.
+    failed: how many runs failed.
+    """
+
+    table: str
+    files: list[Path]
+    failed: int
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds as typed, `0,1,2`.
+
+    Raises:
+      ValueError: in one line.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ValueError(f"--seeds is {shortened(text)!r}; give different whole numbers, as in --seeds 0,1,2.")
+    return [int(word) for word in words]
+
+
+def with_options(config: str, *options: str) -> str:
+    """A config with further options: `digits.py:smoke` and `psum=none` become `digits.py:smoke,psum=none`."""
+    path, _, given = config.partition(":")
+    return f"{path}:{','.join(filter(None, [given, *options]))}".rstrip(":")
+
+
+def train_cases(
+    config: str,
+    cases: Sequence[Case],
+    seeds: Sequence[int],
+    workdir: str | Path,
+    *,
+    fields: Sequence[str] = (),
+    jobs: int = 1,
+    retry: bool = False,
+) -> list[Outcome]:
+    """Train every case once for each seed; what is finished is not trained again.
+
+    Args:
+      config: a config file with options that all cases share.
+      cases: a case that others start from stands anywhere.
+      workdir: a folder for all runs: `WORKDIR/CASE/seed=0`.
+      fields: further arguments of every run, such as `--config.epochs=5`.
+      jobs: runs at a time.
+      retry: whether runs that failed are tried again.
+
+    Raises:
+      ValueError: before any run starts, where a case cannot be trained.
+      Stopped: as `sweep` does.
+    """
+    from cimjax.analysis.sweep import train_all
+
+    runs: list[PlannedRun] = []
+    for case in cases:
+        for seed in seeds:
+            run = PlannedRun(
+                {"case": case.name, "seed": str(seed)},
+                with_options(config, case.options, f"seed={seed}"),
+                list(fields),
+                0.0,
+                _folder(workdir, case.name, seed),
+                None if case.start is None else _folder(workdir, case.start, seed),
+            )
+            try:
+                runs.append(checked(run, set()))
+            except ValueError as error:
+                raise ValueError(f"{case.name}: {error}") from error
+    rows = train_all(runs, workdir, jobs=jobs, retry=retry)
+    return [_outcome(case, [row for row in rows if row["case"] == case.name]) for case in cases]
+
+
+def _folder(workdir: str | Path, case: str, seed: int) -> Path:
+    return Path(workdir) / case.replace(" ", "-").replace("/", "-") / f"seed={seed}"
+
+
+def _outcome(case: Case, rows: list[dict[str, Any]]) -> Outcome:
+    accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
+    failed = {int(row["seed"]): str(row["failed"]) for row in rows if "failed" in row}
+    return Outcome(case, accuracies, failed, rows)
+
+
+def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
+    """What the network of a config takes on the chip, per image where it is counted so; all 0 in full precision.
+
+    Returns:
+      `conversions` per image; `energy` of these in units of one code, conversions times the codes of their ADC
+      (2^bits: Murmann's survey of converters, where energy doubles with each bit at low resolution); `multiplies`,
+      multiplications by a scale factor per output pixel, summed over layers; `multiplies_of_paper`, as the paper's
+      section III-B counts them.
+    """
+    from cimjax.data.catalog import images_of
+    from cimjax.data.dataset import Description
+    from cimjax.training.config.file import load_config, take_overrides
+    from cimjax.training.experiment import build
+
+    loaded = load_config(config, take_overrides(fields)[0])
+    shape, classes = images_of(loaded.dataset)
+    zeros, ones = (0.0,) * shape[-1], (1.0,) * shape[-1]
+    about = Description(
+        name=loaded.dataset, classes=classes, image_shape=shape, mean=zeros, std=ones, images=loaded.batch_size
+    )
+    with loaded.unlocked():
+        loaded.start = "random"
+    experiment = build(loaded, dataset=about)
+    found = {"conversions": 0.0, "energy": 0.0, "multiplies": 0.0, "multiplies_of_paper": 0.0}
+    for layer in experiment.layers:
+        if layer.cost is not None:
+            found["conversions"] += layer.cost.adc_conversions
+            found["energy"] += layer.cost.adc_conversions * experiment.codes.get(layer.name, 0)
+            found["multiplies"] += layer.cost.dequantization_multiplications
+            found["multiplies_of_paper"] += layer.cost.dequantization_multiplications_of_paper
+    return found
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of points (cost, accuracy) than which no other is as cheap and as accurate and better in one of both;
+    by rising cost."""
+
+    def beaten(name: str) -> bool:
+        cost, accuracy = points[name]
+        return any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points.values())
+
+    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
+
+
+def percent(value: float) -> str:
+    """An accuracy of 0 to 1 as tables show it."""
+    return "-" if value != value else f"{100 * value:.2f}"
+
+
+def accuracy_cells(outcome: Outcome, planned: int) -> list[str]:
+    """Mean, lowest and highest accuracy in percent, and how many runs."""
+    done = outcome.accuracies
+    runs = str(len(done)) if len(done) == planned else f"{len(done)} of {planned}"
+    return [percent(outcome.mean), *(percent(pick(done)) if done else "-" for pick in (min, max)), runs]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown; columns of numbers are aligned to the right."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [all(_is_number(text) for text in column[1:]) for column in zip(*cells, strict=True)]
+    lines = [
+        " | ".join(text.rjust(w) if r else text.ljust(w) for text, w, r in zip(row, widths, right, strict=True))
+        for row in cells
+    ]
+    rule = " | ".join("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True))
+    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").replace("-", "").isdecimal() or text == "-"
+
+
+def failures(outcomes: Sequence[Outcome]) -> str:
+    """A line for each run that failed; empty where none has."""
+    return "".join(
+        f"\n{outcome.case.name}, seed {seed}: failed: {shortened(reason)}"
+        for outcome in outcomes
+        for seed, reason in outcome.failed.items()
+    )
+
+
+def save(folder: str | Path, name: str, table: str, data: Any) -> list[Path]:
+    """Write `NAME.md` and `NAME.json`."""
+    text, values = (Path(folder) / f"{name}.{kind}" for kind in ("md", "json"))
+    with in_one_line("write", Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomically(text, f"{table}\n".encode())
+    write_json(values, data)
+    return [text, values]
