@@ -71,8 +71,6 @@ def sweep(
       ValueError: before any run starts, where a combination cannot be trained or a folder cannot be used.
       Stopped: after Ctrl-C or SIGTERM, when all runs have saved their states and ended.
     """
-    if jobs < 1:
-        raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
     return train_all(plan(config, axes, workdir, fields), workdir, jobs=jobs, retry=retry)
 
 
@@ -80,6 +78,8 @@ def train_all(
     runs: Sequence[PlannedRun], workdir: str | Path, *, jobs: int = 1, retry: bool = False
 ) -> list[dict[str, Any]]:
     """Train planned runs, each once the run that it starts from has ended; all else as of `sweep`."""
+    if jobs < 1:
+        raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
     workdir = Path(workdir)
     from cimjax.analysis.progress import Progress  # imports jax, which nobody waits for before a refusal
 

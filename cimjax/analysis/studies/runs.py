@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from cimjax.analysis.sweep_plan import PlannedRun, checked
 from cimjax.spec.base import shortened
+from cimjax.training.config.options import field_of
 from cimjax.training.run.files import in_one_line, write_atomically, write_json
 
 
@@ -70,9 +71,21 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def with_options(config: str, *options: str) -> str:
-    """A config with further options: `digits.py:smoke` and `psum=none` become `digits.py:smoke,psum=none`."""
+    """A config with further options, without those of its own that then have no effect.
+
+    >>> with_options("digits.py:smoke,adc_bits=2", "psum=none", "seed=1")
+    'digits.py:smoke,psum=none,seed=1'
+    """
     path, _, given = config.partition(":")
-    return f"{path}:{','.join(filter(None, [given, *options]))}".rstrip(":")
+    more = [word for words in options for word in words.split(",") if word]
+    idle = "adc." if "psum=none" in more else ""
+    words = [word for word in given.split(",") if word]
+    fields = {word: field_of(word.partition("=")[0]) for word in words}
+    if "weight=none" in more:
+        kept = [word for word in words if not fields[word]]
+    else:
+        kept = [word for word in words if not (idle and fields[word].startswith(idle))]
+    return f"{path}:{','.join([*kept, *more])}".rstrip(":")
 
 
 def train_cases(
@@ -206,7 +219,7 @@ def _is_number(text: str) -> bool:
 def failures(outcomes: Sequence[Outcome]) -> str:
     """A line for each run that failed; empty where none has."""
     return "".join(
-        f"\n{outcome.case.name}, seed {seed}: failed: {shortened(reason)}"
+        f"\n{outcome.case.name}, seed {seed}: failed: {shortened(' '.join(reason.split()))}"
         for outcome in outcomes
         for seed, reason in outcome.failed.items()
     )

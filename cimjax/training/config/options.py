@@ -246,6 +246,15 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
     return typed
 
 
+def field_of(name: str) -> str:
+    """The field of `CIMSpec`, or its group, without which an option has no effect; empty for one that needs none."""
+    fields = {option.name: option.field or "" for option in CIM_OPTIONS} | {
+        "training": "adc.",
+        "weight_step": "weight.",
+    }
+    return fields.get(name, "")
+
+
 def _of_scheme(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, Any]:
     """What the name of a scheme stands for; what is no part of its definition may be typed beside it."""
     if scheme is None:
@@ -262,8 +271,8 @@ def _of_scheme(scheme: str | None, typed: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mapping[str, Option]) -> None:
     """An option that changes nothing would mislead whoever reads the command later."""
     for name in typed:
-        field = table[name].field or {"training": "adc.", "weight_step": "weight."}.get(name)
-        if field is None or values[name] is None:
+        field = table[name].field or field_of(name)
+        if not field or values[name] is None:
             continue
         if values["weight"] is None:
             raise OptionError(f"{name} has no effect with weight=none, which is full precision; leave one of them out.")
