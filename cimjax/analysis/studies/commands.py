@@ -98,9 +98,8 @@ STUDIES: dict[str, Command] = {
             },
             "--chips-at-once": {
                 "type": int,
-                "default": 10,
                 "metavar": "N",
-                "help": "chips in one program; fewer need less memory; 10 if not given",
+                "help": "chips in one program; fewer need less memory; 10 if not given, on CPUs 1, which is quicker",
             },
             "--save": {
                 "default": "studies/variation",

@@ -23,6 +23,7 @@ import cimjax
 from cimjax.analysis import figures
 from cimjax.analysis.plot import labels_of
 from cimjax.analysis.studies.output import create_folder, markdown, write_text
+from cimjax.core.programs.contract import runs_on
 from cimjax.data import Split
 from cimjax.nn.rules import check_rules
 from cimjax.spec import CIMSpec, VariationSpec
@@ -36,7 +37,10 @@ from cimjax.training.train_step import eval_step
 
 # What `study_variation` measures at if nothing else is asked for; the paper's Fig. 10 has about this range.
 SIGMAS = (0.0, 0.05, 0.1, 0.2, 0.3)
-CHIPS, CHIPS_AT_ONCE = 20, 10
+CHIPS = 20
+# XLA's CPU backend computes several kernels at once as a grouped convolution, which is slow: a chip of ResNet-20 takes
+# twice as long among ten as alone (200 images, 2 cores, jaxlib 0.10.2, one run), and three times the memory.
+CHIPS_AT_ONCE, ON_CPU = 10, 1
 # The part of the chips below each line of the table and each end of the figure's band.
 QUANTILES = (0.05, 0.5, 0.95)
 # Told apart in grey, beside their markers.
@@ -49,11 +53,13 @@ class VariedRun:
 
     run: its folder.
     label: as much of its path as tells it from the others.
+    images: test images on which each accuracy was measured.
     accuracies: by sigma, of each chip, 0 to 1.
     """
 
     run: Path
     label: str
+    images: int
     accuracies: dict[float, list[float]]
 
 
@@ -63,13 +69,11 @@ class VariationStudy:
 
     on: what one variation factor multiplies, "weights" or "cells".
     chips: how many there were; `seed`: what they were drawn from.
-    images: test images on which each accuracy was measured.
     """
 
     on: str
     chips: int
     seed: int
-    images: int
     runs: list[VariedRun]
 
 
@@ -80,7 +84,7 @@ def study_variation(
     chips: int = CHIPS,
     on: str = "weights",
     seed: int = 0,
-    chips_at_once: int = CHIPS_AT_ONCE,
+    chips_at_once: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> VariationStudy:
     """Accuracy of trained runs on chips whose stored weights vary: `w_var = w exp(theta)`, `theta ~ N(0, sigma^2)`.
@@ -95,7 +99,8 @@ def study_variation(
       chips: how many, at least 1; chip n has the same key for every run and sigma.
       on: "weights" (one theta per weight, the paper) or "cells" (one per stored cell).
       seed: of the chips.
-      chips_at_once: chips of one vmapped evaluation; it needs so many times the memory of a plain one.
+      chips_at_once: chips of one vmapped evaluation, which needs so many times the memory of a plain one; None: 10, but
+        1 on CPUs, where that is quicker.
       say: is told what is being done.
 
     Returns:
@@ -105,7 +110,10 @@ def study_variation(
       ValueError: in one line, before anything is measured: for numbers out of range, and for a run without array
         layers; `RunFolderError` for a folder without a run, or whose checkpoint is damaged.
     """
-    varied = {float(sigma): VariationSpec(sigma=sigma, on=on) for sigma in sorted(sigmas)}  # type: ignore[arg-type]
+    specs = [VariationSpec(sigma=sigma, on=on) for sigma in sigmas]  # type: ignore[arg-type]
+    varied = {spec.sigma: spec for spec in sorted(specs, key=lambda spec: spec.sigma)}
+    if chips_at_once is None:
+        chips_at_once = ON_CPU if runs_on("cpu") else CHIPS_AT_ONCE
     _check_counts(varied, chips=chips, chips_at_once=chips_at_once)
     folders = list({Path(run).absolute().resolve(): Path(run) for run in runs}.values())
     if not folders:
@@ -113,18 +121,18 @@ def study_variation(
     labels = labels_of([folder.absolute() for folder in folders])
     restored = [_with_arrays(folder) for folder in folders]
     keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(np.arange(chips))
-    measured, images = [], 0
+    measured = []
     for folder, label, (experiment, state) in zip(folders, labels, restored, strict=True):
         say(f"{label}: reading its test images")
         split = build(experiment.config, to_train=False).dataset.test
-        state, found, images = experiment.devices.put(state), {}, len(split)
+        state, found = experiment.devices.put(state), {}
         for sigma, variation in varied.items():
             say(f"{label}: sigma {sigma:g}, {chips} chips" if sigma else f"{label}: sigma 0")
             chip = with_variation(experiment, variation if sigma else None)
             evaluator = ChipEvaluator(chip, split, chips_at_once)
             found[sigma] = evaluator(state, keys) if sigma else [evaluator.without_variation(state)] * chips
-        measured.append(VariedRun(folder, label, found))
-    return VariationStudy(str(next(iter(varied.values())).on), chips, seed, images, measured)
+        measured.append(VariedRun(folder, label, len(split), found))
+    return VariationStudy(str(specs[0].on), chips, seed, measured)
 
 
 class ChipEvaluator:
@@ -221,7 +229,8 @@ def table(study: VariationStudy) -> str:
             cells = ("-" if value is None else f"{100 * value:.2f}" for value in values)
             rows.append([f"{sigma:g}", *cells, run.label.replace("|", "/")])
     chips = "1 chip" if study.chips == 1 else f"{study.chips} chips"
-    head = f"Test accuracy, percent, with variation of {study.on}: {chips}, {study.images:,} images"
+    images = "/".join(f"{count:,}" for count in sorted({run.images for run in study.runs}))
+    head = f"Test accuracy, percent, with variation of {study.on}: {chips}, {images} images"
     return f"{head}\n\n{markdown(rows)}"
 
 
@@ -231,6 +240,7 @@ def as_dict(study: VariationStudy) -> dict[str, Any]:
         {
             "run": str(run.run),
             "label": run.label,
+            "images": run.images,
             "sigmas": [
                 {"sigma": sigma, **summary(accuracies), "accuracies": accuracies}
                 for sigma, accuracies in run.accuracies.items()
@@ -238,7 +248,7 @@ def as_dict(study: VariationStudy) -> dict[str, Any]:
         }
         for run in study.runs
     ]
-    fields = {"on": study.on, "chips": study.chips, "seed": study.seed, "images": study.images}
+    fields = {"on": study.on, "chips": study.chips, "seed": study.seed}
     return {"cimjax": cimjax.__version__, **fields, "runs": runs}
 
 
