@@ -62,7 +62,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 MISUSES: list[tuple[str, str]] = [
     (
         "",
-        "give a command: train, evaluate, data prepare, sweep, plot, bench, data list, config show, config resolve; ",
+        "give a command: train, evaluate, data prepare, sweep, plot, bench, data list, config show, config resolve",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),

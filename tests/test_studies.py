@@ -16,6 +16,7 @@ from test_sweep import fake_runs
 
 from cimjax.analysis import sweep as sweep_module
 from cimjax.analysis.studies import adc_range, encodings, granularity, runs, training_cost
+from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import Case
 from cimjax.analysis.sweep_plan import PlannedRun
 from cimjax.cli import main
@@ -116,7 +117,7 @@ def test_on_the_pareto_front_nothing_is_beaten_and_all_else_is(points: Any) -> N
 
 
 def test_tables_are_markdown_with_aligned_numbers() -> None:
-    text = runs.markdown(["case", "n"], [["a", "1,000"], ["bc", "-"]])
+    text = markdown(["case", "n"], [["a", "1,000"], ["bc", "-"]])
     assert text == "| case |     n |\n| ---- | ----: |\n| a    | 1,000 |\n| bc   |     - |"
 
 

@@ -79,7 +79,7 @@ def plot(runs: Sequence[str | Path], path: str | Path, *, over: Sequence[str] = 
 def _read(folders: Sequence[Path]) -> list[Run]:
     """The runs, each once."""
     folders = list({folder.absolute().resolve(): folder for folder in folders}.values())
-    labels = _labels([folder.absolute() for folder in folders])
+    labels = labels_of([folder.absolute() for folder in folders])
     runs = []
     for folder, label in zip(folders, labels, strict=True):
         read_config(folder)
@@ -96,7 +96,7 @@ def _read(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def labels_of(folders: Sequence[Path]) -> list[str]:
     """The last parts of paths, as many as tell them apart; without their middle where they are too long."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         labels = [str(Path(*folder.parts[-count:])) for folder in folders]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from cimjax.core import lsq
 from cimjax.core.numerics import reciprocal
@@ -105,13 +105,31 @@ def adc_statistics(psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: T
       steps: `psum` and `offset` are used.
       spec: with an `adc`.
     """
+    beyond, given = beyond_ladder(psums, steps, tiling, spec), codes_given(psums, steps, tiling, spec)
+    return ADCStatistics(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(given, axis=0, dtype=jnp.float32)))
+
+
+def beyond_ladder(
+    psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: Tiling, spec: CIMSpec
+) -> Bool[Array, "T M R K O"]:
+    """Which partial sums lie more than half a step beyond the ladder; arguments as for `adc_statistics`."""
     code_range = psum_ranges(spec)
     step, offset = _of_columns(steps, tiling)
     u = lsq.in_steps(psums, reciprocal(step), offset)
     # A signed 1-bit ADC has two levels, one step from its middle, and reaches one step further.
     margin = np.where(code_range.binary, np.float32(1.0), np.float32(0.5))
-    beyond = (u < code_range.q_min - margin) | (u > code_range.q_max + margin)
+    return (u < code_range.q_min - margin) | (u > code_range.q_max + margin)
+
+
+def codes_given(
+    psums: Float[Array, "T M R K O"], steps: StepSizes, tiling: Tiling, spec: CIMSpec
+) -> Bool[Array, "codes R K O"]:
+    """Which codes each column gives at least once, in any slice; arguments as for `adc_statistics`.
+
+    Returns:
+      One row for each integer from the lowest code of the layer's ADCs to the highest.
+    """
+    code_range = psum_ranges(spec)
     codes = adc_codes(psums, steps, tiling, spec)
     values = np.arange(np.min(code_range.q_min), np.max(code_range.q_max) + 1, dtype=np.float32)
-    used = jax.lax.map(lambda value: jnp.any(codes == value, axis=(0, 1)), jnp.asarray(values))
-    return ADCStatistics(jnp.mean(beyond, dtype=jnp.float32), jnp.mean(jnp.sum(used, axis=0, dtype=jnp.float32)))
+    return jax.lax.map(lambda value: jnp.any(codes == value, axis=(0, 1)), jnp.asarray(values))

@@ -41,6 +41,9 @@ PARAMETERS = StepSizes(
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
 ADC_STATISTICS = "adc_statistics"
+# The collection in which layers leave what comes to their ADCs when it is mutable, which takes much memory: for each
+# call the partial sums (T, M, R, K, O) float32, and the real `StepSizes`.
+PARTIAL_SUMS = "partial_sums"
 
 
 class Quantize(nn.Module):
@@ -124,11 +127,14 @@ class ArrayLayer(nn.Module):
                 )
             )
         steps = _real_steps(kernel, stored, spec, input_size, positions)
-        if spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS) and not self.is_initializing():
+        statistics = spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS)
+        if (statistics or self.is_mutable_collection(PARTIAL_SUMS)) and not self.is_initializing():
             inputs = lsq.quantize_activation(x, steps.activation, spec.activation)
             psums = partial_sums(inputs.codes, kernel, steps, tiled, window, spec, key)
-            found = adc_statistics(psums.columns, steps, tiled, spec)
-            self.sow(ADC_STATISTICS, "adc", found, reduce_fn=lambda _, new: new)
+            self.sow(PARTIAL_SUMS, "adc", (psums.columns, steps))
+            if statistics:
+                found = adc_statistics(psums.columns, steps, tiled, spec)
+                self.sow(ADC_STATISTICS, "adc", found, reduce_fn=lambda _, new: new)
         return conv.cim_conv(x, kernel, steps, spec, variation_key=key, execution=execution, **window._asdict())
 
     @nn.nowrap

@@ -8,13 +8,13 @@ from typing import Any
 
 from cimjax.analysis import figures
 from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
+from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
     Study,
     accuracy_cells,
     failures,
-    markdown,
     save,
     train_cases,
 )

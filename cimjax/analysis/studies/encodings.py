@@ -10,6 +10,7 @@ from typing import Any
 from cimjax.analysis import figures
 from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
 from cimjax.analysis.studies.granularity import FULL
+from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
@@ -17,7 +18,6 @@ from cimjax.analysis.studies.runs import (
     accuracy_cells,
     costs_of,
     failures,
-    markdown,
     pareto,
     save,
     train_cases,

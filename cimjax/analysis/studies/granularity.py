@@ -12,6 +12,7 @@ from typing import Any
 
 from cimjax.analysis import figures
 from cimjax.analysis.studies.drawing import accuracy_axis, draw, level
+from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
@@ -19,7 +20,6 @@ from cimjax.analysis.studies.runs import (
     accuracy_cells,
     costs_of,
     failures,
-    markdown,
     save,
     train_cases,
     with_options,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cimjax.analysis.studies.output import create_folder, write_text
 from cimjax.analysis.sweep_plan import PlannedRun, checked
 from cimjax.spec.base import shortened
 from cimjax.training.config.options import field_of
-from cimjax.training.run.files import in_one_line, write_atomically, write_json
+from cimjax.training.run.files import write_json
 
 
 class Case(NamedTuple):
@@ -199,23 +200,6 @@ def accuracy_cells(outcome: Outcome, planned: int) -> list[str]:
     return [percent(outcome.mean), *(percent(pick(done)) if done else "-" for pick in (min, max)), runs]
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown; columns of numbers are aligned to the right."""
-    cells = [list(head), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(_is_number(text) for text in column[1:]) for column in zip(*cells, strict=True)]
-    lines = [
-        " | ".join(text.rjust(w) if r else text.ljust(w) for text, w, r in zip(row, widths, right, strict=True))
-        for row in cells
-    ]
-    rule = " | ".join("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True))
-    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").replace("-", "").isdecimal() or text == "-"
-
-
 def failures(outcomes: Sequence[Outcome]) -> str:
     """A line for each run that failed; empty where none has."""
     return "".join(
@@ -227,9 +211,8 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 
 def save(folder: str | Path, name: str, table: str, data: Any) -> list[Path]:
     """Write `NAME.md` and `NAME.json`."""
-    text, values = (Path(folder) / f"{name}.{kind}" for kind in ("md", "json"))
-    with in_one_line("write", Path(folder)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomically(text, f"{table}\n".encode())
+    folder = create_folder(folder)
+    text, values = (folder / f"{name}.{kind}" for kind in ("md", "json"))
+    write_text(text, table)
     write_json(values, data)
     return [text, values]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cimjax.analysis import figures
-from cimjax.analysis.studies.runs import Case, Study, failures, markdown, percent, save, train_cases
+from cimjax.analysis.studies.output import markdown
+from cimjax.analysis.studies.runs import Case, Study, failures, percent, save, train_cases
 from cimjax.training.run.folder import read_records
 
 # The four cases of Fig. 9, weight/psum.
