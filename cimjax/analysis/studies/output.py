@@ -57,7 +57,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or text.replace(",", "").replace(".", "").replace("-", "").removesuffix("%").isdecimal()
+    return (
+        text == "-"
+        or text.replace(" of ", "").replace(",", "").replace(".", "").replace("-", "").removesuffix("%").isdecimal()
+    )
 
 
 def write_text(file: Path, text: str) -> Path:
