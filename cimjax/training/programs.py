@@ -33,14 +33,22 @@ class Programs:
 
     def __init__(self, experiment: Experiment, batches: Batches) -> None:
         self.experiment, self.batches = experiment, batches
+        # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
+        self._most = experiment.config.steps_per_dispatch or (1 if experiment.devices.platform == "cpu" else 16)
         self._compiled: dict[tuple[bool, int], Any] = {}
         self._first: tuple[tuple[bool, int], Future[Any]] | None = None
 
-    def compile_first(self, background: Executor, step: int, count: int) -> None:
+    def steps_from(self, step: int) -> int:
+        """How many steps the program of a step does: all of one epoch."""
+        per_epoch = self.experiment.steps_per_epoch
+        return min(self._most, per_epoch - step % per_epoch, self.experiment.total_steps - step)
+
+    def compile_first(self, background: Executor, step: int) -> None:
         """Compile while the first state is made: two long tasks that need not wait for each other.
 
         It is traced here and now, under whatever settings of JAX the caller has made for this thread.
         """
+        count = self.steps_from(step)
         setup = self.experiment.setup_in(step // self.experiment.steps_per_epoch)
         program = self._program(setup, count)
         if hasattr(program, "lower"):
