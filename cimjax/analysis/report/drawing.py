@@ -17,7 +17,7 @@ from cimjax.analysis.report.gather import Ladders
 # Width and height of curves and of a small drawing: about the pixels that they take on a page.
 LARGE, SMALL = (470, 262), (256, 190)
 # Room for the numbers of axes and their titles.
-_LEFT, _TOP, _RIGHT, _BOTTOM = 42, 24, 10, 38
+_LEFT, _TOP, _RIGHT, _BOTTOM = 46, 24, 10, 38
 # Ladders beside each other, and rungs of one, that can be told apart.
 _MOST_LADDERS, _MOST_RUNGS = 48, 16
 # How groups are told apart in grey, as SVG has dashes; and how many colours the style sheet has.
@@ -116,7 +116,9 @@ def ladders(found: Ladders, title: str) -> str:
     for place, index in enumerate(order):
         x = axes.across(place + 0.5)
         sides.append(f"M{x:.1f} {axes.up(low[index]):.1f}V{axes.up(high[index]):.1f}")
-        codes = np.arange(found.q_min[index], found.q_max[index] + 1) if found.codes <= _MOST_RUNGS else np.zeros(0)
+        codes = np.arange(found.q_min[index], found.q_max[index] + 1)
+        # Of one bit, and of more than can be told apart, the ends alone.
+        codes = codes if 2 < found.codes <= _MOST_RUNGS else codes[[0, -1]]
         levels = offset[index] + found.step[index] * codes
         rungs += [f"M{x - width / 2:.1f} {axes.up(level):.1f}h{width:.1f}" for level in levels]
     lines = {"zero": [f"M{_LEFT} {axes.up(0):.1f}H{SMALL[0] - _RIGHT}"], "side": sides, "rung": rungs}

@@ -192,7 +192,9 @@ def _array_state(layer: Layer, params: Mapping[str, Any]) -> ArrayState:
 def _ladders(steps: StepSizes, spec: CIMSpec) -> Ladders | None:
     if spec.adc is None:
         return None
-    step, ranges = np.asarray(steps.psum), psum_ranges(spec)
+    ranges, offset = psum_ranges(spec), None if steps.offset is None else np.asarray(steps.offset)
+    # A fixed step is one number, also where offsets are many.
+    step = np.broadcast_to(steps.psum, np.shape(steps.psum) if offset is None else offset.shape)
     # (K, 1), the same in all slices but where one of them is signed.
     q_min, q_max = (np.asarray(end)[:, 0, 0] for end in (ranges.q_min, ranges.q_max))
     q_min, q_max = q_min.min(axis=0), q_max.max(axis=0)
@@ -202,7 +204,7 @@ def _ladders(steps: StepSizes, spec: CIMSpec) -> Ladders | None:
         shared_by="layer" if step.size == 1 else str(spec.adc.granularity),
         codes=max(codes.size for row in spec.adc_ranges for codes in row),
         step=step.ravel(),
-        offset=None if steps.offset is None else np.asarray(steps.offset).ravel(),
+        offset=None if offset is None else offset.ravel(),
         q_min=np.broadcast_to(q_min, step.shape).ravel(),
         q_max=np.broadcast_to(q_max, step.shape).ravel(),
     )

@@ -39,6 +39,7 @@ th { font-weight: 500; color: var(--soft); text-align: left; vertical-align: bot
 th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap;
   vertical-align: top }
 thead th { white-space: normal; line-height: 1.3; vertical-align: bottom }
+thead th.number { min-width: 4.8em }
 td:last-child, th:last-child { padding-right: 0 } td.long { white-space: normal; min-width: 16em }
 tbody th { color: var(--text); font-weight: 400; position: sticky; left: 0; background: var(--back) }
 th.number, td.number { text-align: right } tfoot td, tfoot th { border-bottom: 0; font-weight: 600; color: var(--text) }
@@ -57,7 +58,7 @@ circle { fill: currentColor } .bar { fill: var(--g0); stroke: none } .side { str
 .swatch { display: inline-block; width: 24px; height: 8px; margin-right: 8px; vertical-align: middle }
 .g0 { color: var(--g0) } .g1 { color: var(--g1) } .g2 { color: var(--g2) }
 .g3 { color: var(--g3) } .g4 { color: var(--g4) } .g5 { color: var(--g5) }
-@media screen and (max-width: 560px) { text { font-size: 14px } }
+@media screen and (max-width: 560px) { text { font-size: 13px } }
 @media print { body { max-width: none; padding: 0; font-size: 11px } table { font-size: 10px }
   svg, tr { break-inside: avoid } h2, h3, h4, summary { break-after: avoid }
   .scroll { overflow: visible } th, td { padding-right: 8px; white-space: normal }
