@@ -146,6 +146,22 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(shlex.quote(str(file)))
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from cimjax.training.run.folder import read_config
+
+    runs = [Path(os.path.expanduser(run)) for run in arguments.run]
+    for run in runs:
+        read_config(run)  # says what is wrong with a folder before jax is imported
+    with _ended_by_ctrl_c():
+        from cimjax.analysis.progress import Progress
+        from cimjax.analysis.report.page import report
+
+    file = Path(os.path.expanduser(arguments.save))
+    with Progress() as progress:
+        report(runs, file, say=progress.doing)
+    print(shlex.quote(str(file)))
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.plot import check_figure, check_writable
     from cimjax.training.config.file import load_config
@@ -277,6 +293,20 @@ _COMMANDS = {
             },
         },
         _plot,
+    ),
+    "report": Command(
+        "write one page about runs: results, curves, layers, ADC ladders and codes",
+        "cimjax report runs/a/seed=0 runs/a/seed=1 --save a.html",
+        {
+            "run": {"nargs": "+", "metavar": "RUN", "help": "the folder of a run"},
+            "--save": {
+                "default": "report.html",
+                "metavar": "FILE",
+                "help": "an HTML file that needs nothing else, or Markdown, whose name ends in .md, for the tables "
+                "alone; it is replaced; report.html if not given",
+            },
+        },
+        _report,
     ),
     "bench": Command(
         "time training and evaluation steps of a network beside full precision, or its layers",

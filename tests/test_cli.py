@@ -62,7 +62,8 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 MISUSES: list[tuple[str, str]] = [
     (
         "",
-        "give a command: train, evaluate, data prepare, sweep, plot, bench, data list, config show, config resolve",
+        "give a command: train, evaluate, data prepare, sweep, plot, report, bench, data list, config show, "
+        "config resolve, ",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),
@@ -393,7 +394,18 @@ def test_data_commands_call_the_data_room(
     assert capsys.readouterr().out.split() == [f"{tmp_path}/cifar10", *cimjax.data.names()]
 
 
-COMMANDS = ["train", "evaluate", "data prepare", "data list", "sweep", "plot", "bench", "config show", "config resolve"]
+COMMANDS = [
+    "train",
+    "evaluate",
+    "data prepare",
+    "data list",
+    "sweep",
+    "plot",
+    "report",
+    "bench",
+    "config show",
+    "config resolve",
+]
 
 
 @pytest.mark.parametrize("command", ["", "data", "config", *COMMANDS])

@@ -20,8 +20,10 @@ _SPLITS = ("train", "test", "validation")
 
 
 class Run(NamedTuple):
-    """What is drawn of a run: its label, its records by split, and the epoch after which ADCs were switched on."""
+    """What is drawn of a run: its folder and label, its records by split, and the epoch after which its ADCs were
+    switched on; 0 where they were on all the time, or are still off."""
 
+    folder: Path
     label: str
     records: Mapping[str, Sequence[Mapping[str, Any]]]
     ideal_epochs: float
@@ -69,31 +71,36 @@ def plot(runs: Sequence[str | Path], path: str | Path, *, over: Sequence[str] = 
         name of `over` that no run has recorded.
     """
     check_figure(path)
-    found = _read([Path(run) for run in runs])
+    found = read_runs(runs)
+    for run in found:
+        if not run.records["test"]:
+            raise ValueError(f"{run.folder} has no finished epoch to draw; wait for its first one, or leave it out.")
     curves = {name: _curves_of(name, found) for name in dict.fromkeys(over)}
     if not curves:
         raise ValueError("nothing is to be drawn; give --over, as in --over loss,accuracy.")
     _draw(found, curves).savefig(path, dpi=DPI)
 
 
-def _read(folders: Sequence[Path]) -> list[Run]:
-    """The runs, each once."""
-    folders = list({folder.absolute().resolve(): folder for folder in folders}.values())
+def read_runs(runs: Sequence[str | Path]) -> list[Run]:
+    """The runs, each once.
+
+    Raises:
+      ValueError: in one line, where a folder holds no run, or its records cannot be read.
+    """
+    folders = list({Path(run).absolute().resolve(): Path(run) for run in runs}.values())
     labels = labels_of([folder.absolute() for folder in folders])
-    runs = []
+    found = []
     for folder, label in zip(folders, labels, strict=True):
         read_config(folder)
         records = read_records(folder)
         by_split = {
             split: [one for one in records if one.get("split") == split and "epoch" in one] for split in _SPLITS
         }
-        if not by_split["test"]:
-            raise ValueError(f"{folder} has no finished epoch to draw; wait for its first one, or leave it out.")
         ideal = [record["epoch"] for record in by_split["test"] if record.get("ideal_adcs")]
         # A run that has not come to its ADCs yet has no switch.
         switched = len(ideal) < len(by_split["test"])
-        runs.append(Run(label, by_split, max(ideal, default=0) if switched else 0))
-    return runs
+        found.append(Run(folder, label, by_split, max(ideal, default=0) if switched else 0))
+    return found
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:

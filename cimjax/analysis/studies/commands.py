@@ -121,7 +121,7 @@ _RUNS: dict[str, dict[str, Any]] = {
 STUDIES: dict[str, Command] = {
     "study granularity": Command(
         "train every granularity pair and every scheme of the paper's Table I; draw its Fig. 7 and Fig. 8",
-        "cimjax study granularity --config configs/digits.py --workdir runs/granularity",
+        "cimjax study granularity --config configs/digits.py --workdir runs/pairs",
         _RUNS,
         _training("granularity:study_granularity"),
     ),
