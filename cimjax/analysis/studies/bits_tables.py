@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -105,31 +106,37 @@ def data_of(
 
 def figure_of(layers: Sequence[Layer], increases: Increases, chosen: Sequence[Choice]) -> Any:
     """Above, what each layer loses at each number of bits; below, the bits that were chosen for it."""
-    figure, (above, below) = figures.panels(1, 2, height=2.6)
-    places = range(len(layers))
+    names, places = [layer.path for layer in layers], range(len(layers))
+    many = len(names) > 8
+    figure, (above, below) = figures.panels(1, 2, height=3.2 if many else 2.5)
+    largest = 0.0
     for index, one in enumerate(next(iter(increases.values()))):
         each = [increases[layer.path][one] for layer in layers]
         means = [statistics.fmean(values) for values in each]
-        spread = [
-            [max(0.0, mean - min(values)) for mean, values in zip(means, each, strict=True)],
-            [max(0.0, max(values) - mean) for mean, values in zip(means, each, strict=True)],
-        ]
-        look = figures.look(index) | {"linewidth": 1}
-        above.errorbar(places, means, yerr=spread, capsize=3, elinewidth=1, label=_bits(one), **look)
-    above.set_yscale("symlog", linthresh=1e-2)
-    above.set_ylabel("increase of the loss")
-    above.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    below.bar(places, [chosen[0].bits[layer.path] for layer in layers], width=0.6, color="0.6", edgecolor="0.2")
-    below.plot(places, [layer.bits for layer in layers], "_", color="black", markersize=22, label="base run")
-    below.set_ylabel("bits of the ADC, chosen")
-    below.set_ylim(bottom=0)
-    below.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    names = [layer.path for layer in layers]
+        # Rounding may leave a mean outside its range.
+        below_mean = [max(0.0, mean - min(values)) for mean, values in zip(means, each, strict=True)]
+        above_mean = [max(0.0, max(values) - mean) for mean, values in zip(means, each, strict=True)]
+        look = figures.look(index) | {"linewidth": 1, "capsize": 3, "elinewidth": 1}
+        above.errorbar(places, means, yerr=[below_mean, above_mean], label=_bits(one), **look)
+        largest = max(largest, *means)
+    # Three decades, and what is smaller on a line through 0: noise, of either sign.
+    decade = math.floor(math.log10(largest)) if largest > 0 else 0
+    above.set_yscale("symlog", linthresh=10.0 ** (decade - 2), linscale=0.5)
+    above.set_ylabel("rise of the training loss")
+    chosen_bits = [chosen[0].bits[path] for path in names]
+    bars = below.bar(places, chosen_bits, width=0.5, color="0.75", edgecolor="0.2", label="chosen")
+    below.bar_label(bars, [f"{one:g}" for one in chosen_bits], fontsize=9, padding=2)
+    own, ends = [layer.bits for layer in layers], [[place + side for place in places] for side in (-0.4, 0.4)]
+    below.hlines(own, *ends, color="black", linestyle="--", linewidth=1.2, label="base run")
+    below.set_ylabel("bits of the ADC")
+    highest = math.ceil(max(*chosen_bits, *own))
+    below.set_yticks(range(highest + 1))
+    below.set_ylim(0, highest + 0.6)
     for axes in (above, below):
+        axes.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.set_xticks(places, names if axes is below else [""] * len(names), fontsize=9)
         axes.set_xlim(-0.6, len(names) - 0.4)
-    if len(names) > 8:
-        below.tick_params(axis="x", rotation=90)
+    below.tick_params(axis="x", rotation=90 if many else 0)
     return figure
 
 
