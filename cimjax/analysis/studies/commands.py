@@ -208,4 +208,24 @@ STUDIES: dict[str, Command] = {
         },
         _psums,
     ),
+    "study bits": Command(
+        "measure what each layer loses at fewer ADC bits, choose bits under a budget of ADC energy, and fine-tune them",
+        "cimjax study bits --config configs/digits.py --workdir runs/bits",
+        _RUNS
+        | {
+            "--seeds": {"default": "0", "metavar": "N,...", "help": "a run of everything for each; 0 if not given"},
+            "--bits": {
+                "default": "1,2,3,4",
+                "metavar": "N,...",
+                "help": "bits that a layer may have; 1,2,3,4 if not given",
+            },
+            "--budget": {
+                "default": "0.5",
+                "metavar": "PART",
+                "help": "of the energy of all ADCs (conversions x codes), beside the config's own bits; 0.5 if not "
+                "given",
+            },
+        },
+        _training("bits:study_bits", bits=_words, budget=str),
+    ),
 }

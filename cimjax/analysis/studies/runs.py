@@ -5,13 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cimjax.analysis.studies.output import create_folder, write_text
 from cimjax.analysis.sweep_plan import PlannedRun, checked
 from cimjax.spec.base import shortened
 from cimjax.training.config.options import field_of
 from cimjax.training.run.files import write_json
+
+if TYPE_CHECKING:
+    from cimjax.training.experiment import Experiment
 
 
 class Case(NamedTuple):
@@ -20,11 +23,13 @@ class Case(NamedTuple):
     name: as tables show it; also of its folder.
     options: of the config file, beside those of the study: "weight=layer,psum=none".
     start: the name of the case whose run of the same seed it starts from.
+    fields: further arguments of its runs, such as `--config.epochs=5`, after those of the study.
     """
 
     name: str
     options: str
     start: str | None = None
+    fields: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -121,10 +126,10 @@ def train_cases(
             run = PlannedRun(
                 {"case": case.name, "seed": str(seed)},
                 with_options(config, case.options, f"seed={seed}"),
-                list(fields),
+                [*fields, *case.fields],
                 0.0,
-                _folder(workdir, case.name, seed),
-                None if case.start is None else _folder(workdir, case.start, seed),
+                folder_of(workdir, case.name, seed),
+                None if case.start is None else folder_of(workdir, case.start, seed),
             )
             try:
                 runs.append(checked(run, set()))
@@ -134,7 +139,8 @@ def train_cases(
     return [_outcome(case, [row for row in rows if row["case"] == case.name]) for case in cases]
 
 
-def _folder(workdir: str | Path, case: str, seed: int) -> Path:
+def folder_of(workdir: str | Path, case: str, seed: int) -> Path:
+    """Where the run of a case is."""
     return Path(workdir) / case.replace(" ", "-").replace("/", "-") / f"seed={seed}"
 
 
@@ -144,14 +150,11 @@ def _outcome(case: Case, rows: list[dict[str, Any]]) -> Outcome:
     return Outcome(case, accuracies, failed, rows)
 
 
-def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
-    """What the network of a config takes on the chip, per image where it is counted so; all 0 in full precision.
+def described(config: str, fields: Sequence[str] = ()) -> Experiment:
+    """The experiment of a config as far as it is known without images: its network, and what each layer costs.
 
-    Returns:
-      `conversions` per image; `energy` of these in units of one code, conversions times the codes of their ADC
-      (2^bits: Murmann's survey of converters, where energy doubles with each bit at low resolution); `multiplies`,
-      multiplications by a scale factor per output pixel, summed over layers; `multiplies_of_paper`, as the paper's
-      section III-B counts them.
+    Raises:
+      ValueError: in one line, for a config that cannot be built.
     """
     from cimjax.data.catalog import images_of
     from cimjax.data.dataset import Description
@@ -166,7 +169,19 @@ def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
     )
     with loaded.unlocked():
         loaded.start = "random"
-    experiment = build(loaded, dataset=about)
+    return build(loaded, dataset=about)
+
+
+def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
+    """What the network of a config takes on the chip, per image where it is counted so; all 0 in full precision.
+
+    Returns:
+      `conversions` per image; `energy` of these in units of one code, conversions times the codes of their ADC
+      (2^bits: Murmann's survey of converters, where energy doubles with each bit at low resolution); `multiplies`,
+      multiplications by a scale factor per output pixel, summed over layers; `multiplies_of_paper`, as the paper's
+      section III-B counts them.
+    """
+    experiment = described(config, fields)
     found = {"conversions": 0.0, "energy": 0.0, "multiplies": 0.0, "multiplies_of_paper": 0.0}
     for layer in experiment.layers:
         if layer.cost is not None:
