@@ -738,6 +738,34 @@ TRAINING = [
         "(corner[0], corner[1], 0)",
         ("test_64_bits.py::test_the_mathematics_layers_and_training_hold_with_64_bits",),
     ),
+    Fault(
+        "what is frozen is trained, and nothing else",
+        "training/optimizer.py",
+        "trained_as(path) in config.frozen",
+        "trained_as(path) not in config.frozen",
+        ("test_start.py::test_what_is_frozen_stays",),
+    ),
+    Fault(
+        "steps of another quantizer are taken over",
+        "training/start.py",
+        "return bool(built(here[layer], kind) == built(there[layer], kind))",
+        "return True",
+        ("test_start.py::test_steps_are_taken_where_what_they_quantize_is_built_alike",),
+    ),
+    Fault(
+        "images on the host come in the order of the next epoch",
+        "training/batches.py",
+        "np.asarray(order_of_epoch(key, epoch, len(split)))",
+        "np.asarray(order_of_epoch(key, epoch + 1, len(split)))",
+        ("test_train_step.py::test_images_on_the_host_give_the_steps_of_images_on_the_device",),
+    ),
+    Fault(
+        "a ladder by percentile covers everything",
+        "core/calibration/ladder.py",
+        "best = problem.covering(start, PERCENTILE)",
+        "best = problem.covering(start)",
+        ("test_calibration.py::test_the_percentile_of_a_ladder_leaves_out_the_outermost_psums",),
+    ),
 ]
 
 FAULTS = [

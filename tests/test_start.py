@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.training.config.file import load_config
+from cimjax.training.experiment import build
 from cimjax.training.run.folder import read_records
+from cimjax.training.start import fits
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 
@@ -69,5 +72,31 @@ def test_what_is_frozen_stays(tmp_path: Path) -> None:
     assert chosen.frozen == ("weight",)
     result = cimjax.train(chosen, workdir=tmp_path, display=quiet())
     assert {"activation_moved", "psum_moved", "offset_moved"} == set(result.moved)
-    state = cimjax.load(tmp_path).variables["params"]
-    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert min(result.moved.values()) > 1e-4
+    first, last = build(chosen).first_state().params, cimjax.load(tmp_path).variables["params"]
+    np.testing.assert_allclose(last["conv1"]["weight_log_step"], first["conv1"]["weight_log_step"], rtol=1e-6)
+    assert float(jax.numpy.abs(last["conv1"]["kernel"] - first["conv1"]["kernel"]).max()) > 1e-3
+
+
+def test_steps_are_taken_where_what_they_quantize_is_built_alike() -> None:
+    here = cimjax.CIMSpec()
+    other = {
+        "adc": dataclasses.replace(here, adc=cimjax.ADCSpec(bits=5)),
+        "weight": dataclasses.replace(here, weight=cimjax.WeightSpec(bits=3)),
+        "activation": dataclasses.replace(here, activation=cimjax.ActivationSpec(bits=3)),
+        "array": dataclasses.replace(here, array=cimjax.ArraySpec(rows=64)),
+        "start": dataclasses.replace(here, weight=cimjax.WeightSpec(start="range")),
+    }
+    steps = [f"params/conv/{name}_log_step" for name in ("activation", "weight", "psum")]
+    taken = {name: [fits({"conv": spec}, {"conv": here})(path) for path in steps] for name, spec in other.items()}
+    assert taken == {
+        "adc": [True, True, False],
+        "weight": [True, False, False],
+        "activation": [False, True, False],
+        "array": [True, False, False],
+        "start": [True, True, False],
+    }
+    # A tensor that several layers read.
+    alone = "params/Quantize_0/log_step"
+    assert fits({"conv": other["adc"]}, {"conv": here})(alone)
+    assert not fits({"conv": other["activation"]}, {"conv": here})(alone)
