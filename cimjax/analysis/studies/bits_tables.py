@@ -67,7 +67,7 @@ def text_of(
         "ADC energy",
         "of base %",
         "loss rise",
-        "sum of layers",
+        "expected",
     ]
     rows = []
     for outcome, choice in zip(outcomes, whole, strict=True):
