@@ -82,7 +82,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (CIMSpec, {"adc": 3}, r"`adc` is 3; give a ADCSpec or None\."),
     (ADCSpec, {"gradient_margin": -0.5}, r"`gradient_margin` is -0.5; give a number from 0 to 1,000,000"),
     (ADCSpec, {"start": "mean"}, r"`start` is 'mean'"),
-    (WeightSpec, {"start": "range"}, r"`start` is 'range'"),
+    (WeightSpec, {"start": "widest"}, r"`start` is 'widest'"),
     (CIMSpec, {"array": ArraySpec(columns=2)}, r"`columns` is 2 but one output needs 3 columns \(2 planes"),
     (
         CIMSpec,
