@@ -45,6 +45,17 @@ def plain(axes: Any) -> Any:
     return axes
 
 
+def logarithmic(axes: Any) -> None:
+    """A logarithmic horizontal axis whose numbers are written out, at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=9)
+
+
 def look(index: int) -> dict[str, Any]:
     """Colour and marker of the `index`-th of some curves, as matplotlib's `plot` and `errorbar` take them."""
     return {

@@ -130,7 +130,7 @@ def _figure(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]], fro
                     axes.annotate(label, (x, 100 * one.mean), (5, -10), textcoords="offset points", fontsize=8)
         level(axes, of["ideal ADC"], linestyle="--")
         level(axes, of[FULL])
-        axes.set_xscale("log")
+        figures.logarithmic(axes)
         axes.set_xlabel(f"{title}\n(dashed: ideal ADC; dotted: full precision)", fontsize=9)
     accuracy_axis(panels[0])
     return figure

@@ -104,16 +104,16 @@ def _accuracies(outcomes: Sequence[Outcome]) -> Any:
         level(pairs, of[f"{weight}/ideal"], color=figures.COLOURS[index], linestyle="--", linewidth=1)
     level(pairs, of[FULL])
     pairs.set_xticks(range(3), GRANULARITIES)
-    pairs.set_xlabel("granularity of partial sums (dashed: not quantized; dotted: full precision)", fontsize=9)
+    pairs.set_xlabel("granularity of partial sums\n(dashed: not quantized; dotted: full precision)", fontsize=9)
     accuracy_axis(pairs)
     named = [outcome for outcome in outcomes if outcome.case.name.startswith("scheme ")]
     for number, outcome in enumerate(named):
         draw(schemes, [number], [outcome], number, linestyle="none")
     level(schemes, of[FULL])
-    names = [outcome.case.name.removeprefix("scheme ") for outcome in named]
+    names = [outcome.case.name.removeprefix("scheme ").replace("20", "\n20") for outcome in named]
     schemes.set_xticks(range(len(named)), names, fontsize=9)
     schemes.margins(x=0.15)
-    schemes.set_xlabel("scheme of Table I (dotted: full precision)", fontsize=9)
+    schemes.set_xlabel("scheme of the paper's Table I\n(dotted: full precision)", fontsize=9)
     return figure
 
 
@@ -127,7 +127,7 @@ def _overhead(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]]) -
             own = [of[f"{weight}/{psum}"] for psum in GRANULARITIES]
             where = [costs[one.case.name][count] for one in own]
             draw(axes, where, own, index, label=f"{weight} weights", linestyle="none")
-        axes.set_xscale("log")
+        figures.logarithmic(axes)
         axes.set_xlabel(f"{title}, all layers", fontsize=9)
     accuracy_axis(panels[0])
     return figure
