@@ -20,6 +20,7 @@ import cimjax
 from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpec, Quantize, VariationSpec, WeightSpec
 from cimjax.core.lsq import Codes
 from cimjax.nn.calibrate import without_calibration
+from cimjax.nn.layers import ADC_STATISTICS, PARTIAL_SUMS
 from cimjax.nn.small import SmallNet
 
 SMALL = CIMSpec(
@@ -113,6 +114,9 @@ def test_calibration_sets_only_the_kinds_asked_for_and_only_when_asked() -> None
     # Neither a training step nor `mutable=True` sets steps.
     _, updated = layer.apply(variables, 3 * x, mutable=True)
     chex.assert_trees_all_equal(updated["params"], variables["params"])
+    # Nor does it leave all partial sums, which takes much memory and must be asked for by name.
+    assert PARTIAL_SUMS not in updated and ADC_STATISTICS in updated
+    assert PARTIAL_SUMS in layer.apply(variables, x, mutable=[PARTIAL_SUMS])[1]
 
 
 class Net(nn.Module):

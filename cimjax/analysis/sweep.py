@@ -134,13 +134,14 @@ def _train(
     sent = 0
     try:
         while running or (waiting and not asked):
-            ready = [index for index in waiting if _has_its_start(runs[index])]
-            if not (ready or running):
+            free = jobs - len(running) if not asked else 0
+            ready = [index for index in waiting if _has_its_start(runs[index])][:free] if free else []
+            if not (ready or running or asked):
                 # What they start from has failed.
                 for index in waiting:
                     rows[index] = _row(runs[index], failed=f"{runs[index].start}, which it starts from, has not ended")
                 break
-            for index in ready[: jobs - len(running)] if not asked else ():
+            for index in ready:
                 waiting.remove(index)
                 running[index] = _start(runs[index], jobs), time.monotonic()
             progress.doing(*(f"training {index + 1} of {len(runs)}: {runs[index]}" for index in running))

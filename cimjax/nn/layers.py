@@ -41,8 +41,8 @@ PARAMETERS = StepSizes(
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
 ADC_STATISTICS = "adc_statistics"
-# The collection in which layers leave what comes to their ADCs when it is mutable, which takes much memory: for each
-# call the partial sums (T, M, R, K, O) float32, and the real `StepSizes`.
+# The collection in which layers leave what comes to their ADCs: for each call the partial sums (T, M, R, K, O) float32,
+# and the real `StepSizes`. That takes much memory, so it must be named: `mutable=True` does not ask for it.
 PARTIAL_SUMS = "partial_sums"
 
 
@@ -128,10 +128,12 @@ class ArrayLayer(nn.Module):
             )
         steps = _real_steps(kernel, stored, spec, input_size, positions)
         statistics = spec.adc is not None and self.is_mutable_collection(ADC_STATISTICS)
-        if (statistics or self.is_mutable_collection(PARTIAL_SUMS)) and not self.is_initializing():
+        wanted = self.scope is not None and self.scope.mutable is not True and self.is_mutable_collection(PARTIAL_SUMS)
+        if (statistics or wanted) and not self.is_initializing():
             inputs = lsq.quantize_activation(x, steps.activation, spec.activation)
             psums = partial_sums(inputs.codes, kernel, steps, tiled, window, spec, key)
-            self.sow(PARTIAL_SUMS, "adc", (psums.columns, steps))
+            if wanted:
+                self.sow(PARTIAL_SUMS, "adc", (psums.columns, steps))
             if statistics:
                 found = adc_statistics(psums.columns, steps, tiled, spec)
                 self.sow(ADC_STATISTICS, "adc", found, reduce_fn=lambda _, new: new)
