@@ -72,6 +72,8 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     "offset-adc-1": {"encoding": "offset", "bits": 1, "reference": "adc"},
     "offset-planes": {"encoding": "offset", "bits": 3, "cell_bits": 2, "step_per_plane": True},
     "offset-adc-planes": {"encoding": "offset", "bits": 3, "cell_bits": 2, "step_per_plane": True, "reference": "adc"},
+    "scales-3": {"encoding": "learned_scales", "bits": 3, "cell_bits": 1, "step_per_plane": True},
+    "scales-1": {"encoding": "learned_scales", "bits": 1, "cell_bits": 1, "step_per_plane": True},
     "eight-bits": {"encoding": "twos_complement", "bits": 8, "cell_bits": 3},
 }
 # Three row tiles or more, of unequal sizes, where most rows of the table have two.

@@ -211,6 +211,27 @@ ENCODING = [
         oracle("slices-sliced-uneven-twos-wide-top"),
     ),
     Fault(
+        "the sum of learned steps is not the nearest",
+        "core/learned_scales.py",
+        "jnp.argmin(jnp.abs(x - sums), axis=0)",
+        "jnp.argmin(jnp.abs(x - sums[: len(sums) - 1]), axis=0)",
+        ("test_learned_scales.py::test_no_other_sum_is_nearer",),
+    ),
+    Fault(
+        "each learned step answers for the whole residual",
+        "core/learned_scales.py",
+        "rest * per_step / planes",
+        "rest * per_step",
+        ("test_learned_scales.py::test_a_weight_passes_its_gradient_and_a_step_gets_its_part_of_the_residual",),
+    ),
+    Fault(
+        "learned steps start alike",
+        "core/calibration/steps.py",
+        "per_plane *= np.exp2",
+        "per_plane *= 1 + 0 * np.exp2",
+        ("test_learned_scales.py::test_each_step_starts_at_twice_the_one_below_and_weights_are_kept_well",),
+    ),
+    Fault(
         "gradients of planes with steps of their own are added",
         "core/encoding.py",
         "(jnp.stack(parts) / len(planes),)",

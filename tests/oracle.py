@@ -13,6 +13,7 @@ column tiles. Indices are the small letters t, a, r, k, o, c.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -147,6 +148,8 @@ def plain_range(bits: float, signed: bool) -> Codes:
 
 def weight_range(weight: WeightSpec) -> Codes:
     """Codes of a weight: signed; a magnitude cannot hold -2^(b-1)."""
+    if weight.encoding == "learned_scales":
+        return Codes(-(2**weight.bits - 1), 2**weight.bits - 1)
     if weight.encoding == "differential" and weight.bits >= 2:
         return Codes(-(2 ** (weight.bits - 1) - 1), 2 ** (weight.bits - 1) - 1)
     return plain_range(weight.bits, signed=True)
@@ -242,6 +245,8 @@ def encode(code: np.ndarray, weight: WeightSpec) -> list[Part]:
         if weight.bits == 1:
             return [Part(2, False, (code + 1) / 2)]
         return binary(code - constant(weight), weight.bits, weight.cell_bits)
+    if weight.encoding == "learned_scales":
+        return [Part(1, True, np.zeros(np.shape(code)))] * int(weight.bits)  # digits come from `nearest_sum`
     bits = 1 if weight.bits < 2 else weight.bits - 1
     plus = binary(np.maximum(code, 0), bits, weight.cell_bits)
     minus = binary(np.maximum(-code, 0), bits, weight.cell_bits, sign=-1)
@@ -363,10 +368,32 @@ def psum_place(geo: Geometry, adc: ADCSpec, r: int, k: int, o: int) -> tuple[int
 # 3.2 Weight.
 
 
+def nearest_sum(weights: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Digits -1, 0, 1 of every weight, (K, n), whose sum `sum_k s_k d_k` is nearest to it; of equally near ones those
+    of fewest non-zero digits, then with 0 before 1 before -1 from the first digit on. And u, (K, n): the digit and the
+    plane's part `1/K` of what is left, in its step; infinite beyond the largest sum."""
+    every = sorted(itertools.product((0, 1, -1), repeat=len(steps)), key=lambda digits: sum(map(abs, digits)))
+    digits = np.zeros((len(steps), len(weights)))
+    u = np.full(digits.shape, np.inf)
+    for i, w in enumerate(weights):
+        sums = [functools.reduce(lambda x, y: np.float32(x + y), np.float32(d) * steps) for d in every]
+        best = min(range(len(every)), key=lambda n: np.abs(np.float32(w - sums[n])))
+        digits[:, i] = every[best]
+        if abs(w) <= np.float32(np.sum(steps, dtype=np.float32)):
+            u[:, i] = digits[:, i] + (w - np.float64(sums[best])) / (len(steps) * np.float64(steps))
+    return digits, u
+
+
 def quantize_weights(kernel: np.ndarray, steps: StepSizes, geo: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, u and digits, all (K, kh, kw, C, O); without steps per plane all planes have the same codes."""
     codes, digits = np.zeros((geo.K, *kernel.shape)), np.zeros((geo.K, *kernel.shape))
     u = np.zeros((geo.K, *kernel.shape), np.float32)
+    if geo.spec.weight.encoding == "learned_scales":
+        for a, o in np.ndindex(geo.A, geo.O):
+            at = (*array_index(geo, a), o)
+            for k, (digit, u_k) in enumerate(zip(*nearest_sum(kernel[at], steps.weight[a, :, o]), strict=True)):
+                codes[k][at], digits[k][at], u[k][at] = digit, digit, u_k
+        return codes, u, digits
     for a, k, o in np.ndindex(geo.A, geo.K, geo.O):
         at = (*array_index(geo, a), o)
         step = steps.weight[weight_place(geo, a, k, o)]
@@ -627,6 +654,12 @@ def weight_backward(f: Forward, to_digits: np.ndarray, grads: Grads) -> None:
     codes = np.broadcast_to(f.weight_codes, f.digits.shape)
     for a, k, o in np.ndindex(geo.A, geo.K, geo.O):
         at, place = (*array_index(geo, a), o), weight_place(geo, a, k, o)
+        if weight.encoding == "learned_scales":
+            u, step = f.weight_u[k][at], np.float64(f.steps.weight[place])
+            passed = np.where(np.isfinite(u), to_digits[k][at], 0.0) / step
+            grads.kernel[at] += passed / geo.K
+            grads.weight[place] -= np.sum(passed * np.where(np.isfinite(u), u, 0.0))
+            continue
         to_code = share(codes[k][at], weight, k, geo.K) * to_digits[k][at] / geo.planes[k].significance
         to_weight, to_step = quantizer_gradient(to_code, f.weight_u[k][at], f.steps.weight[place], weight_range(weight))
         grads.kernel[at] += to_weight

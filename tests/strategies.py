@@ -29,7 +29,10 @@ def activations(draw: st.DrawFn) -> ActivationSpec:
 @st.composite
 def weights(draw: st.DrawFn) -> WeightSpec:
     """Any encoding with its own options, bits and cell bits that need not divide."""
-    encoding = draw(st.sampled_from(["twos_complement", "differential", "offset"]))
+    encoding = draw(st.sampled_from(["twos_complement", "differential", "offset", "learned_scales"]))
+    if encoding == "learned_scales":
+        bits = draw(st.integers(1, 3))
+        return WeightSpec(bits=bits, cell_bits=1, encoding=encoding, granularity="column", step_per_plane=True)
     wide = [2, 3, 4, 5, 6, 8]
     bits = {"twos_complement": wide, "differential": [1, 1.5, *wide], "offset": [1, *wide]}[encoding]
     options: dict[str, Any] = {"granularity": draw(GRANULARITIES)}

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cimjax.core import encoding, lsq, variation
+from cimjax.core.learned_scales import nearest_digits
 from cimjax.core.step_sizes import expand_weight
 from cimjax.core.tiling import Tiling, tile_kernel
 from cimjax.spec import CIMSpec, Encoding, Reference
@@ -31,7 +32,8 @@ class StoredArrays(NamedTuple):
 def quantize_weight(
     kernel: Float[Array, "*kernel C O"], step: Float[Array, ...], tiling: Tiling, spec: CIMSpec
 ) -> Float[Array, "*planes_and_kernel R c O"]:
-    """Weight codes in the layout of the arrays: `q = clip(rint(w / s_w), q_min, q_max)` (the paper's eq. 1).
+    """Weight codes in the layout of the arrays: `q = clip(rint(w / s_w), q_min, q_max)` (the paper's eq. 1); of
+    `learned_scales` the digits of the nearest sum of steps.
 
     Args:
       kernel: (kh, kw, C, O) real.
@@ -48,8 +50,12 @@ def quantize_weight(
         step = jnp.broadcast_to(per_plane, (len(spec.weight.planes), *per_plane.shape[1:]))
     else:
         step = per_plane[0]
+    if spec.weight.encoding == Encoding.LEARNED_SCALES:
+        codes = nearest_digits(tiled, step)
+    else:
+        codes = lsq.quantize(tiled, step, spec.weight.code_range)
     # Where nothing is stored the code is 0 also for {-1, +1}.
-    return jnp.where(tiling.stored[..., None], lsq.quantize(tiled, step, spec.weight.code_range), 0)
+    return jnp.where(tiling.stored[..., None], codes, 0)
 
 
 def store(

@@ -26,12 +26,12 @@ def encode(codes: Float[Array, ...], spec: WeightSpec) -> Float[Array, "K ..."]:
 
     Args:
       codes: any shape, integer-valued float32 in `spec.code_range`; with `spec.step_per_plane`, (K, ...): the codes
-        that each plane takes its digit from.
+        that each plane takes its digit from, and of `learned_scales` the digits themselves.
 
     Returns:
       (K, ...) float32 digits, one leading plane axis.
     """
-    return _split(codes, spec)
+    return codes if spec.encoding == Encoding.LEARNED_SCALES else _split(codes, spec)
 
 
 def plane_gradient_weights(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:

@@ -33,11 +33,15 @@ class Granularity(enum.StrEnum):
 
 
 class Encoding(enum.StrEnum):
-    """How a signed weight code is stored in cells that hold non-negative digits."""
+    """How a signed weight is stored in cells that hold non-negative digits.
+
+    `learned_scales` has no code: the weight is a sum of learned steps, each with a digit of -1, 0 or +1.
+    """
 
     TWOS_COMPLEMENT = "twos_complement"
     DIFFERENTIAL = "differential"
     OFFSET = "offset"
+    LEARNED_SCALES = "learned_scales"
 
 
 class Subtract(enum.StrEnum):
@@ -181,7 +185,8 @@ class ActivationSpec(Spec):
 class WeightSpec(Spec):
     """Quantization of the kernel and its storage in memory cells."""
 
-    # Bits of a weight code: 1 to 8, or 1.5 (`differential` only). One bit is not for `twos_complement`.
+    # Bits of a weight code: 1 to 8, or 1.5 (`differential` only). One bit is not for `twos_complement`. Of
+    # `learned_scales` the number of steps, 1 to 5.
     bits: float = 4
     # Bits that one cell stores, 1 to 8; need not divide `bits`.
     cell_bits: int = 2
@@ -195,7 +200,8 @@ class WeightSpec(Spec):
     reference: Reference = Reference.DIGITAL
     # What a signed plane costs in physical columns.
     signed_cells: SignedCells = SignedCells.PAIRED
-    # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only.
+    # One step per plane, each plane's digit from its own rounding (the paper's code); `column` granularity only. That
+    # is what `learned_scales` are.
     step_per_plane: bool = False
     # Where calibration starts the step: `least_squares`: where rounding changes the tensor least; `magnitude`: LSQ's
     # rule, `2 mean|x| / sqrt(q)`; `range`: where the codes just cover all values; `percentile`: 99.9 % of them.
@@ -232,10 +238,32 @@ class WeightSpec(Spec):
             raise ValueError(
                 "`step_per_plane` is True with `encoding` differential; use 'twos_complement' or 'offset', or one step."
             )
+        if self.encoding == Encoding.LEARNED_SCALES:
+            self._check_learned_scales()
+
+    def _check_learned_scales(self) -> None:
+        """Refuse what contradicts one-bit cells with a step per plane."""
+        if self.bits not in range(1, 6):
+            raise ValueError(
+                f"`bits` is {self.bits:g} with `encoding` learned_scales, whose sums of that many steps are all "
+                "compared; give 1 to 5."
+            )
+        if self.cell_bits != 1:
+            raise ValueError(
+                f"`cell_bits` is {self.cell_bits} with `encoding` learned_scales, whose digits are -1, 0, +1; give 1."
+            )
+        if not self.step_per_plane:
+            raise ValueError(
+                "`step_per_plane` is False with `encoding` learned_scales, which learns a step for every plane; give "
+                "True."
+            )
 
     @property
     def code_range(self) -> CodeRange:
-        """The weight's codes."""
+        """The weight's codes; of `learned_scales` in units of the lowest step while each is twice the next lower."""
+        if self.encoding == Encoding.LEARNED_SCALES:
+            largest = 2 ** int(self.bits) - 1
+            return CodeRange(-largest, largest, 2 * largest + 1)
         return codes_lib.weight_range(self.bits, symmetric=self.encoding == Encoding.DIFFERENTIAL)
 
     @property
@@ -246,6 +274,8 @@ class WeightSpec(Spec):
         if self.encoding == Encoding.DIFFERENTIAL:
             magnitude_bits = max(1, math.floor(self.bits) - 1)
             return codes_lib.magnitude_planes(magnitude_bits, self.cell_bits, analog=self.subtract == Subtract.ANALOG)
+        if self.encoding == Encoding.LEARNED_SCALES:
+            return (Plane(1, -1, 1),) * int(self.bits)
         if self.bits == 1:
             return (Plane(2, 0, 1),)
         return codes_lib.unsigned_planes(int(self.bits), self.cell_bits)

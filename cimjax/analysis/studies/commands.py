@@ -133,8 +133,8 @@ STUDIES: dict[str, Command] = {
             "--encodings": {
                 "default": "twos_complement,differential,differential_analog",
                 "metavar": "NAME,...",
-                "help": "twos_complement, differential, differential_analog, offset, offset_adc; the first three if "
-                "not given",
+                "help": "twos_complement, differential, differential_analog, offset, offset_adc, learned_scales; the "
+                "first three if not given",
             },
             "--bits": {"default": "2,3,4", "metavar": "N,...", "help": "bits of the ADC; 2,3,4 if not given"},
             "--pairs": {

@@ -32,6 +32,7 @@ ENCODINGS = {
     "differential_analog": "encoding=differential,subtract=analog",
     "offset": "encoding=offset",
     "offset_adc": "encoding=offset,reference=adc",
+    "learned_scales": "encoding=learned_scales,cell_bits=1",
 }
 # What accuracy is set against.
 COSTS = {"conversions": "ADC conversions per image", "energy": "ADC energy per image, conversions x codes"}

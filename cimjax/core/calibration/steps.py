@@ -39,7 +39,7 @@ from cimjax.core.step_sizes import (
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window, positions, seen_at, without_padding
-from cimjax.spec import ActivationSpec, CIMSpec, Reference, StepKind, StepStart
+from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference, StepKind, StepStart
 from cimjax.spec.codes import CodeRange
 
 # Output positions that the search for a psum step looks at, at most; they are spread over images and pixels.
@@ -132,7 +132,7 @@ def activation_step(x: Array, spec: ActivationSpec) -> Array:
 def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
     """The start of every weight group's step by `spec.weight.start`, over the weights that it really has.
 
-    Planes start alike.
+    Planes start alike, but those of `learned_scales` at a step of its own each, twice as large as the one below.
 
     Args:
       kernel: (kh, kw, C, O) real.
@@ -153,7 +153,12 @@ def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
         part = 1.0 if start == StepStart.RANGE else PERCENTILE
         reach = _reach(weights, codes)
         step = _positive(quantile(reach, part, lambda step: expand(step)[:, None], total, stored))
-    return jnp.broadcast_to(step[:, None], shapes(tiling, spec).weight) if spec.weight.step_per_plane else step
+    if not spec.weight.step_per_plane:
+        return step
+    per_plane = jnp.broadcast_to(step[:, None], shapes(tiling, spec).weight)
+    if spec.weight.encoding == Encoding.LEARNED_SCALES:
+        per_plane *= np.exp2(np.arange(per_plane.shape[1], dtype=np.float32))[:, None]
+    return per_plane
 
 
 def empty_weight_groups(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:

@@ -118,6 +118,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "column": {"weight": "column", "psum": "column", "training": "one_stage"},
 }
 
+# What `encoding=learned_scales` implies where it is not typed.
+_LEARNED_SCALES = {"cell_bits": 1, "step_per_plane": True}
+
 # The options that every config offers.
 CIM_OPTIONS = (
     Option("scheme", tuple(SCHEMES), None, "a scheme of the paper's Table I: granularities and training"),
@@ -179,6 +182,8 @@ def parse_options(argument: str | None, *extra: Option, **defaults: Any) -> type
     if values["adc_step"] == StepKind.FIXED and "offset" not in typed:
         # One reference for all columns is what a fixed ADC is for; an offset in every column is not typed by accident.
         values["offset"] = False
+    if values["encoding"] == Encoding.LEARNED_SCALES:
+        values |= {name: value for name, value in _LEARNED_SCALES.items() if name not in typed}
     _refuse_idle(values, typed, table)
     return types.SimpleNamespace(**values)
 
