@@ -74,6 +74,11 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     "offset-adc-planes": {"encoding": "offset", "bits": 3, "cell_bits": 2, "step_per_plane": True, "reference": "adc"},
     "scales-3": {"encoding": "learned_scales", "bits": 3, "cell_bits": 1, "step_per_plane": True},
     "scales-1": {"encoding": "learned_scales", "bits": 1, "cell_bits": 1, "step_per_plane": True},
+    "twos-by-significance": {"encoding": "twos_complement", "bits": 4, "plane_shares": "significance"},
+    "twos-lowest": {"encoding": "twos_complement", "bits": 4, "cell_bits": 2, "plane_shares": "lowest"},
+    "twos-planes-lowest": {"encoding": "twos_complement", "step_per_plane": True, "plane_shares": "lowest"},
+    "diff-digital-by-significance": {"encoding": "differential", "bits": 4, "plane_shares": "significance"},
+    "diff-analog-lowest": {"encoding": "differential", "bits": 4, "subtract": "analog", "plane_shares": "lowest"},
     "eight-bits": {"encoding": "twos_complement", "bits": 8, "cell_bits": 3},
 }
 # Three row tiles or more, of unequal sizes, where most rows of the table have two.
@@ -124,6 +129,7 @@ def _cases() -> list[Case]:
     # Every encoding, with psum steps per column, per layer with an offset, and with an ideal ADC.
     for name, weight in ENCODINGS.items():
         array = _WIDE if name in ("eight-bits", "diff-digital", "twos-planes", "twos-narrow-top") else None
+        array = _WIDE if "significance" in name else array
         cases.append(Case(f"encoding-{name}", spec(weight=weight, array=array)))
         layer = {"granularity": "layer", "offset": True}
         cases.append(Case(f"encoding-{name}-layer", spec(weight=weight, adc=layer, array=array)))
@@ -196,7 +202,7 @@ def kinds(case: Case) -> dict[str, Any]:
     weight = s.weight
     return {
         "slices": (width(s.activation.bits), s.activation.signed, s.activation.slice_bits is not None),
-        "encoding": (weight.encoding, weight.subtract, weight.reference, weight.step_per_plane),
+        "encoding": (weight.encoding, weight.subtract, weight.reference, weight.step_per_plane, weight.plane_shares),
         "width": width(weight.bits),
         "weight": weight.granularity,
         "ties": case.ties,

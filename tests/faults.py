@@ -185,8 +185,8 @@ ENCODING = [
     Fault(
         "a differential code hears both signs' planes",
         "core/encoding.py",
-        "(sign * f > 0) / (half * f)",
-        "1 / (half * f)",
+        "sign * plane.significance >= 0",
+        "True",
         ("test_encoding.py::test_a_differential_code_hears_only_the_planes_of_its_sign",),
     ),
     Fault(
@@ -199,15 +199,15 @@ ENCODING = [
     Fault(
         "planes' gradients are added instead of averaged",
         "core/encoding.py",
-        "tuple(1 / (len(significance) * f) for f in significance)",
-        "tuple(1 / f for f in significance)",
+        "return [count / sum(counts) for count in counts]",
+        "return [count / 1 for count in counts]",
         oracle("encoding-twos-narrow-top-joined"),
     ),
     Fault(
         "slices' gradients are added instead of averaged",
         "core/encoding.py",
-        "(sum(parts) / len(planes),)",
-        "(sum(parts),)",
+        "strict=True)) / len(planes),)",
+        "strict=True)),)",
         oracle("slices-sliced-uneven-twos-wide-top"),
     ),
     Fault(
@@ -234,8 +234,8 @@ ENCODING = [
     Fault(
         "gradients of planes with steps of their own are added",
         "core/encoding.py",
-        "(jnp.stack(parts) / len(planes),)",
-        "(jnp.stack(parts),)",
+        "jnp.stack([share * g for share, g",
+        "jnp.stack([len(row) * share * g for share, g",
         oracle("encoding-twos-planes"),
     ),
 ]

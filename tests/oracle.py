@@ -640,12 +640,17 @@ def activation_backward(f: Forward, to_slices: np.ndarray, grads: Grads) -> None
 
 
 def share(codes: np.ndarray, weight: WeightSpec, k: int, count: int) -> np.ndarray:
-    """`alpha_k` of every code: equal over the planes that respond to a change of it."""
-    if weight.encoding != "differential" or weight.subtract == "analog":
-        return np.full(codes.shape, 1 / count)
-    sign = 1 if k < count // 2 else -1
-    of_this_sign = np.where(codes == 0, 0.5, np.where(np.sign(codes) == sign, 1.0, 0.0))
-    return of_this_sign / (count // 2)
+    """`alpha_k` of every code, over the planes that respond to a change of it: equal, as their significances are, or
+    the lowest plane's alone."""
+    by_sign = weight.encoding == "differential" and weight.subtract == "digital"
+    planes = count // 2 if by_sign else count
+    significances = 2.0 ** (weight.cell_bits * np.arange(planes))
+    shares = {"equal": np.ones(planes), "significance": significances, "lowest": np.arange(planes) == 0}
+    mine = shares[weight.plane_shares][k % planes] / np.sum(shares[weight.plane_shares])
+    if not by_sign:
+        return np.full(codes.shape, mine)
+    sign = 1 if k < planes else -1
+    return mine * np.where(codes == 0, 0.5, np.where(np.sign(codes) == sign, 1.0, 0.0))
 
 
 def weight_backward(f: Forward, to_digits: np.ndarray, grads: Grads) -> None:

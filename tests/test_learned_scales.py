@@ -113,6 +113,7 @@ def test_cost_counts_two_columns_and_one_conversion_a_plane() -> None:
         ({"bits": 1.5}, r"`bits` is 1.5 with `encoding` learned_scales; three codes need 'differential'"),
         ({"cell_bits": 2}, r"`cell_bits` is 2 with `encoding` learned_scales.*give 1\."),
         ({"step_per_plane": False}, r"`step_per_plane` is False with `encoding` learned_scales.*give True"),
+        ({"plane_shares": "lowest"}, r"`plane_shares` is lowest with `encoding` learned_scales.*give 'equal'"),
         ({"granularity": "layer"}, r"`step_per_plane` is True with `granularity` layer"),
         ({"subtract": "analog"}, r"`subtract` is 'analog' with `encoding` learned_scales"),
     ],

@@ -15,13 +15,14 @@ import pytest
 from test_sweep import fake_runs
 
 from cimjax.analysis import sweep as sweep_module
-from cimjax.analysis.studies import adc_range, encodings, granularity, runs, training_cost
+from cimjax.analysis.studies import adc_range, design, encodings, granularity, runs, training_cost
 from cimjax.analysis.studies.output import markdown
-from cimjax.analysis.studies.runs import Case
+from cimjax.analysis.studies.runs import Case, Outcome, Runs
 from cimjax.analysis.sweep_plan import PlannedRun
 from cimjax.cli import main
 from cimjax.training.config.file import load_config
 
+THREE_EPOCHS = ["--config.epochs=3"]
 DIGITS = str(Path(__file__).parents[1] / "configs" / "digits.py")
 
 
@@ -45,9 +46,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[PlannedRun]:
 def test_every_case_of_every_study_can_be_planned(trained: list[PlannedRun], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     studies = (
-        lambda where: granularity.study_granularity(f"{DIGITS}:adc_bits=2", where, seeds=(0, 3)),
-        lambda where: encodings.study_encodings(DIGITS, where, encodings=list(encodings.ENCODINGS), bits=["1.5", "3"]),
-        lambda where: adc_range.study_adc_range(f"{DIGITS}:smoke", where, bits=["2"], fields=["--config.epochs=3"]),
+        lambda where: granularity.study_granularity(Runs(f"{DIGITS}:adc_bits=2", where, seeds=(0, 3))),
+        lambda where: encodings.study_encodings(
+            Runs(DIGITS, where), encodings=list(encodings.ENCODINGS), bits=["1.5", "3"]
+        ),
+        lambda where: adc_range.study_adc_range(
+            Runs(f"{DIGITS}:smoke", where, fields=["--config.epochs=3"]), bits=["2"]
+        ),
     )
     for number, study in enumerate(studies):
         trained.clear()
@@ -65,6 +70,35 @@ def test_every_case_of_every_study_can_be_planned(trained: list[PlannedRun], tmp
         rows = json.loads(next(file for file in found.files if file.suffix == ".json").read_text())
         assert len(rows) == len({run.values["case"] for run in trained})
         assert found.table == next(file for file in found.files if file.suffix == ".md").read_text().rstrip("\n")
+
+
+def test_a_difference_is_of_runs_of_the_same_seed() -> None:
+    def outcome(accuracies: dict[str, float]) -> Outcome:
+        rows = [{"seed": seed, "accuracy": value} for seed, value in accuracies.items()]
+        return Outcome(Case("", ""), list(accuracies.values()), {}, [*rows, {"seed": "9", "failed": "x"}])
+
+    base = outcome({"0": 0.5, "1": 0.6, "2": 0.1})
+    mean, error = design.difference(outcome({"1": 0.62, "0": 0.51, "5": 0.9}), base)
+    assert mean == pytest.approx(1.5) and error == pytest.approx(0.5)
+    mean, error = design.difference(outcome({"2": 0.11}), base)
+    assert mean == pytest.approx(1) and math.isnan(error)
+    assert all(map(math.isnan, design.difference(outcome({}), base)))
+
+
+def test_every_answer_is_another_network_than_the_config() -> None:
+    base = Runs(f"{DIGITS}:adc_bits=2", "", fields=["--config.epochs=3"])
+    own, *others = design.cases(base, list(design.QUESTIONS))
+    names = {case.name for case in others}
+    assert own == Case(design.BASE, "") and len(names) == len(others) >= 18
+    assert "offset before the ADC: none" in names and "offset before the ADC: one in every column" not in names
+    assert "rows read at once: half" in names and "active_rows=32" in [case.options for case in others]
+    # Those that a config gives itself are another's.
+    other = design.cases(base._replace(config=f"{DIGITS}:adc_bits=2,training=two_stage,offset=false"), ["stages"])
+    assert [case.name for case in other] == [design.BASE, "stages: one"]
+    with pytest.raises(ValueError, match=r"^--questions names 'tilling' \(did you mean 'tiling'"):
+        design.cases(base, ["tilling"])
+    with pytest.raises(ValueError, match="weight=none has no layer in arrays"):
+        design.cases(Runs(f"{DIGITS}:weight=none", ""), ["tiling"])
 
 
 def test_the_study_of_granularity_has_every_pair_and_every_scheme() -> None:
@@ -100,11 +134,11 @@ def test_misuses_end_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_costs_are_those_of_the_layers() -> None:
-    one, two = (runs.costs_of(f"{DIGITS}:adc_bits={bits}") for bits in (2, 3))
+    one, two = (runs.costs_of(Runs(DIGITS, ""), Case("", f"adc_bits={bits}")) for bits in (2, 3))
     assert two["conversions"] == one["conversions"] > 0
     assert (one["energy"], two["energy"]) == (4 * one["conversions"], 8 * one["conversions"])
-    assert set(runs.costs_of(f"{DIGITS}:weight=none").values()) == {0.0}
-    assert runs.costs_of(f"{DIGITS}:scheme=kim2022")["multiplies_of_paper"] == 3
+    assert set(runs.costs_of(Runs(DIGITS, ""), Case("", "weight=none")).values()) == {0.0}
+    assert runs.costs_of(Runs(DIGITS, ""), Case("", "scheme=kim2022"))["multiplies_of_paper"] == 3
 
 
 @hypothesis.given(st.dictionaries(st.text("abcdefgh", min_size=1), st.tuples(st.integers(0, 5), st.integers(0, 5))))
@@ -152,17 +186,17 @@ def test_runs_wait_for_what_they_start_from(tmp_path: Path, monkeypatch: pytest.
         Case("third", "training=post_training,adc_bits=2", "bad"),
         Case("bad", "weight=none"),
     ]
-    found = {one.case.name: one for one in runs.train_cases(DIGITS, cases, [0], tmp_path, jobs=2)}
+    found = {one.case.name: one for one in runs.train_cases(Runs(DIGITS, tmp_path, [0], jobs=2), cases)}
     assert found["second"].accuracies == found["first"].accuracies == [0.5]
     assert found["second"].rows[0]["start"] == str(tmp_path / "first" / "seed=0")
     assert found["bad"].failed == {0: "out of luck"} and math.isnan(found["bad"].mean)
     assert "bad/seed=0, which it starts from, has not ended" in found["third"].failed[0]
     # Nothing is trained twice.
     fake_runs(monkeypatch, "raise SystemExit('again')")
-    again = runs.train_cases(DIGITS, cases[:2], [0], tmp_path)
+    again = runs.train_cases(Runs(DIGITS, tmp_path, [0]), cases[:2])
     assert [one.accuracies for one in again] == [[0.5], [0.5]]
     with pytest.raises(ValueError, match="wrong: adc_bits is 'x'"):
-        runs.train_cases(DIGITS, [Case("wrong", "adc_bits=x")], [0], tmp_path)
+        runs.train_cases(Runs(DIGITS, tmp_path, [0]), [Case("wrong", "adc_bits=x")])
 
 
 @pytest.mark.full

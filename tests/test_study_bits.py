@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cimjax.analysis.studies.bits import parse_bits, parse_budget, study_bits
 from cimjax.analysis.studies.bits_allocation import allocate, cheapest
+from cimjax.analysis.studies.runs import Runs
 from cimjax.analysis.studies.sensitivity import Measurement, rules_for, with_bits
 from cimjax.cli import main
 from cimjax.nn.rules import check_rules
@@ -77,8 +78,8 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, tuple[
     """The folder of a study, what it returned, and its arguments."""
     folder = tmp_path_factory.mktemp("bits")
     # Both layers convert equally often: within the budget one of them at most keeps its bits.
-    given = {"bits": ("1", "3"), "budget": "0.65", "fields": FIELDS}
-    return folder, study_bits(f"{DIGITS}:smoke", folder, **given), given
+    given = {"bits": ("1", "3"), "budget": "0.65"}
+    return folder, study_bits(Runs(f"{DIGITS}:smoke", folder, [0], FIELDS), **given), given
 
 
 def test_the_fine_tuned_network_has_the_bits_that_were_chosen(studied: Any) -> None:
@@ -134,7 +135,7 @@ def test_the_same_again_trains_nothing_and_measures_nothing(studied: Any, monkey
     monkeypatch.setattr("cimjax.analysis.studies.sensitivity.restore", refused)
     monkeypatch.setattr("cimjax.analysis.sweep._start", refused)
     before = {file: file.read_bytes() for file in folder.glob("*") if file.is_file()}
-    assert study_bits(f"{DIGITS}:smoke", folder, **given) == study
+    assert study_bits(Runs(f"{DIGITS}:smoke", folder, [0], FIELDS), **given) == study
     assert {file: file.read_bytes() for file in before} == before
 
 

@@ -7,13 +7,14 @@ split into them, with a gradient that uses every plane.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from cimjax.spec import ActivationSpec, Encoding, Subtract, WeightSpec
+from cimjax.spec import ActivationSpec, Encoding, PlaneShares, Subtract, WeightSpec
 from cimjax.spec.codes import Plane
 
 
@@ -21,8 +22,9 @@ def encode(codes: Float[Array, ...], spec: WeightSpec) -> Float[Array, "K ..."]:
     """Digits of weight codes: `q = sum_k f_k d_k + constant`, `0 <= |d_k| < 2^cell_bits`.
 
     The gradient to a code averages what its planes say of it: `dL/dq = sum_k alpha_k (dL/d d_k) / f_k`, with `alpha_k`
-    equal over the planes that respond: for `differential` with digital subtraction the planes of the code's sign (half
-    of each sign's at 0), otherwise all. With an ideal ADC that is the exact gradient of the quantized convolution.
+    by `spec.plane_shares` over the planes that respond: for `differential` with digital subtraction the planes of the
+    code's sign (half of each sign's at 0), otherwise all. With an ideal ADC that is the exact gradient of the quantized
+    convolution.
 
     Args:
       codes: any shape, integer-valued float32 in `spec.code_range`; with `spec.step_per_plane`, (K, ...): the codes
@@ -39,11 +41,22 @@ def plane_gradient_weights(spec: WeightSpec) -> tuple[tuple[float, ...], ...]:
 
     `G` is 1, or 2 where codes of either sign respond by planes of their own; `split_by_sign` chooses.
     """
-    significance = [plane.significance for plane in spec.planes]
-    if not _by_sign(spec):
-        return (tuple(1 / (len(significance) * f) for f in significance),)
-    half = len(significance) // 2
-    return tuple(tuple((sign * f > 0) / (half * f) for f in significance) for sign in (1, -1))
+    signs = (1, -1) if _by_sign(spec) else (0,)
+    shares = [_shares(spec, [sign * plane.significance >= 0 for plane in spec.planes]) for sign in signs]
+    return tuple(
+        tuple(share / plane.significance for share, plane in zip(row, spec.planes, strict=True)) for row in shares
+    )
+
+
+def _shares(spec: WeightSpec, responds: Sequence[bool]) -> list[float]:
+    """`alpha_k` of all planes, of which some respond: they add up to 1."""
+    counts = [abs(plane.significance) * answer for plane, answer in zip(spec.planes, responds, strict=True)]
+    if spec.plane_shares == PlaneShares.EQUAL:
+        counts = [int(count > 0) for count in counts]
+    elif spec.plane_shares == PlaneShares.LOWEST:
+        lowest = min(count for count in counts if count)
+        counts = [int(count == lowest) for count in counts]
+    return [count / sum(counts) for count in counts]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -142,10 +155,10 @@ def _split_backward(spec: WeightSpec | ActivationSpec, codes: Array, gradient: A
             for row in plane_gradient_weights(spec)
         ]
         return _split_by_sign_backward(spec, codes, jnp.stack(from_planes))
-    parts = [g / plane.significance for g, plane in zip(gradient, planes, strict=True)]
     if isinstance(spec, WeightSpec):
-        return (jnp.stack(parts) / len(planes),)
-    return (sum(parts) / len(planes),)
+        (row,) = plane_gradient_weights(spec)
+        return (jnp.stack([share * g for share, g in zip(row, gradient, strict=True)]),)
+    return (sum(g / plane.significance for g, plane in zip(gradient, planes, strict=True)) / len(planes),)
 
 
 _split.defvjp(_split_forward, _split_backward)

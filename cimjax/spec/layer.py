@@ -107,6 +107,14 @@ class TilingRule(enum.StrEnum):
     IM2COL = "im2col"
 
 
+class PlaneShares(enum.StrEnum):
+    """How much each plane says of a weight's gradient; see `WeightSpec.plane_shares`."""
+
+    EQUAL = "equal"
+    SIGNIFICANCE = "significance"
+    LOWEST = "lowest"
+
+
 class VariationTarget(enum.StrEnum):
     """What one variation factor multiplies: a weight (in all its planes), or each stored cell."""
 
@@ -208,6 +216,9 @@ class WeightSpec(Spec):
     start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
     gradient_factor: float = 30.0
+    # What a plane's gradient counts in that of the weight: all the same, by its significance, or the lowest alone (the
+    # paper's code). With an ideal ADC all planes say the same.
+    plane_shares: PlaneShares = PlaneShares.EQUAL
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 8, half=True)
@@ -220,6 +231,7 @@ class WeightSpec(Spec):
         self._flag("step_per_plane")
         self._enum("start", StepStart)
         self._number("gradient_factor", *_GRADIENT_FACTORS)
+        self._enum("plane_shares", PlaneShares)
         if self.bits == 1.5 and self.encoding != Encoding.DIFFERENTIAL:
             raise ValueError(f"`bits` is 1.5 with `encoding` {self.encoding!s}; three codes need 'differential'.")
         if self.bits == 1 and self.encoding == Encoding.TWOS_COMPLEMENT:
@@ -256,6 +268,11 @@ class WeightSpec(Spec):
             raise ValueError(
                 "`step_per_plane` is False with `encoding` learned_scales, which learns a step for every plane; give "
                 "True."
+            )
+        if self.plane_shares != PlaneShares.EQUAL:
+            raise ValueError(
+                f"`plane_shares` is {self.plane_shares!s} with `encoding` learned_scales, whose planes share equally; "
+                "give 'equal'."
             )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cimjax.analysis import figures
@@ -12,8 +11,10 @@ from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
+    Runs,
     Study,
     accuracy_cells,
+    data_of,
     failures,
     save,
     train_cases,
@@ -40,37 +41,30 @@ def cases(bits: Sequence[str]) -> list[Case]:
 
 
 def study_adc_range(
-    config: str,
-    workdir: str | Path,
+    runs: Runs,
     *,
     bits: Sequence[str] = ("2", "3", "4"),
-    seeds: Sequence[int] = (0, 1, 2),
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
 ) -> Study:
     """Train a network with ideal ADCs, then set its ADCs by each rule; weights and their steps stay as they are.
 
     Args:
-      config: a config file with options for all runs, without `adc_bits`.
-      workdir: a folder for the runs, the table (`adc_range.md`, `.json`) and the figure.
+      runs: their config has no `adc_bits`; their folder also gets the table (`adc_range.md`, `.json`) and the figure.
       bits: of the ADC, as the option `adc_bits` takes them.
-      seeds, fields, jobs, retry: as for `study_granularity`.
 
     Raises:
       ValueError, Stopped: as `study_granularity` does.
     """
     figures.require_matplotlib()
-    outcomes = train_cases(config, cases(bits), seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    outcomes = train_cases(runs, cases(bits))
     head = ["ADC set by", "accuracy %", "lowest", "highest", "runs", "trained"]
     rows = []
     for one in outcomes:
         trains = "adc_step=learned" in one.case.options or "adc_step=power_of_two" in one.case.options
-        rows.append([one.case.name, *accuracy_cells(one, len(seeds)), "its steps" if trains else ""])
+        rows.append([one.case.name, *accuracy_cells(one, len(runs.seeds)), "its steps" if trains else ""])
     text = f"{markdown(head, rows)}{failures(outcomes)}"
-    data = [{"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed} for one in outcomes]
-    files = save(workdir, "adc_range", text, data)
-    files += figures.save(_figure(outcomes, bits), workdir, "adc_range")
+    data = [data_of(one) for one in outcomes]
+    files = save(runs.workdir, "adc_range", text, data)
+    files += figures.save(_figure(outcomes, bits), runs.workdir, "adc_range")
     return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 

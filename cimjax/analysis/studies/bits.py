@@ -15,7 +15,7 @@ from typing import Any
 from cimjax.analysis import figures
 from cimjax.analysis.studies.bits_allocation import allocate, cheapest
 from cimjax.analysis.studies.bits_tables import Choice, Layer, data_of, figure_of, text_of
-from cimjax.analysis.studies.runs import Case, Study, described, failures, folder_of, save, train_cases
+from cimjax.analysis.studies.runs import Case, Runs, Study, described, failures, save, train_cases
 from cimjax.spec import CIMSpec
 from cimjax.spec.base import shortened
 
@@ -55,15 +55,10 @@ def parse_budget(text: str) -> Fraction:
 
 
 def study_bits(
-    config: str,
-    workdir: str | Path,
+    runs: Runs,
     *,
     bits: Sequence[str] = ("1", "2", "3", "4"),
     budget: str = "0.5",
-    seeds: Sequence[int] = (0,),
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
 ) -> Study:
     """Train a network, measure what every layer loses at other bits, choose bits under a budget, and fine-tune them.
 
@@ -71,12 +66,10 @@ def study_bits(
     is nearest to the budget, and are fine-tuned alike.
 
     Args:
-      config: a config file with options for all runs; its own bits are those of the base run.
-      workdir: a folder for the runs, what was measured (`sensitivities-seed=0.json`), the table (`bits.md`, `.json`)
-        and the figure.
+      runs: the bits of their config are those of the base run; their folder also gets what was measured
+        (`sensitivities-seed=0.json`), the table (`bits.md`, `.json`) and the figure.
       bits: that a layer may have, as typed.
       budget: of the energy of all ADCs, conversions times codes, as a part of the base run's, as typed.
-      seeds, fields, jobs, retry: as for `study_granularity`.
 
     Raises:
       ValueError: as `study_granularity` does; where no layer has an ADC, or the budget is below the fewest bits.
@@ -84,35 +77,35 @@ def study_bits(
     """
     figures.require_matplotlib()
     options, part = parse_bits(bits), parse_budget(budget)
-    layers = _layers(config, fields, options)
+    layers = _layers(runs, options)
     allowed = _allowed(layers, options, part)
     base = [Case(BASE, "")]
-    outcomes = train_cases(config, base, seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    outcomes = train_cases(runs, base)
     if not outcomes[0].accuracies:
         return Study(failures(outcomes).strip(), [], len(outcomes[0].failed))
     ended = [int(row["seed"]) for row in outcomes[0].rows if "accuracy" in row]
-    increases, chosen = _measured(layers, options, allowed, Path(workdir), ended)
-    cases = base + [_case(choice, config, fields) for choice in chosen]
-    outcomes = train_cases(config, cases, seeds, workdir, fields=fields, jobs=jobs, retry=retry)
-    text = text_of(layers, increases, chosen, outcomes, len(seeds)) + failures(outcomes)
-    files = save(workdir, "bits", text, {"budget": float(part), **data_of(layers, increases, chosen, outcomes)})
-    files += figures.save(figure_of(layers, increases, chosen), workdir, "bits")
+    increases, chosen = _measured(runs, layers, options, allowed, ended)
+    cases = base + [_case(choice, runs) for choice in chosen]
+    outcomes = train_cases(runs, cases)
+    text = text_of(layers, increases, chosen, outcomes, len(runs.seeds)) + failures(outcomes)
+    files = save(runs.workdir, "bits", text, {"budget": float(part), **data_of(layers, increases, chosen, outcomes)})
+    files += figures.save(figure_of(layers, increases, chosen), runs.workdir, "bits")
     return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 
-def _layers(config: str, fields: Sequence[str], options: Sequence[float]) -> list[Layer]:
+def _layers(runs: Runs, options: Sequence[float]) -> list[Layer]:
     """The layers that have ADCs, in order."""
     from cimjax.analysis.studies.sensitivity import with_bits
 
     found = []
-    for layer in described(config, fields).layers:
+    for layer in described(runs.config, runs.fields).layers:
         if layer.cost is not None and layer.spec is not None and layer.spec.adc is not None:
             spec, conversions = layer.spec, layer.cost.adc_conversions
             own = layer.spec.adc.bits
             energies = {one: conversions * _codes(with_bits(spec, one)) for one in {*options, own}}
             found.append(Layer(layer.name, own, conversions, energies))
     if not found:
-        raise ValueError(f"no layer of {shortened(config)} has an ADC, so that there are no bits to choose.")
+        raise ValueError(f"no layer of {shortened(runs.config)} has an ADC, so that there are no bits to choose.")
     return found
 
 
@@ -136,16 +129,17 @@ def _allowed(layers: Sequence[Layer], options: Sequence[float], part: Fraction) 
 
 
 def _measured(
-    layers: Sequence[Layer], options: Sequence[float], allowed: int, workdir: Path, seeds: Sequence[int]
+    runs: Runs, layers: Sequence[Layer], options: Sequence[float], allowed: int, seeds: Sequence[int]
 ) -> tuple[dict[str, dict[float, list[float]]], list[Choice]]:
     """By how much the loss rises where one layer has other bits, by path and bits, for each seed; and the choices: the
     best ones, then the same for all layers where these are others."""
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.studies.sensitivity import KeptMeasurement
 
+    workdir = Path(runs.workdir)
     with Progress() as progress:
         networks = [
-            KeptMeasurement(folder_of(workdir, BASE, seed), workdir / f"sensitivities-seed={seed}.json", progress.doing)
+            KeptMeasurement(runs.folder(BASE, seed), workdir / f"sensitivities-seed={seed}.json", progress.doing)
             for seed in seeds
         ]
 
@@ -182,13 +176,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _case(choice: Choice, config: str, fields: Sequence[str]) -> Case:
+def _case(choice: Choice, runs: Runs) -> Case:
     """The fine-tuning of the base run with the bits of a choice, as rules before those that the config has."""
     from cimjax.analysis.studies.sensitivity import rules_for, with_bits
     from cimjax.training.config.file import load_config, take_overrides
 
-    loaded = load_config(config, take_overrides(fields)[0])
-    specs = described(config, fields).specs
+    loaded = load_config(runs.config, take_overrides(runs.fields)[0])
+    specs = described(runs.config, runs.fields).specs
     other = {path: with_bits(specs[path], one) for path, one in choice.bits.items()}
     rules = rules_for({path: spec for path, spec in other.items() if spec != specs[path]})
     plain: tuple[Any, ...] = (*((pattern, spec.to_dict()) for pattern, spec in rules), *loaded.rules)

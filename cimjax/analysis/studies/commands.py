@@ -90,14 +90,14 @@ def _training(study: str, **arguments: Callable[[Any], Any]) -> Callable[[argpar
     def run(given: argparse.Namespace) -> None:
         import importlib
 
-        from cimjax.analysis.studies.runs import parse_seeds
+        from cimjax.analysis.studies.runs import Runs, parse_seeds
 
         module, function = study.split(":")
         more = {name: read(getattr(given, name)) for name, read in arguments.items()}
-        seeds, fields = parse_seeds(given.seeds), [str(override) for override in given.overrides]
+        workdir, fields = Path(os.path.expanduser(given.workdir)), [str(override) for override in given.overrides]
+        runs = Runs(given.config, workdir, parse_seeds(given.seeds), fields, given.jobs, given.retry)
         call = getattr(importlib.import_module(f"cimjax.analysis.studies.{module}"), function)
-        workdir = Path(os.path.expanduser(given.workdir))
-        found = call(given.config, workdir, seeds=seeds, fields=fields, jobs=given.jobs, retry=given.retry, **more)
+        found = call(runs, **more)
         print(found.table, flush=True)
         print("\n".join(["", *(shlex.quote(str(file)) for file in found.files)]), flush=True)
         if found.failed:
@@ -108,6 +108,12 @@ def _training(study: str, **arguments: Callable[[Any], Any]) -> Callable[[argpar
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _questions(text: str | None) -> list[str]:
+    from cimjax.analysis.studies.design import QUESTIONS
+
+    return list(QUESTIONS) if text is None else _words(text)
 
 
 _RUNS: dict[str, dict[str, Any]] = {
@@ -150,6 +156,18 @@ STUDIES: dict[str, Command] = {
         "cimjax study training-cost --config configs/digits.py --workdir runs/cost",
         _RUNS,
         _training("training_cost:study_training_cost"),
+    ),
+    "study design": Command(
+        "do one thing at a time otherwise than a config does: encodings, offsets, steps, tilings, stages",
+        "cimjax study design --config configs/digits.py:adc_bits=2 --workdir runs/design",
+        _RUNS
+        | {
+            "--questions": {
+                "metavar": "NAME,...",
+                "help": "what to do otherwise, as 'encoding,tiling'; everything if not given",
+            }
+        },
+        _training("design:study_design", questions=_questions),
     ),
     "study adc-range": Command(
         "set the ADCs of a trained network by every rule, without training and with it",

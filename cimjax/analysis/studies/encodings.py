@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cimjax.analysis import figures
@@ -14,14 +13,15 @@ from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
+    Runs,
     Study,
     accuracy_cells,
     costs_of,
+    data_of,
     failures,
     pareto,
     save,
     train_cases,
-    with_options,
 )
 from cimjax.spec.base import nearest
 
@@ -61,34 +61,27 @@ def cases(encodings: Sequence[str], bits: Sequence[str], pairs: Sequence[str]) -
 
 
 def study_encodings(
-    config: str,
-    workdir: str | Path,
+    runs: Runs,
     *,
     encodings: Sequence[str] = ("twos_complement", "differential", "differential_analog"),
     bits: Sequence[str] = ("2", "3", "4"),
     pairs: Sequence[str] = ("column/column",),
-    seeds: Sequence[int] = (0, 1, 2),
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
 ) -> Study:
     """Train every combination over seeds, and name those that no other beats: the Pareto front.
 
     Args:
-      config: a config file with options for all runs.
-      workdir: a folder for the runs, the table (`encodings.md`, `.json`) and the figure.
+      runs: their folder also gets the table (`encodings.md`, `.json`) and the figure.
       encodings: names of `ENCODINGS`.
       bits: of the ADC, as the option `adc_bits` takes them.
       pairs: granularities of weights and partial sums, "column/column".
-      seeds, fields, jobs, retry: as for `study_granularity`.
 
     Raises:
       ValueError, Stopped: as `study_granularity` does.
     """
     figures.require_matplotlib()
     planned = cases(encodings, bits, pairs)
-    outcomes = train_cases(config, planned, seeds, workdir, fields=fields, jobs=jobs, retry=retry)
-    costs = {outcome.case.name: costs_of(with_options(config, outcome.case.options), fields) for outcome in outcomes}
+    outcomes = train_cases(runs, planned)
+    costs = {outcome.case.name: costs_of(runs, outcome.case) for outcome in outcomes}
     done = {one.case.name: one.mean for one in outcomes[2:] if one.accuracies}
     fronts = {cost: pareto({name: (costs[name][cost], mean) for name, mean in done.items()}) for cost in COSTS}
     head = ["encoding and ADC", "accuracy %", "lowest", "highest", "runs", *COSTS, "best for"]
@@ -97,18 +90,15 @@ def study_encodings(
         name = one.case.name
         counts = [f"{costs[name][cost]:,.0f}" if costs[name]["conversions"] else "-" for cost in COSTS]
         best = ", ".join(cost for cost, front in fronts.items() if name in front)
-        rows.append([name, *accuracy_cells(one, len(seeds)), *counts, best])
+        rows.append([name, *accuracy_cells(one, len(runs.seeds)), *counts, best])
     legend = (
         "best for: no other is as accurate at as few conversions, or at as little energy (Pareto front);\n"
         "energy: a conversion counts as the codes of its ADC, 2^bits"
     )
     text = f"{markdown(head, rows)}\n\n{legend}{failures(outcomes)}"
-    data = [
-        {"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed, **costs[one.case.name]}
-        for one in outcomes
-    ]
-    files = save(workdir, "encodings", text, data)
-    files += figures.save(_figure(outcomes, costs, fronts), workdir, "encodings")
+    data = [data_of(one, **costs[one.case.name]) for one in outcomes]
+    files = save(runs.workdir, "encodings", text, data)
+    files += figures.save(_figure(outcomes, costs, fronts), runs.workdir, "encodings")
     return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cimjax.analysis import figures
@@ -16,13 +15,14 @@ from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import (
     Case,
     Outcome,
+    Runs,
     Study,
     accuracy_cells,
     costs_of,
+    data_of,
     failures,
     save,
     train_cases,
-    with_options,
 )
 from cimjax.spec import Granularity
 from cimjax.training.config.options import SCHEMES
@@ -47,45 +47,34 @@ def cases() -> list[Case]:
 
 
 def study_granularity(
-    config: str,
-    workdir: str | Path,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
+    runs: Runs,
 ) -> Study:
     """Train every granularity pair and scheme over seeds; what is finished is kept, and starts are shared.
 
     Args:
-      config: a config file with options for all runs, as the ADC's bits.
-      workdir: a folder for the runs, the table (`granularity.md`, `.json`) and the figures.
-      seeds: a run of every case for each.
-      fields: further arguments of every run, such as `--config.epochs=5`.
-      jobs: runs at a time.
-      retry: whether runs that failed are tried again.
+      runs: their config has options for all, as the ADC's bits; their folder also gets the table (`granularity.md`,
+        `.json`) and the figures.
 
     Raises:
       ValueError: before any run starts: for a case that cannot be trained, or where no figure can be drawn.
       Stopped: as `sweep` does.
     """
     figures.require_matplotlib()
-    outcomes = train_cases(config, cases(), seeds, workdir, fields=fields, jobs=jobs, retry=retry)
-    costs = {outcome.case.name: costs_of(with_options(config, outcome.case.options), fields) for outcome in outcomes}
+    outcomes = train_cases(runs, cases())
+    costs = {outcome.case.name: costs_of(runs, outcome.case) for outcome in outcomes}
     head = ["weight/psum", "accuracy %", "lowest", "highest", "runs", "multiplies per pixel", "paper's count"]
-    rows = [[outcome.case.name, *accuracy_cells(outcome, len(seeds)), *_counts(costs, outcome)] for outcome in outcomes]
+    rows = [
+        [outcome.case.name, *accuracy_cells(outcome, len(runs.seeds)), *_counts(costs, outcome)] for outcome in outcomes
+    ]
     table = markdown(head, rows)
     same = [
         f"{one} is {other} here: they differ in what the paper's Table I leaves out." for one, other in _SAME.items()
     ]
     text = "\n".join([table, "", *same]) + failures(outcomes)
-    data = [
-        {"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed, **costs[one.case.name]}
-        for one in outcomes
-    ]
-    files = save(workdir, "granularity", text, data)
-    files += figures.save(_accuracies(outcomes), workdir, "granularity")
-    files += figures.save(_overhead(outcomes, costs), workdir, "overhead")
+    data = [data_of(one, **costs[one.case.name]) for one in outcomes]
+    files = save(runs.workdir, "granularity", text, data)
+    files += figures.save(_accuracies(outcomes), runs.workdir, "granularity")
+    files += figures.save(_overhead(outcomes, costs), runs.workdir, "overhead")
     return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 

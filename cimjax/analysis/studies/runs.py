@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +25,22 @@ class Case(NamedTuple):
     options: of the config file, beside those of the study: "weight=layer,psum=none".
     start: the name of the case whose run of the same seed it starts from.
     fields: further arguments of its runs, such as `--config.epochs=5`, after those of the study.
+    replaces: whether its options take the place of those that the config file is given; else both are an error.
     """
 
     name: str
     options: str
     start: str | None = None
     fields: tuple[str, ...] = ()
+    replaces: bool = False
+
+    def of_config(self, config: str) -> str:
+        """The config of a study with the options of this case."""
+        if self.replaces:
+            path, _, given = config.partition(":")
+            own = {word.partition("=")[0] for word in self.options.split(",")}
+            config = f"{path}:{','.join(word for word in given.split(',') if word.partition('=')[0] not in own)}"
+        return with_options(config, self.options)
 
 
 class Outcome(NamedTuple):
@@ -49,6 +60,29 @@ class Outcome(NamedTuple):
     def mean(self) -> float:
         """The mean accuracy; NaN where no run has ended."""
         return statistics.fmean(self.accuracies) if self.accuracies else float("nan")
+
+
+class Runs(NamedTuple):
+    """What a study trains: a run of every case for each seed.
+
+    config: a config file with options that all runs share.
+    workdir: a folder for the runs, `WORKDIR/CASE/seed=0`, and for what the study writes; finished runs are kept.
+    seeds: a run of every case for each.
+    fields: further arguments of every run, such as `--config.epochs=5`.
+    jobs: runs at a time.
+    retry: whether runs that failed are tried again.
+    """
+
+    config: str
+    workdir: str | Path
+    seeds: Sequence[int] = (0, 1, 2)
+    fields: Sequence[str] = ()
+    jobs: int = 1
+    retry: bool = False
+
+    def folder(self, case: str, seed: int) -> Path:
+        """Where the run of a case is."""
+        return Path(self.workdir) / re.sub(r"[^\w.=+-]+", "-", case) / f"seed={seed}"
 
 
 class Study(NamedTuple):
@@ -94,25 +128,11 @@ def with_options(config: str, *options: str) -> str:
     return f"{path}:{','.join([*kept, *more])}".rstrip(":")
 
 
-def train_cases(
-    config: str,
-    cases: Sequence[Case],
-    seeds: Sequence[int],
-    workdir: str | Path,
-    *,
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
-) -> list[Outcome]:
+def train_cases(runs: Runs, cases: Sequence[Case]) -> list[Outcome]:
     """Train every case once for each seed; what is finished is not trained again.
 
     Args:
-      config: a config file with options that all cases share.
       cases: a case that others start from stands anywhere.
-      workdir: a folder for all runs: `WORKDIR/CASE/seed=0`.
-      fields: further arguments of every run, such as `--config.epochs=5`.
-      jobs: runs at a time.
-      retry: whether runs that failed are tried again.
 
     Raises:
       ValueError: before any run starts, where a case cannot be trained.
@@ -120,28 +140,23 @@ def train_cases(
     """
     from cimjax.analysis.sweep import train_all
 
-    runs: list[PlannedRun] = []
+    planned: list[PlannedRun] = []
     for case in cases:
-        for seed in seeds:
+        for seed in runs.seeds:
             run = PlannedRun(
                 {"case": case.name, "seed": str(seed)},
-                with_options(config, case.options, f"seed={seed}"),
-                [*fields, *case.fields],
+                with_options(case.of_config(runs.config), f"seed={seed}"),
+                [*runs.fields, *case.fields],
                 0.0,
-                folder_of(workdir, case.name, seed),
-                None if case.start is None else folder_of(workdir, case.start, seed),
+                runs.folder(case.name, seed),
+                None if case.start is None else runs.folder(case.start, seed),
             )
             try:
-                runs.append(checked(run, set()))
+                planned.append(checked(run, set()))
             except ValueError as error:
                 raise ValueError(f"{case.name}: {error}") from error
-    rows = train_all(runs, workdir, jobs=jobs, retry=retry)
+    rows = train_all(planned, runs.workdir, jobs=runs.jobs, retry=runs.retry)
     return [_outcome(case, [row for row in rows if row["case"] == case.name]) for case in cases]
-
-
-def folder_of(workdir: str | Path, case: str, seed: int) -> Path:
-    """Where the run of a case is."""
-    return Path(workdir) / case.replace(" ", "-").replace("/", "-") / f"seed={seed}"
 
 
 def _outcome(case: Case, rows: list[dict[str, Any]]) -> Outcome:
@@ -172,8 +187,8 @@ def described(config: str, fields: Sequence[str] = ()) -> Experiment:
     return build(loaded, dataset=about)
 
 
-def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
-    """What the network of a config takes on the chip, per image where it is counted so; all 0 in full precision.
+def costs_of(runs: Runs, case: Case) -> dict[str, float]:
+    """What the network of a case takes on the chip, per image where it is counted so; all 0 in full precision.
 
     Returns:
       `conversions` per image; `energy` of these in units of one code, conversions times the codes of their ADC
@@ -181,7 +196,7 @@ def costs_of(config: str, fields: Sequence[str] = ()) -> dict[str, float]:
       multiplications by a scale factor per output pixel, summed over layers; `multiplies_of_paper`, as the paper's
       section III-B counts them.
     """
-    experiment = described(config, fields)
+    experiment = described(case.of_config(runs.config), [*runs.fields, *case.fields])
     found = {"conversions": 0.0, "energy": 0.0, "multiplies": 0.0, "multiplies_of_paper": 0.0}
     for layer in experiment.layers:
         if layer.cost is not None:
@@ -222,6 +237,11 @@ def failures(outcomes: Sequence[Outcome]) -> str:
         for outcome in outcomes
         for seed, reason in outcome.failed.items()
     )
+
+
+def data_of(outcome: Outcome, **more: Any) -> dict[str, Any]:
+    """What is kept of an outcome in a study's JSON."""
+    return {"case": outcome.case.name, "accuracies": outcome.accuracies, "failed": outcome.failed, **more}
 
 
 def save(folder: str | Path, name: str, table: str, data: Any) -> list[Path]:

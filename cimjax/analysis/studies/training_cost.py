@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cimjax.analysis import figures
 from cimjax.analysis.studies.output import markdown
-from cimjax.analysis.studies.runs import Case, Study, failures, percent, save, train_cases
+from cimjax.analysis.studies.runs import Case, Runs, Study, data_of, failures, percent, save, train_cases
 from cimjax.training.run.folder import read_records
 
 # The four cases of Fig. 9, weight/psum.
@@ -39,13 +39,7 @@ class Curve(NamedTuple):
 
 
 def study_training_cost(
-    config: str,
-    workdir: str | Path,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    fields: Sequence[str] = (),
-    jobs: int = 1,
-    retry: bool = False,
+    runs: Runs,
 ) -> Study:
     """Train the four cases of Fig. 9, and find how much sooner one case is as accurate as another ever is.
 
@@ -53,16 +47,14 @@ def study_training_cost(
     Epochs of a first stage, without ADCs, count as time but not as accuracy.
 
     Args:
-      config: a config file with options for all runs.
-      workdir: a folder for the runs, the table (`training_cost.md`, `.json`) and the figure.
-      seeds, fields, retry: as for `study_granularity`.
-      jobs: runs at a time; more than one makes their seconds those of a shared machine.
+      runs: their folder also gets the table (`training_cost.md`, `.json`) and the figure; more than one job at a time
+        makes their seconds those of a shared machine.
 
     Raises:
       ValueError, Stopped: as `study_granularity` does.
     """
     figures.require_matplotlib()
-    outcomes = train_cases(config, CASES, seeds, workdir, fields=fields, jobs=jobs, retry=retry)
+    outcomes = train_cases(runs, CASES)
     curves = [_curve([Path(row["workdir"]) for row in one.rows if "accuracy" in row]) for one in outcomes]
     rows = []
     for one, curve in zip(outcomes, curves, strict=True):
@@ -70,12 +62,9 @@ def study_training_cost(
         rows.append([one.case.name, percent(one.mean), percent(max(curve.best, default=float("nan"))), *cost])
     text = markdown(["weight/psum", "accuracy %", "best %", "seconds", "steps"], rows)
     text += "\n\n" + "\n".join(_sentence(*pair, curves) for pair in CROSSINGS) + failures(outcomes)
-    data = [
-        {"case": one.case.name, "accuracies": one.accuracies, "failed": one.failed, **curve._asdict()}
-        for one, curve in zip(outcomes, curves, strict=True)
-    ]
-    files = save(workdir, "training_cost", text, data)
-    files += figures.save(_figure(curves), workdir, "training_cost")
+    data = [data_of(one, **curve._asdict()) for one, curve in zip(outcomes, curves, strict=True)]
+    files = save(runs.workdir, "training_cost", text, data)
+    files += figures.save(_figure(curves), runs.workdir, "training_cost")
     return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 
