@@ -114,9 +114,16 @@ def _overhead(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]]) -
     for axes, (count, title) in zip(panels, titles.items(), strict=True):
         for index, weight in enumerate(GRANULARITIES):
             own = [of[f"{weight}/{psum}"] for psum in GRANULARITIES]
-            where = [costs[one.case.name][count] for one in own]
+            # Points of equal cost stand side by side.
+            where = [costs[one.case.name][count] * 1.05 ** (index - 1) for one in own]
             draw(axes, where, own, index, label=f"{weight} weights", linestyle="none")
+            for x, one, psum in zip(where, own, GRANULARITIES, strict=True):
+                if one.accuracies:
+                    place, side = [((-5, -3), "right"), ((6, 3), "left"), ((6, -9), "left")][index]
+                    at = x, 100 * one.mean
+                    axes.annotate(psum, at, place, textcoords="offset points", horizontalalignment=side, fontsize=7)
         figures.logarithmic(axes)
-        axes.set_xlabel(f"{title}, all layers", fontsize=9)
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"{title}, all layers\n(beside points: granularity of partial sums)", fontsize=9)
     accuracy_axis(panels[0])
     return figure
