@@ -114,6 +114,8 @@ ADCS: dict[str, dict[str, Any]] = {
     "1.5-offset": {"bits": 1.5, "offset": True},
     "3-signed-offset": {"range": "signed", "offset": True},
     "3-margin": {"gradient_margin": 0.5},
+    "by-plane": {"plane_bits": (1.5, 3)},
+    "by-plane-offset": {"plane_bits": (3, 1), "offset": True},
     "2-margin-2-offset": {"bits": 2, "gradient_margin": 2, "offset": True},
     "1-signed-offset": {"bits": 1, "range": "signed", "offset": True},
 }
@@ -147,6 +149,8 @@ def _cases() -> list[Case]:
     # Every ADC, on planes whose signs differ; forced signed codes without an offset need signed columns.
     for name, adc in ADCS.items():
         cases.append(Case(f"adc-{name}", spec(weight=ENCODINGS["twos-wide-top"], adc=adc)))
+        if "by-plane" in name:
+            adc = adc | {"plane_bits": (1, *adc["plane_bits"])}
         cases.append(Case(f"adc-{name}-offset-adc", spec(weight=ENCODINGS["offset-adc"], adc=adc)))
     analog = ENCODINGS["diff-analog"]
     for bits in (1, 1.5, 3):

@@ -155,9 +155,10 @@ def weight_range(weight: WeightSpec) -> Codes:
     return plain_range(weight.bits, signed=True)
 
 
-def adc_range(adc: ADCSpec, signed_psum: bool) -> Codes:
+def adc_range(adc: ADCSpec, signed_psum: bool, plane: int | None = None) -> Codes:
     """Codes of one ADC: signed where its column can be negative and no offset shifts it, or where forced."""
-    return plain_range(adc.bits, signed=adc.range == "signed" or (signed_psum and not adc.offset))
+    bits = adc.bits if plane is None or adc.plane_bits is None else adc.plane_bits[plane]
+    return plain_range(bits, signed=adc.range == "signed" or (signed_psum and not adc.offset))
 
 
 # The quantizers: the one place where float32 matters.
@@ -471,7 +472,7 @@ def column_conversions(geo: Geometry, adc: ADCSpec) -> list[Conversion]:
         Conversion(
             at=(t, ..., r, k, o),
             place=psum_place(geo, adc, r, k, o),
-            codes=adc_range(adc, geo.slices[t].signed or geo.planes[k].signed),
+            codes=adc_range(adc, geo.slices[t].signed or geo.planes[k].signed, k),
         )
         for t, r, k, o in np.ndindex(geo.T, geo.R, geo.K, geo.O)
     ]

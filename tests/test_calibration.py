@@ -190,7 +190,9 @@ def test_a_group_of_one_value_gets_a_ladder_that_can_be_stored(bits: float, code
     psums, tiling, steps = one_column(np.full(1, value), layer_spec)
     step, zero = calibration.psum_steps(psums, steps, tiling, layer_spec)
     units = steps_lib.offset_units(tiling, layer_spec)
-    log_step, zeta = steps_lib.stored_adc_steps(step, zero, units.offset, layer_spec)
+    log_step, zeta = steps_lib.stored_adc_steps(
+        step, zero, units.offset, steps_lib.middle_codes(layer_spec), layer_spec
+    )
     stored = StepSizes(activation=jnp.zeros(()), weight=jnp.zeros((1, 1)), psum=log_step, offset=zeta)
     real = steps_lib.real_steps(stored, steps_lib.gradient_factors(tiling, layer_spec, 4, 1), units, layer_spec)
     assert error(psums, real.psum, real.offset, tiling, layer_spec) <= 1e-9 * value**2
@@ -255,26 +257,34 @@ def test_gradient_factors_count_what_shares_a_step() -> None:
 
 def test_a_ladder_widens_around_its_middle_and_moves_in_fixed_units() -> None:
     """What is stored gives the real step and offset back, and a step that moves leaves the middle where it is."""
-    for weight, granularity in (("twos", "column"), ("offset-adc", "array"), ("twos-wide-top", "layer")):
-        layer_spec = spec(weight=ENCODINGS[weight], adc={"granularity": granularity, "offset": True})
+    for weight, options, code in (
+        ("twos", {}, 3.5),
+        ("offset-adc", {"granularity": "array"}, 3.5),
+        ("twos-wide-top", {"granularity": "layer"}, 3.5),
+        ("offset-adc", {"plane_bits": (2, 1, 4)}, np.array([[1.5], [0.5], [7.5]])),
+    ):
+        layer_spec = spec(weight=ENCODINGS[weight], adc=options | {"offset": True})
         case = Case("", layer_spec)
         tiling, (_, _, steps) = tile(case.kernel_shape, layer_spec), draw(case)
         units = steps_lib.offset_units(tiling, layer_spec)
         factors = steps_lib.gradient_factors(tiling, layer_spec, 140, 20)
+        middle = steps_lib.middle_codes(layer_spec)
         psum, zeta = steps_lib.stored_adc_steps(
-            jnp.asarray(steps.psum), jnp.asarray(steps.offset), units.offset, layer_spec
+            jnp.asarray(steps.psum), jnp.asarray(steps.offset), units.offset, middle, layer_spec
         )
         stored = StepSizes(activation=jnp.zeros(()), weight=jnp.log(steps.weight), psum=psum, offset=zeta)
         if steps.reference is not None:
             pair = (jnp.asarray(steps.reference), jnp.asarray(steps.reference_offset))
-            reference, offset = steps_lib.stored_adc_steps(*pair, units.reference_offset, layer_spec)
+            reference, offset = steps_lib.stored_adc_steps(
+                *pair, units.reference_offset, steps_lib.middle_of_reference(layer_spec), layer_spec
+            )
             stored = stored._replace(reference=reference, reference_offset=offset)
         real = steps_lib.real_steps(stored, factors, units, layer_spec)
         for name in ("psum", "offset", "reference", "reference_offset"):
             if getattr(steps, name) is not None:
                 chex.assert_trees_all_close(getattr(real, name), getattr(steps, name), rtol=1e-5, atol=1e-5)
         wider = steps_lib.real_steps(stored._replace(psum=psum + 0.7), factors, units, layer_spec)
-        middle = [r.offset + 3.5 * r.psum for r in (real, wider)]
+        middle = [r.offset + code * r.psum for r in (real, wider)]
         chex.assert_trees_all_close(*middle, rtol=1e-5, atol=1e-4)
         chex.assert_trees_all_close(wider.psum, real.psum * np.exp(0.7), rtol=1e-5)
 

@@ -71,6 +71,19 @@ def test_reads_slices_references_and_signed_cells() -> None:
     assert cost(psum=None).adc_conversions == cost(psum=None).adc_references == 0
 
 
+def test_codes_are_counted_for_each_plane_and_dummy_column() -> None:
+    shape, array = (3, 3, 4, 5), ArraySpec(rows=18, columns=16)
+    weight = WeightSpec(bits=3, cell_bits=1, encoding="offset", reference="adc")
+    adc = ADCSpec(bits=2, plane_bits=(1, 1.5, 4))
+    found = layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=adc, array=array, activation={"slice_bits": 2}))
+    tiles, groups, slices, positions = -(-5 // 5), 2, 2, 4
+    assert found.column_tiles == tiles and found.read_groups == groups
+    assert found.adc_codes == positions * groups * slices * (5 * (2 + 3 + 16) + tiles * 4)
+    alike = layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=ADCSpec(bits=3), array=array))
+    assert alike.adc_codes == 8 * alike.adc_conversions
+    assert layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=None, array=array)).adc_codes == 0
+
+
 def test_every_granularity_counts_its_references() -> None:
     assert [cost(psum=p).adc_references for p in ("layer", "array", "column")] == [1, 6, 384]
     fixed = CIMSpec(adc=ADCSpec(step="fixed", full_scale=100))

@@ -62,6 +62,12 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (ADCSpec, {"step": "fixed"}, r"`full_scale` is None with `step` 'fixed'; give the span of psums"),
     (ADCSpec, {"step": "fixed", "full_scale": -1}, r"`full_scale` is -1; give a number from 1e-06 to 1,000,000,000"),
     (ADCSpec, {"full_scale": 3.0}, r"`full_scale` is 3.0 with `step` learned; it belongs to `step` 'fixed'"),
+    (ADCSpec, {"plane_bits": 3}, r"`plane_bits` is 3; give several numbers of bits, from 1 to 16 or 1.5, as in"),
+    (ADCSpec, {"plane_bits": (2, 2.5)}, r"`plane_bits` is \(2, 2.5\); give several"),
+    (ADCSpec, {"plane_bits": ()}, r"`plane_bits` is \(\); give several"),
+    (ADCSpec, {"plane_bits": (2,), "granularity": "array"}, r"`plane_bits` is \(2,\) with `granularity` array"),
+    (ADCSpec, {"plane_bits": (2,), "step": "fixed", "full_scale": 9}, r"`plane_bits` is \(2,\) .* `step` fixed"),
+    (CIMSpec, {"adc": ADCSpec(plane_bits=(1, 2, 3))}, r"`plane_bits` is \(1, 2, 3\) for 2 planes; give bits for each"),
     (ArraySpec, {"rows": 0}, r"`rows` is 0; give a whole number of at least 1"),
     (ArraySpec, {"columns": 12.5}, r"`columns` is 12.5"),
     (

@@ -48,7 +48,8 @@ def test_every_stored_step_gets_its_gradient_times_its_factor_once(granularity: 
         return sum(jnp.sum(w * step) for w, step in zip(weights, real, strict=True)), real
 
     gradients, real = jax.grad(total, has_aux=True)(stored)
-    middle = steps_lib.middle_code(layer_spec)
+    middle = steps_lib.middle_codes(layer_spec)
+    assert middle == steps_lib.middle_of_reference(layer_spec)
     trained = kind != "calibrated"
     want = StepSizes(
         activation=trained * weights.activation * real.activation,

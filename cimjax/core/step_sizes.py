@@ -207,8 +207,9 @@ def offset_units(tiling: Tiling, spec: CIMSpec) -> StepSizes:
         return StepSizes()
     inputs = max(s.magnitude for s in spec.activation.slices)
     digits = np.array([plane.magnitude for plane in spec.weight.planes])
+    sizes = np.array([codes.size for codes in spec.adc_ranges[0]])
     rows = np.sqrt(tiling.rows_of_group)
-    unit = rows[:, None, None] * digits[:, None] * inputs / (2 * spec.adc_ranges[0][0].size)
+    unit = rows[:, None, None] * digits[:, None] * inputs / (2 * sizes[:, None])
     if spec.adc.granularity == Granularity.ARRAY:
         unit = unit.max(axis=1, keepdims=True)
     elif spec.adc.granularity == Granularity.LAYER:
@@ -241,12 +242,11 @@ def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CI
     steps = StepSizes(real_activation_step(stored.activation, factors.activation, spec.activation), weight)
     if spec.adc is None:
         return steps
-    psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, units.offset, spec)
+    psum, offset = _adc_steps(stored.psum, stored.offset, factors.psum, units.offset, middle_codes(spec), spec)
     steps = steps._replace(psum=psum, offset=offset)
     if spec.weight.reference == Reference.ADC:
-        psum, offset = _adc_steps(
-            stored.reference, stored.reference_offset, factors.reference, units.reference_offset, spec
-        )
+        stored_pair, middle = (stored.reference, stored.reference_offset), middle_of_reference(spec)
+        psum, offset = _adc_steps(*stored_pair, factors.reference, units.reference_offset, middle, spec)
         steps = steps._replace(reference=psum, reference_offset=offset)
     return steps
 
@@ -271,7 +271,7 @@ def _real_step(log_step: Array, factor: Any, kind: StepKind) -> Array:
 
 
 def _adc_steps(
-    log_step: Array | None, zeta: Array | None, factor: Any, unit: Any, spec: CIMSpec
+    log_step: Array | None, zeta: Array | None, factor: Any, unit: Any, middle: Any, spec: CIMSpec
 ) -> tuple[Array, Array | None]:
     """The real step and offset of one ADC kind."""
     adc = spec.adc
@@ -283,22 +283,37 @@ def _adc_steps(
         step = _real_step(log_step, factor, adc.step)
     offset = None
     if zeta is not None:
-        middle = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * unit
-        offset = middle - step * middle_code(spec)
+        offset = lsq.offset_in_limits(lsq.scale_gradient(zeta, factor)) * unit - step * middle
     return (step, offset) if adc.trainable else jax.lax.stop_gradient((step, offset))
 
 
-def stored_adc_steps(step: Array, offset: Array | None, unit: Any, spec: CIMSpec) -> tuple[Array | None, Array | None]:
-    """What is stored for a real step and offset of an ADC: the inverse of `real_steps`; nothing for a `fixed` step."""
+def stored_adc_steps(
+    step: Array, offset: Array | None, unit: Any, middle: Any, spec: CIMSpec
+) -> tuple[Array | None, Array | None]:
+    """What is stored for a real step and offset of an ADC: the inverse of `real_steps`; nothing for a `fixed` step.
+
+    Args:
+      middle: `middle_codes(spec)`, or `middle_of_reference(spec)`.
+    """
     assert spec.adc is not None
     log_step = None if spec.adc.step == StepKind.FIXED else lsq.log_from_step(step)
-    return log_step, None if offset is None else (offset + step * middle_code(spec)) / unit
+    return log_step, None if offset is None else (offset + step * middle) / unit
 
 
-def middle_code(spec: CIMSpec) -> float:
-    """The middle of the codes of an ADC with an offset, whose ranges are all the same; not always a code itself."""
-    codes = spec.adc_ranges[0][0]
-    return (codes.q_min + codes.q_max) / 2
+def middle_codes(spec: CIMSpec) -> np.ndarray:
+    """The middle of the codes of each plane's ADCs with an offset, the same in all slices; not always a code itself.
+
+    Returns:
+      (1,) float32, or (K, 1) where the bits of planes differ.
+    """
+    middles = np.array([(codes.q_min + codes.q_max) / 2 for codes in spec.adc_ranges[0]], np.float32)
+    return middles[:1] if spec.adc is None or spec.adc.plane_bits is None else middles[:, None]
+
+
+def middle_of_reference(spec: CIMSpec) -> np.ndarray:
+    """The same of a dummy column's ADC, (1,) float32."""
+    codes = spec.reference_ranges[0]
+    return np.array([(codes.q_min + codes.q_max) / 2], np.float32)
 
 
 def fixed_step(spec: CIMSpec) -> float:

@@ -70,12 +70,19 @@ class Spec:
 
     def _bits(self, name: str, low: int, high: int, *, half: bool) -> None:
         value = getattr(self, name)
-        # Bounds first: a number of hundreds of digits has no float.
-        in_range = is_number(value) and low <= value <= high
-        if not in_range or not (float(value).is_integer() or (half and value == 1.5)):
+        if not _is_bits(value, low, high, half=half):
             extra = ", or 1.5 (three codes)" if half else ""
             raise ValueError(f"`{name}` is {shown(value)}; give a whole number of bits from {low} to {high}{extra}.")
-        self._set(name, int(value) if float(value).is_integer() else 1.5)
+        self._set(name, _as_bits(value))
+
+    def _several_bits(self, name: str, low: int, high: int) -> None:
+        values = getattr(self, name)
+        several = isinstance(values, list | tuple) and len(values) > 0
+        if not several or not all(_is_bits(value, low, high, half=True) for value in values):
+            raise ValueError(
+                f"`{name}` is {shown(values)}; give several numbers of bits, from {low} to {high} or 1.5, as in (2, 3)."
+            )
+        self._set(name, tuple(map(_as_bits, values)))
 
     def _count(self, name: str) -> None:
         value = getattr(self, name)
@@ -102,6 +109,16 @@ class Spec:
         elif not (isinstance(value, kind) or (optional and value is None)):
             none = " or None" if optional else ""
             raise ValueError(f"`{name}` is {shown(value)}; give a {kind.__name__}{none}.")
+
+
+def _is_bits(value: Any, low: int, high: int, *, half: bool) -> bool:
+    # Bounds first: a number of hundreds of digits has no float.
+    in_range = is_number(value) and low <= value <= high
+    return in_range and (float(value).is_integer() or (half and value == 1.5))
+
+
+def _as_bits(value: Any) -> float:
+    return int(value) if float(value).is_integer() else 1.5
 
 
 def is_number(value: Any) -> bool:

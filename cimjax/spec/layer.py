@@ -320,6 +320,9 @@ class ADCSpec(Spec):
 
     # Bits of an ADC code: 1 to 16, or 1.5 (three codes).
     bits: float = 3
+    # Bits behind the columns of each plane, lowest plane first, as in (2, 3), where they differ; for `column`
+    # granularity and steps that are not `fixed`. A dummy column keeps `bits`.
+    plane_bits: tuple[float, ...] | None = None
     # What shares one psum step (and one offset).
     granularity: Granularity = Granularity.COLUMN
     # Whether the ladder starts at a learned offset `z` instead of at 0.
@@ -351,16 +354,28 @@ class ADCSpec(Spec):
         self._number("gradient_factor", *_GRADIENT_FACTORS)
         self._number("gradient_margin", 0, 1_000_000)
         _check_full_scale(self, "psums that the ADC covers")
+        if self.plane_bits is not None:
+            self._several_bits("plane_bits", 1, 16)
+            if self.granularity != Granularity.COLUMN or self.step == StepKind.FIXED:
+                raise ValueError(
+                    f"`plane_bits` is {self.plane_bits} with `granularity` {self.granularity!s} and `step` "
+                    f"{self.step!s}; ADCs of different bits need 'column', and a step that is not 'fixed'."
+                )
 
     @property
     def trainable(self) -> bool:
         """Whether training moves the step and the offset."""
         return self.step in (StepKind.LEARNED, StepKind.POWER_OF_TWO)
 
-    def code_range(self, *, signed: bool) -> CodeRange:
-        """The codes for a column whose psums can be negative (`signed`) or cannot."""
+    def code_range(self, *, signed: bool, plane: int | None = None) -> CodeRange:
+        """The codes for a column of a plane whose psums can be negative (`signed`) or cannot.
+
+        Args:
+          plane: from the lowest, 0; None for a dummy column.
+        """
+        bits = self.bits if self.plane_bits is None or plane is None else self.plane_bits[plane]
         forced = self.range == ADCRange.SIGNED
-        return codes_lib.code_range(self.bits, signed=forced or (signed and not self.offset))
+        return codes_lib.code_range(bits, signed=forced or (signed and not self.offset))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -434,6 +449,11 @@ class CIMSpec(Spec):
                 f"`columns` is {self.array.columns} but one output needs {need} columns ({len(self.weight.planes)} "
                 "planes, two columns for a signed plane, one dummy column if any); use wider arrays or fewer planes."
             )
+        own = None if self.adc is None else self.adc.plane_bits
+        if own is not None and len(own) != len(self.weight.planes):
+            raise ValueError(
+                f"`plane_bits` is {own} for {len(self.weight.planes)} planes; give bits for each, lowest plane first."
+            )
         forced = self.adc is not None and self.adc.range == ADCRange.SIGNED and not self.adc.offset
         if forced and not all(signed for row in self.signed_psums for signed in row):
             raise ValueError(
@@ -472,7 +492,10 @@ class CIMSpec(Spec):
         """
         if self.adc is None:
             raise ValueError("`adc` is None: an ideal ADC has no codes.")
-        return tuple(tuple(self.adc.code_range(signed=signed) for signed in row) for row in self.signed_psums)
+        return tuple(
+            tuple(self.adc.code_range(signed=signed, plane=k) for k, signed in enumerate(row))
+            for row in self.signed_psums
+        )
 
     @property
     def reference_ranges(self) -> tuple[CodeRange, ...]:

@@ -97,6 +97,13 @@ class _Problem:
         self.q_min, self.q_max = np.asarray(codes[0]), np.asarray(codes[1])
         self.grouping, self.spec = grouping, spec
         self.adc: ADCSpec = spec.adc
+        # The lowest and the highest code of each group.
+        self.lowest, self.highest = -self._of_groups(-self.q_min), self._of_groups(self.q_max)
+
+    def _of_groups(self, codes: np.ndarray) -> Array:
+        """The largest of codes, broadcastable to the values, in each group."""
+        columns = jnp.broadcast_to(jnp.asarray(codes, jnp.float32), (*codes.shape[:2], *self.values.shape[2:]))
+        return self.grouping.largest(jnp.max(columns, axis=(0, 1)))
 
     def total(self, elements: Array) -> Array:
         """Sums over slices, samples and the columns of each group."""
@@ -114,8 +121,9 @@ class _Problem:
         """
         if self.adc.step == StepKind.FIXED:
             return jnp.full_like(step, fixed_step(self.spec))
-        smallest = 1.0 if self.adc.bits > 1 else 0.5 if self.adc.offset else 1e-6
-        step = jnp.maximum(step, smallest)
+        of_two = 0.5 if self.adc.offset else 1e-6
+        size = self._of_groups(np.asarray(self.codes[2]))
+        step = jnp.maximum(step, jnp.where(size > 2, 1.0, of_two))
         return lsq.nearest_power_of_two(step) if self.adc.step == StepKind.POWER_OF_TWO else step
 
     def keep_better(self, best: _Ladder, step: Array, offset: Array) -> _Ladder:
@@ -130,8 +138,7 @@ class _Problem:
         """LSQ's rule for real numbers, `2 mean|P| / sqrt(q)`, code 0 at 0 (Esser et al. 2020, section 2.1)."""
         count = self.total(jnp.ones_like(self.values))
         mean = self.total(jnp.abs(self.values)) / count
-        largest = np.sqrt(max(-self.q_min.min(), self.q_max.max()))
-        return start._replace(step=self.allowed(2 * mean / largest))
+        return start._replace(step=self.allowed(2 * mean / jnp.sqrt(jnp.maximum(-self.lowest, self.highest))))
 
     def covering(self, start: _Ladder, part: float = 1.0) -> _Ladder:
         """The ladder whose lowest and highest code just reach the extremes, without the outermost ones on either side
@@ -139,9 +146,8 @@ class _Problem:
         if not self.adc.offset:
             return start._replace(step=self.allowed(self._reach(part)))
         low, high = -self._largest(-self.values, part), self._largest(self.values, part)
-        q_min, q_max = float(self.q_min.min()), float(self.q_max.max())
-        step = self.allowed((high - low) / (q_max - q_min))
-        return start._replace(step=step, offset=low - step * q_min)
+        step = self.allowed((high - low) / (self.highest - self.lowest))
+        return start._replace(step=step, offset=low - step * self.lowest)
 
     def _reach(self, part: float = 1.0) -> Array:
         """The step at which the highest and the lowest code just reach the extremes, code 0 at 0."""
@@ -165,8 +171,8 @@ class _Problem:
 
     def search_with_offset(self, start: _Ladder) -> _Ladder:
         """The best step and ladder position of the grid."""
-        # With an offset all code ranges are the same.
-        reach, middle = float((self.q_max - self.q_min).max()), float((self.q_max + self.q_min).max()) / 2
+        # With an offset the codes of a group are all the same.
+        reach, middle = self.highest - self.lowest, (self.highest + self.lowest) / 2
         low, high = -self._largest(-self.values), self._largest(self.values)
         mass = self.total(self.weight)
         mean = self.total(self.weight * self.values) / mass

@@ -31,6 +31,8 @@ from cimjax.core.step_sizes import (
     expand_weight,
     gradient_factors,
     max_over_groups,
+    middle_codes,
+    middle_of_reference,
     offset_units,
     real_steps,
     shapes,
@@ -97,11 +99,12 @@ def calibrate_layer(
     if not psums.columns.shape[1]:
         return stored, report
     step, offset = psum_steps(psums.columns, steps, tiling, spec)
-    psum, zeta = stored_adc_steps(step, offset, units.offset, spec)
+    psum, zeta = stored_adc_steps(step, offset, units.offset, middle_codes(spec), spec)
     stored = stored._replace(psum=psum, offset=zeta)
     if spec.weight.reference == Reference.ADC:
         assert psums.reference is not None
-        psum, zeta = stored_adc_steps(*reference_steps(psums.reference, spec), units.reference_offset, spec)
+        found, middle = reference_steps(psums.reference, spec), middle_of_reference(spec)
+        psum, zeta = stored_adc_steps(*found, units.reference_offset, middle, spec)
         stored = stored._replace(reference=psum, reference_offset=zeta)
     return stored, report
 

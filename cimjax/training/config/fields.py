@@ -236,6 +236,8 @@ _NOT_OPTIONS = {"classes", "conv", "rules", "axis_name", "parent"}
 _SPEC_MEANINGS = {option.field: option.help for option in CIM_OPTIONS if option.field} | {
     "activation.signed": "codes of both signs",
     **{f"{group}.gradient_factor": "of the step's gradient" for group in ("activation", "weight", "adc")},
+    "adc.plane_bits": "bits of each plane's ADCs, lowest first; None: all the same",
+    "weight.plane_shares": "of each plane in a weight's gradient",
     "adc.range": "auto, or signed: signed codes everywhere",
     "adc.gradient_margin": "steps beyond the codes that still learn",
     "adc": "None: an ideal ADC",

@@ -72,7 +72,8 @@ def describe_bits(spec: CIMSpec) -> str:
     activation = f"A{spec.activation.bits:g}"
     if len(spec.activation.slices) > 1:
         activation = f"{activation}/{spec.activation.slice_bits}"
-    psum = "P-" if spec.adc is None else f"P{spec.adc.bits:g}"
+    own = [] if spec.adc is None else spec.adc.plane_bits or [spec.adc.bits]
+    psum = f"P{'/'.join(f'{bits:g}' for bits in own) or '-'}"
     return f"{activation} W{spec.weight.bits:g}/{spec.weight.cell_bits} {psum}"
 
 
