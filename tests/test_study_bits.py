@@ -71,6 +71,9 @@ def test_layers_of_one_specification_share_a_rule_that_matches_them_alone() -> N
     assert rules == ((r"a\.b/conv1|conv3", spec), ("a/conv2", with_bits(spec, 1.5)))
     assert check_rules([(pattern, one.to_dict()) for pattern, one in rules]) == rules
     assert with_bits(spec, 2).adc == CIMSpec(adc={"bits": 2}).adc
+    assert with_bits(spec, (3, 3)) == spec == with_bits(with_bits(spec, (1.5, 4)), 3)
+    by_plane = with_bits(spec, (1.5, 4))
+    assert [codes.size for codes in by_plane.adc_ranges[0]] == [3, 16] and by_plane.adc.bits == 3
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_the_fine_tuned_network_has_the_bits_that_were_chosen(studied: Any) -> N
     found = json.loads((folder / "bits.json").read_text())
     base, best, same = found["networks"]
     assert not study.failed and [base["case"], same["case"]] == ["base", "uniform P3"]
-    own = sum(layer["energies"]["3"] for layer in found["layers"])
+    own = sum(layer["energies"]["3"] for layer in found["columns"])
     assert best["energy"] <= 0.65 * own and same["energy"] == own
     for network in (best, same):
         run = folder / network["case"].replace(" ", "-") / "seed=0"
@@ -102,9 +105,32 @@ def test_the_fine_tuned_network_has_the_bits_that_were_chosen(studied: Any) -> N
     assert study.table.count("\n| conv") == 2 and (folder / "bits.md").read_text() == f"{study.table}\n"
 
 
+@pytest.mark.full
+def test_planes_get_bits_of_their_own(tmp_path: Path) -> None:
+    runs = Runs(f"{DIGITS}:smoke", tmp_path, [0], FIELDS)
+    study = study_bits(runs, bits=("1", "3"), budget="0.6", by="plane")
+    found = json.loads((tmp_path / "bits.json").read_text())
+    columns = [(one["path"], one["plane"]) for one in found["columns"]]
+    assert columns == [*itertools.product(("conv1", "conv3"), range(3))]
+    _, best, same = found["networks"]
+    own = sum(one["energies"]["3"] for one in found["columns"])
+    assert not study.failed and same["energy"] == own / 4
+    assert own / 4 < best["energy"] <= 0.6 * own and len(set(best["bits"].values())) == 2
+    experiment, _, _ = restore(tmp_path / best["case"].replace(" ", "-") / "seed=0")
+    # The energy is that of the layers as they were built.
+    layers = [layer for layer in experiment.layers if layer.spec]
+    assert sum(layer.cost.adc_codes for layer in layers) == best["energy"]
+    for layer in layers:
+        bits = tuple(best["bits"][f"{layer.name}, plane {k}"] for k in range(3))
+        assert layer.spec == with_bits(layer.spec, bits) and layer.spec.adc.plane_bits in (bits, None)
+    for one in found["columns"]:
+        assert one["increases"]["3"] == [0.0] and math.isfinite(one["increases"]["1"][0])
+    assert "| conv3, plane 2 |" in study.table
+
+
 def test_nothing_is_lost_at_the_bits_of_the_base_run(studied: Any) -> None:
     folder, _, _ = studied
-    for layer in json.loads((folder / "bits.json").read_text())["layers"]:
+    for layer in json.loads((folder / "bits.json").read_text())["columns"]:
         assert layer["bits"] == 3 and layer["increases"]["3"] == [0.0]
         assert all(math.isfinite(value) for values in layer["increases"].values() for value in values)
 
@@ -146,8 +172,8 @@ def test_the_same_again_trains_nothing_and_measures_nothing(studied: Any, monkey
         (["--bits", "2,2"], "--bits is '2,2'; give different numbers"),
         (["--budget", "none"], "--budget is 'none'; give a part of the base run's energy above 0, as in 0.5"),
         (["--budget", "0"], "--budget is '0'; give a part"),
-        (["--budget", "0.2"], "--budget is 0.2, but 1 bits in all layers take 0.25 of the base run's energy; give at"),
-        (["--bits", "2,3", "--budget", "0.4"], "2 bits in all layers take 0.5 of the base run's energy"),
+        (["--budget", "0.2"], "--budget is 0.2, but 1 bits everywhere take 0.25 of the base run's energy; give at"),
+        (["--bits", "2,3", "--budget", "0.4"], "2 bits everywhere take 0.5 of the base run's energy"),
         (["--config", f"{DIGITS}:psum=none"], "has an ADC, so that there are no bits to choose"),
     ],
 )

@@ -11,31 +11,38 @@ from cimjax.analysis import figures
 from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import Outcome, accuracy_cells
 
-# By how much the loss rises, by path and bits, for each seed.
+# By how much the loss rises, by columns and bits, for each seed.
 Increases = Mapping[str, Mapping[float, Sequence[float]]]
 
 
-class Layer(NamedTuple):
-    """What of a layer's ADCs can be chosen.
+class Columns(NamedTuple):
+    """Columns whose ADCs get their bits together: all of a layer, or those of one of its planes.
 
-    path: "block1/conv2".
+    path: of the layer, "block1/conv2".
+    plane: from the lowest, 0; None for all.
     bits: of the config.
     conversions: per image.
     energies: by number of bits, conversions times codes.
     """
 
     path: str
+    plane: int | None
     bits: float
     conversions: int
     energies: Mapping[float, int]
 
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return self.path if self.plane is None else f"{self.path}, plane {self.plane}"
+
 
 class Choice(NamedTuple):
-    """Bits for every layer, by path, and what they come to.
+    """Bits for all columns, by the name of each, and what they come to.
 
     name: of its runs.
-    energy: of all layers, per image.
-    expected: by how much the loss rises before fine-tuning, as the sum over layers; mean over seeds.
+    energy: of all columns, per image.
+    expected: by how much the loss rises before fine-tuning, as the sum over columns; mean over seeds.
     measured: the same, of the network with all of these bits.
     """
 
@@ -47,16 +54,16 @@ class Choice(NamedTuple):
 
 
 def text_of(
-    layers: Sequence[Layer], increases: Increases, chosen: Sequence[Choice], outcomes: Sequence[Outcome], planned: int
+    groups: Sequence[Columns], increases: Increases, chosen: Sequence[Choice], outcomes: Sequence[Outcome], planned: int
 ) -> str:
-    """Both tables as Markdown: of networks, base run first, and of layers.
+    """Both tables as Markdown: of networks, base run first, and of columns.
 
     Args:
       chosen: what was fine-tuned, the best choice first.
       outcomes: of the base run and of each choice.
       planned: runs of each.
     """
-    own = sum(layer.energies[layer.bits] for layer in layers)
+    own = sum(group.energies[group.bits] for group in groups)
     whole = [Choice("", {}, own, 0.0, 0.0), *chosen]
     head = [
         "network",
@@ -76,24 +83,24 @@ def text_of(
         rows.append([outcome.case.name, *accuracy_cells(outcome, planned), *cost, *losses])
     networks = markdown(head, rows)
     options = list(next(iter(increases.values())))
-    head = ["layer", "conversions", "energy %", "base bits", *(f"P{one:g}" for one in options), "chosen"]
+    head = ["columns", "conversions", "energy %", "base bits", *(f"P{one:g}" for one in options), "chosen"]
     rows = []
-    for layer in layers:
-        means = [f"{statistics.fmean(increases[layer.path][one]):.4f}" for one in options]
-        share = f"{100 * layer.energies[layer.bits] / own:.1f}"
-        bits = f"{chosen[0].bits[layer.path]:g}"
-        rows.append([layer.path, f"{layer.conversions:,}", share, f"{layer.bits:g}", *means, bits])
+    for group in groups:
+        means = [f"{statistics.fmean(increases[group.name][one]):.4f}" for one in options]
+        share = f"{100 * group.energies[group.bits] / own:.1f}"
+        bits = f"{chosen[0].bits[group.name]:g}"
+        rows.append([group.name, f"{group.conversions:,}", share, f"{group.bits:g}", *means, bits])
     legend = (
         "accuracy: on the test images, after fine-tuning; energy: per image, a conversion counts as the codes of its "
         "ADC\nloss rise: by how much the loss on training images rises before fine-tuning; expected: as the sum over "
-        "layers\nP1, P2 ...: by how much it rises where this layer alone has so many bits"
+        "rows\nP1, P2 ...: by how much it rises where these columns alone have so many bits"
     )
-    alone = "" if len(chosen) > 1 else "\nno other choice loses less than the same bits for all layers"
+    alone = "" if len(chosen) > 1 else "\nno other choice loses less than the same bits for all"
     return f"{networks}\n\n{markdown(head, rows)}\n\n{legend}{alone}"
 
 
 def data_of(
-    layers: Sequence[Layer], increases: Increases, chosen: Sequence[Choice], outcomes: Sequence[Outcome]
+    groups: Sequence[Columns], increases: Increases, chosen: Sequence[Choice], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
     """The same as plain data."""
     networks = [
@@ -101,18 +108,18 @@ def data_of(
     ]
     for network, choice in zip(networks[1:], chosen, strict=True):
         network |= {name: value for name, value in choice._asdict().items() if name != "name"}
-    of_layers = [layer._asdict() | {"increases": increases[layer.path]} for layer in layers]
-    return {"networks": networks, "layers": of_layers}
+    of_columns = [group._asdict() | {"increases": increases[group.name]} for group in groups]
+    return {"networks": networks, "columns": of_columns}
 
 
-def figure_of(layers: Sequence[Layer], increases: Increases, chosen: Sequence[Choice]) -> Any:
-    """Above, what each layer loses at each number of bits; below, the bits that were chosen for it."""
-    names, places = [layer.path for layer in layers], range(len(layers))
+def figure_of(groups: Sequence[Columns], increases: Increases, chosen: Sequence[Choice]) -> Any:
+    """Above, what columns lose at each number of bits; below, the bits that were chosen for them."""
+    names, places = [group.name for group in groups], range(len(groups))
     many = len(names) > 8
     figure, (above, below) = figures.panels(1, 2, height=3.2 if many else 2.5)
     largest = 0.0
     for index, one in enumerate(next(iter(increases.values()))):
-        each = [increases[layer.path][one] for layer in layers]
+        each = [increases[group.name][one] for group in groups]
         means = [statistics.fmean(values) for values in each]
         # Rounding may leave a mean outside its range.
         below_mean = [max(0.0, mean - min(values)) for mean, values in zip(means, each, strict=True)]
@@ -124,10 +131,10 @@ def figure_of(layers: Sequence[Layer], increases: Increases, chosen: Sequence[Ch
     decade = math.floor(math.log10(largest)) if largest > 0 else 0
     above.set_yscale("symlog", linthresh=10.0 ** (decade - 2), linscale=0.5)
     above.set_ylabel("rise of the training loss")
-    chosen_bits = [chosen[0].bits[path] for path in names]
+    chosen_bits = [chosen[0].bits[name] for name in names]
     bars = below.bar(places, chosen_bits, width=0.5, color="0.75", edgecolor="0.2", label="chosen")
     below.bar_label(bars, [f"{one:g}" for one in chosen_bits], fontsize=9, padding=2)
-    own, ends = [layer.bits for layer in layers], [[place + side for place in places] for side in (-0.4, 0.4)]
+    own, ends = [group.bits for group in groups], [[place + side for place in places] for side in (-0.4, 0.4)]
     below.hlines(own, *ends, color="black", linestyle="--", linewidth=1.2, label="base run")
     below.set_ylabel("bits of the ADC")
     highest = math.ceil(max(*chosen_bits, *own))

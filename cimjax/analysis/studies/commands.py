@@ -235,7 +235,13 @@ STUDIES: dict[str, Command] = {
             "--bits": {
                 "default": "1,2,3,4",
                 "metavar": "N,...",
-                "help": "bits that a layer may have; 1,2,3,4 if not given",
+                "help": "bits that columns may have; 1,2,3,4 if not given",
+            },
+            "--by": {
+                "choices": ("layer", "plane"),
+                "default": "layer",
+                "help": "what gets its bits together: all columns of a layer, or those that hold digits of one "
+                "significance; layer if not given",
             },
             "--budget": {
                 "default": "0.5",
@@ -244,6 +250,6 @@ STUDIES: dict[str, Command] = {
                 "given",
             },
         },
-        _training("bits:study_bits", bits=_words, budget=str),
+        _training("bits:study_bits", bits=_words, budget=str, by=str),
     ),
 }

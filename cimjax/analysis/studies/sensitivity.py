@@ -28,6 +28,8 @@ from cimjax.training.run.files import read_json, write_json
 from cimjax.training.run.folder import read_records
 from cimjax.training.state import chip_key
 
+# Bits of all ADCs of a layer, or of those behind each plane, lowest first.
+Bits = float | tuple[float, ...]
 # Training images that are measured, in batches as large as those from which steps are set.
 IMAGES = 1024
 
@@ -39,14 +41,22 @@ class Measured(NamedTuple):
     accuracy: float
 
 
-def with_bits(spec: CIMSpec, bits: float) -> CIMSpec:
-    """A specification whose ADCs have other bits.
+def with_bits(spec: CIMSpec, bits: Bits) -> CIMSpec:
+    """A specification whose ADCs have other bits; those of dummy columns keep theirs where planes have their own.
 
     Raises:
       ValueError: where its ADCs cannot have so many.
     """
     assert spec.adc is not None
-    return dataclasses.replace(spec, adc=dataclasses.replace(spec.adc, bits=bits))
+    if isinstance(bits, tuple):
+        same = set(bits) == {spec.adc.bits}
+        return dataclasses.replace(spec, adc=dataclasses.replace(spec.adc, plane_bits=None if same else bits))
+    return dataclasses.replace(spec, adc=dataclasses.replace(spec.adc, bits=bits, plane_bits=None))
+
+
+def described_bits(bits: Bits) -> str:
+    """Bits in a few letters: "3", or "3/1.5/2" of planes."""
+    return "/".join(f"{one:g}" for one in bits) if isinstance(bits, tuple) else f"{bits:g}"
 
 
 def rules_for(specs: Mapping[str, CIMSpec]) -> tuple[tuple[str, CIMSpec], ...]:
@@ -84,7 +94,7 @@ class Measurement:
         """How many images are measured."""
         return sum(len(labels) for _, labels in self.batches)
 
-    def __call__(self, bits: Mapping[str, float]) -> Measured:
+    def __call__(self, bits: Mapping[str, Bits]) -> Measured:
         """Loss and accuracy with other bits for some layers; all else is as it was trained.
 
         The ADC steps of these layers are set anew from the calibration images, in network order, by the rule of their
@@ -159,9 +169,9 @@ class KeptMeasurement:
     def _measure(self) -> Measurement:
         return Measurement(self.run)
 
-    def __call__(self, bits: Mapping[str, float]) -> Measured:
+    def __call__(self, bits: Mapping[str, Bits]) -> Measured:
         """As `Measurement`; `bits` holds only layers whose bits differ from the run's."""
-        name = ",".join(f"{path}={one:g}" for path, one in bits.items()) or "as trained"
+        name = ",".join(f"{path}={described_bits(one)}" for path, one in bits.items()) or "as trained"
         if name not in self.networks:
             self.say(f"measuring {self.run}: {name}")
             self.networks[name] = self._measure(bits)._asdict()
