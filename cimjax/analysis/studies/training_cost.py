@@ -121,6 +121,14 @@ def _figure(curves: Sequence[Curve]) -> Any:
                     axes.plot(*at, mark, color="black", markersize=12, markerfacecolor="none", markeredgewidth=1.5)
         axes.set_xlabel(f"training, {count}")
         axes.set_xlim(left=0)
+    # The first rise of all curves would leave no room for what tells them apart.
+    ended = [curve.best for curve in curves if curve.best]
+    if ended:
+        low, high = min(best[len(best) // 4] for best in ended), max(best[-1] for best in ended)
+        room = 0.1 * (high - low) + 0.001
+        for axes in panels:
+            axes.set_ylim(100 * (low - room), 100 * (high + room))
     panels[0].set_ylabel("best test accuracy so far, percent")
-    panels[0].legend(fontsize=9, frameon=False, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
