@@ -62,8 +62,8 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 MISUSES: list[tuple[str, str]] = [
     (
         "",
-        "give a command: train, evaluate, data prepare, sweep, plot, report, bench, data list, config show, "
-        "config resolve, ",
+        "give a command: train, evaluate, config show, config resolve, data prepare, data list, sweep, plot, report, "
+        "bench, study ",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),
