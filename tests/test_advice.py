@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from cimjax.hardware.survey import Layer
+from cimjax.hardware.table import TIMES, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
+from cimjax.spec.words import describe_bits, describe_specs
 from cimjax.training.metrics import mean_movement, movement
 from cimjax.training.show import advice
-from cimjax.training.show.report import describe_bits, describe_specs, layer_rows
-from cimjax.training.show.tables import TIMES, layer_row
 
 LEARNED = CIMSpec(adc=ADCSpec(bits=3, offset=True))
 CALIBRATED = CIMSpec(adc=ADCSpec(bits=3, offset=True, step="calibrated"))
@@ -149,7 +149,6 @@ def test_a_network_is_described_by_what_its_own_layers_are() -> None:
 def test_a_line_of_the_layer_table_tells_uses_copies_slices_and_rows() -> None:
     spec = dataclasses.replace(active(16), activation=ActivationSpec(bits=4, slice_bits=2))
     shown = dataclasses.replace(layer("loop/conv", spec), output=(2, 8, 8), copies=3)
-    (row,) = layer_rows([shown])
-    cells = layer_row(row)
+    (cells,) = layer_table([shown]).rows
     assert (cells["layer"], cells["output"]) == (f"loop/conv {TIMES}3", f"2{TIMES}8{TIMES}8")
     assert (cells["rows\nread"], cells["slices"], cells["reads"]) == ("9/16", "2", "28")

@@ -95,11 +95,7 @@ class Experiment:
     @property
     def codes(self) -> dict[str, int]:
         """How many codes the ADCs of each array layer have."""
-        return {
-            name: max(codes.size for row in spec.adc_ranges for codes in row)
-            for name, spec in self.specs.items()
-            if spec.adc is not None
-        }
+        return {name: spec.adc_codes for name, spec in self.specs.items() if spec.adc is not None}
 
     @property
     def ideal_epochs(self) -> int:

@@ -21,6 +21,7 @@ from cimjax.training.programs import Programs
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
+from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.teller import Teller
 from cimjax.training.state import TrainState
 from cimjax.training.train import Callback, Result
@@ -106,7 +107,7 @@ class Run:
         for metrics in jax.device_get(pending):
             failed_at = int(metrics.pop("failed_at")[-1])
             if failed_at >= 0:
-                raise ValueError(self.tell.failure(state, failed_at, self.batches))
+                raise ValueError(explain_failure(self.experiment, state, failed_at, self.batches))
             for name, values in metrics.items():
                 self.seen.setdefault(name, []).extend(float(value) for value in values)
         pending.clear()

@@ -16,7 +16,6 @@ from cimjax.analysis import figures
 from cimjax.analysis.studies.bits_allocation import allocate, cheapest
 from cimjax.analysis.studies.bits_tables import Choice, Layer, data_of, figure_of, text_of
 from cimjax.analysis.studies.runs import Case, Study, described, failures, folder_of, save, train_cases
-from cimjax.spec import CIMSpec
 from cimjax.spec.base import shortened
 
 BASE = "base"
@@ -109,15 +108,11 @@ def _layers(config: str, fields: Sequence[str], options: Sequence[float]) -> lis
         if layer.cost is not None and layer.spec is not None and layer.spec.adc is not None:
             spec, conversions = layer.spec, layer.cost.adc_conversions
             own = layer.spec.adc.bits
-            energies = {one: conversions * _codes(with_bits(spec, one)) for one in {*options, own}}
+            energies = {one: conversions * with_bits(spec, one).adc_codes for one in {*options, own}}
             found.append(Layer(layer.name, own, conversions, energies))
     if not found:
         raise ValueError(f"no layer of {shortened(config)} has an ADC, so that there are no bits to choose.")
     return found
-
-
-def _codes(spec: CIMSpec) -> int:
-    return int(max(codes.size for row in spec.adc_ranges for codes in row))
 
 
 def _allowed(layers: Sequence[Layer], options: Sequence[float], part: Fraction) -> int:

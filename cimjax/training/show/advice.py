@@ -96,7 +96,7 @@ def on_adcs(health: Mapping[str, Mapping[str, float]], layers: Iterable[Layer]) 
         of, adc = health.get(layer.name), None if layer.spec is None else layer.spec.adc
         if of is None or adc is None or layer.spec is None:
             continue
-        codes = max(codes.size for row in layer.spec.adc_ranges for codes in row)
+        codes = layer.spec.adc_codes
         if of["saturated"] > SATURATED:
             advice = _about_full_scale("raise", adc)
             lines.append(f"{layer.name}: {of['saturated']:.0%} of the conversions lie beyond the ADC's ladder{advice}.")
