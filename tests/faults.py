@@ -643,8 +643,8 @@ TRAINING = [
     Fault(
         "decay touches steps",
         "training/optimizer.py",
-        'lambda params: is_kind(params, "kernel"))',
-        "lambda params: jax.tree.map(lambda _: True, params))",
+        'lambda path: kind_of(path) == "kernel")',
+        "lambda path: True)",
         ("test_training.py::test_decay_touches_kernels_only_and_steps_have_their_own_rate",),
     ),
     Fault(
@@ -677,9 +677,9 @@ TRAINING = [
     ),
     Fault(
         "a resumed run forgets what it saw of the epoch",
-        "training/begin.py",
-        'step, extra["best"], extra["seen"]',
-        'step, extra["best"], {}',
+        "training/loop.py",
+        'self.best, self.seen = extra["best"], extra["seen"]',
+        'self.best = extra["best"]',
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(

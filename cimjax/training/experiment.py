@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -28,15 +27,9 @@ from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.spec import CIMSpec, Execution
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
-from cimjax.training.optimizer import (
-    is_of_adc,
-    learning_rate,
-    make_optimizer,
-    steps_per_epoch,
-    stored_steps,
-    total_steps,
-)
+from cimjax.training.optimizer import learning_rate, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
+from cimjax.training.parameters import stored_steps, trained_as
 from cimjax.training.start import Given, put_in
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import LossFunction, Setup, cross_entropy, step_rngs
@@ -127,12 +120,9 @@ class Experiment:
         chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
         return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
-    def first_state(self) -> TrainState:
-        """The state before the first step: random weights, and steps calibrated on `calibration_images`."""
-        return self.first_state_and_reports()[0]
-
-    def first_state_and_reports(self, given: Given | None = None) -> tuple[TrainState, Reports]:
-        """The first state, and what the data was like from which its steps were set, by layer.
+    def first_state(self, given: Given | None = None) -> tuple[TrainState, Reports]:
+        """The state before the first step, with steps calibrated on `calibration_images`; and what these were like, by
+        layer.
 
         Args:
           given: what takes the place of random weights; None for random ones.
@@ -158,7 +148,9 @@ class Experiment:
             params = variables["params"]
 
             def renewed(old: Any, new: Any) -> Any:
-                return jax.tree_util.tree_map_with_path(lambda path, o, n: n if is_of_adc(path) else o, old, new)
+                return jax.tree_util.tree_map_with_path(
+                    lambda path, o, n: n if trained_as(path) == "psum" else o, old, new
+                )
 
             state = state.replace(
                 params=params,
@@ -290,8 +282,3 @@ def build(
         preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
         schedule=schedule,
     )
-
-
-def default_workdir(config: ConfigDict) -> Path:
-    """Where a run goes when no folder is given."""
-    return Path("runs") / f"{config.dataset}-{config.model.name}"

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from cimjax.data import Dataset
 from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
-from cimjax.training.experiment import build, default_workdir
+from cimjax.training.experiment import build
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
@@ -86,7 +86,7 @@ def train(
         run (`RunFolderError`), a loss that is not finite.
     """
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
-    folder = Path(workdir) if workdir is not None else default_workdir(config)
+    folder = Path(workdir or Path("runs", f"{config.dataset}-{config.model.name}"))
     if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
         raise ValueError(
             "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "
