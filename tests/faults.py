@@ -720,7 +720,7 @@ TRAINING = [
     Fault(
         "lost records are not missed",
         "training/run/records.py",
-        "if not _is_mark(marked) or _begins_with(_content(file), marked):",
+        "if not _is_mark(marked) or _begins_with(self._content(), marked):",
         "if True:",
         ("test_run_folder.py::test_the_metrics_are_taken_back_to_what_a_state_was_saved_with",),
     ),

@@ -85,7 +85,7 @@ def whole(place: Path) -> Run:
     last = last.replace(step=last.step + 4, params=jax.tree.map(lambda value: value * 1.5, last.params))
     with RunFolder.open(folder, plain) as run:
         run.log({"step": int(last.step), "split": "test"})
-        Checkpoints(folder).save(int(last.step), last, {**extra, "metrics": run.mark()})
+        Checkpoints(folder).save(int(last.step), last, {**extra, "metrics": run.records.mark()})
     leaves = {}
     for path in sorted((folder / "checkpoints").iterdir()):
         alone = place / "alone" / path.name
@@ -177,7 +177,7 @@ def take_up(run: Run, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     with RunFolder.open(folder, run.config, completed=as_plain) as opened:
         state, extra = Checkpoints(folder).restore(run.state, holding=HOLDING)
         opened.forget_after(int(state.step), extra.get("metrics"))
-        return state, untimed(opened.records())
+        return state, untimed(opened.records.read())
 
 
 def evaluate(run: Run, folder: Path) -> tuple[Any, list[dict[str, Any]]]:

@@ -104,9 +104,9 @@ class Run:
         step, marked, total = int(state.step), extra.get("metrics"), self.experiment.total_steps
         if step > total:
             raise ValueError(f"{self.folder.path} has done {step:,} steps, more than {total:,}; give more epochs.")
-        splits = [record.get("split") for record in self.folder.records()]
+        splits = [record.get("split") for record in self.folder.records.read()]
         self.tell.finished = step == total and splits[-1:] == ["result"]
-        self.folder.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
+        self.folder.records.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
         self.tell.resumed(step)
         self.best, self.seen = extra["best"], extra["seen"]
         return self.experiment.devices.put(state), step
@@ -143,7 +143,7 @@ class Run:
         """Evaluate, record and save; the records by split."""
         experiment = self.experiment
         ideal, final = epoch <= experiment.ideal_epochs, step == experiment.total_steps
-        records = {"train": self._seen(state, step), "test": self.test.record(state, ideal_adcs=ideal)}
+        records = {"train": self._training_record(state, step), "test": self.test.record(state, ideal_adcs=ideal)}
         self.seen = {}
         best = False
         if self.validation:
@@ -160,7 +160,7 @@ class Run:
             self._save(state, step, best=best)
         return records
 
-    def _seen(self, state: TrainState, step: int) -> dict[str, float]:
+    def _training_record(self, state: TrainState, step: int) -> dict[str, float]:
         """The record of an epoch's training: means over its steps, the last learning rate, and how far steps moved."""
         means = {name: float(np.mean(values)) for name, values in self.seen.items()}
         # An optimizer of the caller's own has no schedule.
@@ -175,7 +175,7 @@ class Run:
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
         data = dataclasses.asdict(Description.of(self.experiment.dataset))
-        extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.mark(), "data": data}
+        extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.records.mark(), "data": data}
         self.checkpoints.save(step, state, extra, best=best)
 
     def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:

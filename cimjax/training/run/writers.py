@@ -118,10 +118,5 @@ def check(names: Sequence[str]) -> None:
             raise RunFolderError("the writer `tensorboard` needs a package; install it with: pip install tensorboard")
 
 
-def make(name: str, folder: Path, records: Sequence[dict[str, Any]]) -> Writer:
-    """The writer of a name, beginning with the records that there are."""
-    return WRITERS[name](folder, records)
-
-
 def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
