@@ -671,8 +671,8 @@ TRAINING = [
     Fault(
         "a resumed run has another order",
         "training/batches.py",
-        "order_of_epoch(self.key, epoch, images))",
-        "order_of_epoch(self.key, step, images))",
+        "put(order_of_epoch(self.key, epoch, images))",
+        "put(order_of_epoch(self.key, step, images))",
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(
@@ -755,8 +755,8 @@ TRAINING = [
     Fault(
         "images on the host come in the order of the next epoch",
         "training/batches.py",
-        "np.asarray(order_of_epoch(key, epoch, len(split)))",
-        "np.asarray(order_of_epoch(key, epoch + 1, len(split)))",
+        "np.asarray(order_of_epoch(self.key, epoch, images))",
+        "np.asarray(order_of_epoch(self.key, epoch + 1, images))",
         ("test_train_step.py::test_images_on_the_host_give_the_steps_of_images_on_the_device",),
     ),
     Fault(

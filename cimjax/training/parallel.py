@@ -32,6 +32,8 @@ class Devices:
         devices = jax.devices()
         self.count, self.way = len(devices), way
         self.mesh = Mesh(devices, (AXIS,)) if self.count > 1 else None
+        # Where an array lies that is whole on every device.
+        self._whole = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else SingleDeviceSharding(devices[0])
         self.platform = devices[0].platform
         self.kind = devices[0].device_kind
 
@@ -55,16 +57,11 @@ class Devices:
 
     def put(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device."""
-        if self.mesh is None:
-            return jax.device_put(tree, jax.devices()[0])
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(tree, self._whole)
 
     def described(self, tree: Any) -> Any:
         """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
-        place = (
-            SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        )
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._whole), tree)
 
     def spread(
         self, step: Callable[..., Any], *specs: PartitionSpec, donate: bool = False, add: bool = False
