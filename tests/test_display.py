@@ -398,7 +398,7 @@ def test_a_terminal_gets_a_live_bar_that_is_gone_in_the_end(columns, environment
     lines = [line.rstrip() for line in screen(text)]
     assert not any("left" in line or "preparing" in line for line in lines)
     assert [line[:19] for line in lines if line.startswith("epoch")] == ["epoch 1/4  test  98", "epoch 2/4  test  98"]
-    assert lines[-2:] == ["evaluate     cimjax evaluate runs/x", ""]
+    assert lines[-2:] == ["evaluate  cimjax evaluate runs/x", ""]
     assert max(len(line) for line in lines if "runs/xxx" not in line) <= columns
     assert "printed by another library" in lines and "warning: the ADC of conv2 saturates" in lines
     assert f"run folder  runs/{'x' * 90}" in lines
