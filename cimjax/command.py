@@ -1,9 +1,14 @@
-"""What a command of the command line is; the table of them is in `cimjax.cli`."""
+"""What commands of the command line are made of; the rooms have tables of theirs, which `cimjax.cli` joins."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # How commands show that they take a config with its options.
@@ -21,3 +26,37 @@ class Command(NamedTuple):
     example: str
     arguments: Mapping[str, dict[str, Any]]
     run: Callable[[argparse.Namespace], None]
+
+
+def path(text: str) -> Path:
+    """A path as it was typed, perhaps with a `~`: the `type` of an argument."""
+    return Path(os.path.expanduser(text))
+
+
+# The argument of commands that look at runs.
+RUN: dict[str, Any] = {"metavar": "RUN", "type": path, "help": "the folder of a run"}
+
+
+def checked_folder(workdir: str) -> Path:
+    """The folder that `--workdir` names; refused at once is what can never become one."""
+    if not workdir:
+        raise UsageError("--workdir is empty; give a folder, or leave it out for a new one in runs/.")
+    folder = path(workdir).absolute()
+    with contextlib.suppress(PermissionError):  # said by whoever opens the folder
+        there = next(above for above in (folder, *folder.parents) if above.exists())
+        if not there.is_dir():
+            raise UsageError(f"--workdir {workdir}: {there} is a file, not a folder; give another --workdir.")
+    return path(workdir)
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process as it ends others: within an import libraries make other errors of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -664,8 +664,8 @@ TRAINING = [
     Fault(
         "decay touches steps",
         "training/optimizer.py",
-        'lambda params: is_kind(params, "kernel"))',
-        "lambda params: jax.tree.map(lambda _: True, params))",
+        'lambda path: kind_of(path) == "kernel")',
+        "lambda path: True)",
         ("test_training.py::test_decay_touches_kernels_only_and_steps_have_their_own_rate",),
     ),
     Fault(
@@ -692,15 +692,15 @@ TRAINING = [
     Fault(
         "a resumed run has another order",
         "training/batches.py",
-        "order_of_epoch(self.key, epoch, images))",
-        "order_of_epoch(self.key, step, images))",
+        "put(order_of_epoch(self.key, epoch, images))",
+        "put(order_of_epoch(self.key, step, images))",
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(
         "a resumed run forgets what it saw of the epoch",
-        "training/begin.py",
-        'step, extra["best"], extra["seen"]',
-        'step, extra["best"], {}',
+        "training/loop.py",
+        'self.best, self.seen = extra["best"], extra["seen"]',
+        'self.best = extra["best"]',
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(
@@ -741,7 +741,7 @@ TRAINING = [
     Fault(
         "lost records are not missed",
         "training/run/records.py",
-        "if not _is_mark(marked) or _begins_with(_content(file), marked):",
+        "if not _is_mark(marked) or _begins_with(self._content(), marked):",
         "if True:",
         ("test_run_folder.py::test_the_metrics_are_taken_back_to_what_a_state_was_saved_with",),
     ),
@@ -768,7 +768,7 @@ TRAINING = [
     ),
     Fault(
         "steps of another quantizer are taken over",
-        "training/start.py",
+        "nn/transfer.py",
         "return bool(built(here[layer], kind) == built(there[layer], kind))",
         "return True",
         ("test_start.py::test_steps_are_taken_where_what_they_quantize_is_built_alike",),
@@ -776,8 +776,8 @@ TRAINING = [
     Fault(
         "images on the host come in the order of the next epoch",
         "training/batches.py",
-        "np.asarray(order_of_epoch(key, epoch, len(split)))",
-        "np.asarray(order_of_epoch(key, epoch + 1, len(split)))",
+        "np.asarray(order_of_epoch(self.key, epoch, images))",
+        "np.asarray(order_of_epoch(self.key, epoch + 1, images))",
         ("test_train_step.py::test_images_on_the_host_give_the_steps_of_images_on_the_device",),
     ),
     Fault(

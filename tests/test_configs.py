@@ -132,7 +132,7 @@ def test_one_pairing_of_each_data_set_takes_real_steps(name: str, options: str, 
             config.model.width = 0.0625
             config.calibration_images = 2
     experiment = build(config, dataset=random_images(name, 8, size))
-    first = state = experiment.first_state()
+    first = state = experiment.first_state()[0]
     batches = Resident(experiment.dataset.train, experiment.preparation, 0, jax.device_put)
     step = jax.jit(lambda state, feed: train_step(experiment.setup, state, batches.batch(feed, state, 0, None)))
     losses = []

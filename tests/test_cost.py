@@ -78,10 +78,10 @@ def test_codes_are_counted_for_each_plane_and_dummy_column() -> None:
     found = layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=adc, array=array, activation={"slice_bits": 2}))
     tiles, groups, slices, positions = -(-5 // 5), 2, 2, 4
     assert found.column_tiles == tiles and found.read_groups == groups
-    assert found.adc_codes == positions * groups * slices * (5 * (2 + 3 + 16) + tiles * 4)
+    assert found.adc_energy == positions * groups * slices * (5 * (2 + 3 + 16) + tiles * 4)
     alike = layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=ADCSpec(bits=3), array=array))
-    assert alike.adc_codes == 8 * alike.adc_conversions
-    assert layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=None, array=array)).adc_codes == 0
+    assert alike.adc_energy == 8 * alike.adc_conversions
+    assert layer_cost(shape, (2, 2), CIMSpec(weight=weight, adc=None, array=array)).adc_energy == 0
 
 
 def test_every_granularity_counts_its_references() -> None:

@@ -83,9 +83,9 @@ def whole(place: Path) -> Run:
     # A state that is neither the best nor the one before it, and the mark of the records.
     last, extra = Checkpoints(folder).restore(state)
     last = last.replace(step=last.step + 4, params=jax.tree.map(lambda value: value * 1.5, last.params))
-    with RunFolder.open(folder, plain) as run:
+    with RunFolder(folder, plain) as run:
         run.log({"step": int(last.step), "split": "test"})
-        Checkpoints(folder).save(int(last.step), last, {**extra, "metrics": run.mark()})
+        Checkpoints(folder).save(int(last.step), last, {**extra, "metrics": run.records.mark()})
     leaves = {}
     for path in sorted((folder / "checkpoints").iterdir()):
         alone = place / "alone" / path.name
@@ -174,10 +174,10 @@ def as_plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def take_up(run: Run, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     """As training goes on."""
-    with RunFolder.open(folder, run.config, completed=as_plain) as opened:
+    with RunFolder(folder, run.config, completed=as_plain) as opened:
         state, extra = Checkpoints(folder).restore(run.state, holding=HOLDING)
         opened.forget_after(int(state.step), extra.get("metrics"))
-        return state, untimed(opened.records())
+        return state, untimed(opened.records.read())
 
 
 def evaluate(run: Run, folder: Path) -> tuple[Any, list[dict[str, Any]]]:

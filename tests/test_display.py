@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import math
 import os
+import pathlib
 import re
 import struct
 import subprocess
 import sys
 import termios
 import types
+from types import MappingProxyType
 
 import pytest
+from rich.console import Console
 
-from cimjax.hardware.cost import layer_cost
+from cimjax.hardware.survey import Layer
+from cimjax.hardware.table import TIMES, count, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
+from cimjax.training.loop import Result
+from cimjax.training.show import bar as bar_lib
 from cimjax.training.show import display as display_lib
 from cimjax.training.show.display import Display
-from cimjax.training.show.report import describe_bits
-from cimjax.training.show.tables import TIMES, LayerRow, count
+from cimjax.training.show.report import final_rows, step_table
 
-RECORD = {
-    "train_loss": 0.51234,
-    "train_accuracy": 0.8,
-    "test_accuracy": 0.98765,
-    "validation_accuracy": 0.97,
-    "best": True,
-    "learning_rate": 0.0123,
-    "images_per_second": 12345.6,
+RECORDS = {
+    "train": {"loss": 0.51234, "accuracy": 0.8, "learning_rate": 0.0123},
+    "test": {"accuracy": 0.98765},
+    "validation": {"accuracy": 0.97, "best": True},
 }
-STEPS = [
-    {"layer": "conv1", "drift": {"weight": 0.02, "psum": 0.1}, "saturated": 0.012, "codes_used": 6.5, "codes": 8},
-    {"layer": "conv2", "drift": {"weight": 0.04, "psum": 0.3}, "saturated": None, "codes_used": None, "codes": None},
-]
+MOVED = {"weight": {"conv1": 0.02, "conv2": 0.04}, "psum": {"conv1": 0.1}}
+HEALTH = {"conv1": {"saturated": 0.012, "codes_used": 6.5}}
 
 # Prints a whole run; with "fail" it ends in an exception, with "kill" by SIGKILL, while the bar is on.
 SCRIPT = """
 import os, signal, sys, time
 import test_display
+from cimjax.hardware.table import layer_table
 from cimjax.training.show.display import Display
 with Display() as display:
-    display.start("title", {"run folder": "runs/" + "x" * 90}, test_display.resnet())
+    display.start("title", {"run folder": "runs/" + "x" * 90}, layer_table(test_display.resnet()))
     time.sleep(0.3)
     for step in range(1, 21):
         display.progress(step, 40, step / 10, 0.5, 0.75, 12345.6)
         time.sleep(0.02)
         if step % 10 == 0:
-            display.epoch(step // 10, 4, test_display.RECORD)
+            display.epoch(step // 10, 4, test_display.RECORDS, 12345.6)
     print("printed by another library")
     display.warn("the ADC of conv2 saturates")
     time.sleep(0.3)
@@ -56,27 +57,39 @@ with Display() as display:
         raise RuntimeError("boom")
     if sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    display.finish({"evaluate": "cimjax evaluate runs/x"}, test_display.STEPS)
+    display.finish(test_display.steps(), {"evaluate": "cimjax evaluate runs/x"})
 """
 
 
 def spec(**array):
     return CIMSpec(
-        weight=WeightSpec(bits=3, cell_bits=1), adc=ADCSpec(bits=3), array=ArraySpec(rows=128, columns=128, **array)
+        activation=ActivationSpec(bits=3),
+        weight=WeightSpec(bits=3, cell_bits=1),
+        adc=ADCSpec(bits=3),
+        array=ArraySpec(rows=128, columns=128, **array),
     )
 
 
 def cim(name, kernel, output, **array):
-    return LayerRow(name, "cim", kernel, output, "A3 W3/1 P3", layer_cost(kernel, output, spec(**array)))
+    return Layer(name, kernel, output, spec(**array), use_bias=False)
 
 
 def resnet():
     """Twenty layers with long names, the first and the last in full precision."""
-    layers = [LayerRow("stem", "full precision", (3, 3, 3, 16), (32, 32), "-", None)]
+    layers = [Layer("stem", (3, 3, 3, 16), (32, 32), None, use_bias=False)]
     for stage, (features, size) in enumerate(((16, 32), (32, 16), (64, 8)), start=1):
         for name in ("block1/conv1", "block1/conv2", "block2/conv1", "block2/conv2", "block3/conv1", "block3/conv2"):
             layers.append(cim(f"stage{stage}_{name}", (3, 3, features, features), (size, size)))
-    return [*layers, LayerRow("classifier", "full precision", (64, 100), (), "-", None, parameters=6500)]
+    return [*layers, Layer("classifier", (64, 100), (), None, use_bias=True)]
+
+
+def steps(layers=("conv1", "conv2"), moved=MOVED, health=HEALTH):
+    return step_table([cim(name, (3, 3, 16, 16), (8, 8)) for name in layers], moved, health)
+
+
+def started(layers, columns=120, facts=MappingProxyType({})):
+    """The lines before the training of some layers."""
+    return plain(lambda display: display.start("title", facts, layer_table(layers)), columns)
 
 
 def plain(act, columns=120):
@@ -106,7 +119,7 @@ def test_numbers():
 
 
 def test_the_table_of_layers():
-    lines = plain(lambda display: display.start("title", {"run folder": "runs/x", "devices": "cpu"}, resnet()))
+    lines = started(resnet(), facts={"run folder": "runs/x", "devices": "cpu"})
     assert lines[:3] == ["title", "run folder  runs/x", "devices     cpu"]
     conv, cost = row(lines, "stage3_block1/conv1"), resnet()[-2].cost
     paper = cost.dequantization_multiplications_of_paper
@@ -127,7 +140,7 @@ def test_the_table_of_layers():
 
 def test_read_groups_are_shown_where_they_differ_from_row_tiles():
     layers = [cim("conv", (3, 3, 32, 32), (8, 8), active_rows=32)]
-    lines = plain(lambda display: display.start("title", {}, layers))
+    lines = started(layers)
     cost = layers[0].cost
     assert cost.read_groups != cost.row_tiles
     assert row(lines, "conv")[2:5] == [f"{cost.row_tiles}x1", str(cost.arrays), str(cost.read_groups)]
@@ -139,36 +152,33 @@ def test_read_groups_are_shown_where_they_differ_from_row_tiles():
 def test_slices_and_rows_read_are_shown_where_they_say_something_also_in_a_narrow_terminal():
     bits = ActivationSpec(bits=4, slice_bits=1)
     sliced = CIMSpec(activation=bits, array=ArraySpec(active_rows=16))
-    layers = [
-        LayerRow(f"stage1_block1/conv{index}", "cim", (3, 3, 32, 32), (8, 8), describe_bits(sliced), cost)
-        for index, cost in enumerate([layer_cost((3, 3, 32, 32), (8, 8), sliced)] * 3)
-    ]
+    names = [f"stage1_block1/conv{index}" for index in range(3)]
+    layers = [Layer(name, (3, 3, 32, 32), (8, 8), sliced, use_bias=False) for name in names]
     for columns in (160, 80):
-        lines = plain(lambda display: display.start("title", {}, layers), columns)
+        lines = started(layers, columns)
         words = row(lines, "stage1_block1/conv0")
         assert "9/16" in words and "A4/1" in words and max(map(len, lines)) <= columns
-    wide = plain(lambda display: display.start("title", {}, layers), 160)
+    wide = started(layers, 160)
     assert row(wide, "stage1_block1/conv0")[4:7] == ["32", "9/16", "4"]
     assert row(wide, "slices")
-    usual = plain(lambda display: display.start("title", {}, resnet()), 140)
+    usual = started(resnet(), 140)
     assert not any(line.startswith(("rows read", "slices", "reads")) for line in usual)
 
 
 def test_an_ideal_adc_and_no_layer_in_arrays_leave_no_empty_columns():
-    ideal = layer_cost((3, 3, 16, 16), (8, 8), CIMSpec(adc=None))
-    lines = plain(lambda display: display.start("title", {}, [LayerRow("a", "cim", (3, 3, 16, 16), (8, 8), "", ideal)]))
-    assert row(lines, "a")[5:7] == ["%", str(ideal.dequantization_multiplications)]
-    full = plain(lambda display: display.start("title", {}, [resnet()[0]]))
-    assert row(full, "stem") == ["3x3x3x16", "32x32", "432"]
-    assert plain(lambda display: display.start("title", {}, [])) == ["title", ""]
+    ideal = Layer("a", (3, 3, 16, 16), (8, 8), CIMSpec(adc=None), use_bias=False)
+    words = row(started([ideal]), "a")
+    assert words[5:] == ["%", "A4", "W4/2", "P-", str(ideal.cost.dequantization_multiplications), "(1)", "2,304"]
+    assert row(started([resnet()[0]]), "stem") == ["3x3x3x16", "32x32", "432"]
+    assert started([]) == ["title", ""]
 
 
 @pytest.mark.parametrize("columns", [120, 100, 80, 60, 45, 20])
 def test_narrow_output_leaves_out_columns_and_breaks_no_row(columns):
     def act(display):
-        display.start("title", {}, resnet())
-        display.epoch(3, 60, RECORD)
-        display.finish({}, STEPS)
+        display.start("title", {}, layer_table(resnet()))
+        display.epoch(3, 60, RECORDS, 12345.6)
+        display.finish(steps(), {})
 
     lines = plain(act, columns)
     if columns >= 45:
@@ -183,11 +193,10 @@ def test_narrow_output_leaves_out_columns_and_breaks_no_row(columns):
 
 def test_one_line_per_epoch():
     def act(display):
-        display.epoch(9, 10, RECORD)
-        display.epoch(
-            10, 10, {**RECORD, "train_loss": math.nan, "test_accuracy": math.nan, "validation_accuracy": None}
-        )
-        display.epoch(11, 10, {"train_loss": None})
+        display.epoch(9, 10, RECORDS, 12345.6)
+        wild = {"train": {**RECORDS["train"], "loss": math.nan}, "test": {"accuracy": math.nan}}
+        display.epoch(10, 10, wild, 12345.6)
+        display.epoch(11, 10, {"train": {"loss": None}}, None)
 
     assert plain(act) == [
         "epoch  9/10  test  98.77 %  held out  97.00 %  best  train  80.00 %  loss  0.5123  lr   0.0123  "
@@ -199,7 +208,8 @@ def test_one_line_per_epoch():
 
 def test_plain_progress_is_one_line_every_15_seconds_and_fewer_later(monkeypatch):
     clock = types.SimpleNamespace(now=100.0)
-    monkeypatch.setattr(display_lib, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (display_lib, bar_lib):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setenv("COLUMNS", "120")
     stream, printed = io.StringIO(), []
     display = Display(stream=stream)
@@ -215,7 +225,7 @@ def test_plain_progress_is_one_line_every_15_seconds_and_fewer_later(monkeypatch
     assert stream.getvalue().splitlines()[0] == first
     # The line of an epoch is a sign of life too.
     clock.now += 10_000
-    display.epoch(1, 2, RECORD)
+    display.epoch(1, 2, RECORDS, 1e6)
     before = len(stream.getvalue())
     display.progress(10_001, 20_000, 100.01, 0.5, 0.75, 1e6)
     assert len(stream.getvalue()) == before
@@ -223,20 +233,40 @@ def test_plain_progress_is_one_line_every_15_seconds_and_fewer_later(monkeypatch
 
 def test_time_left_forgets_the_compilation_and_what_was_before_a_resume(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(display_lib, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
-    bar = display_lib._Bar()
-    assert bar.parts()[0].plain == "preparing the first steps 0:00:00"
+    monkeypatch.setattr(bar_lib, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    bar = bar_lib.Bar(Console(file=io.StringIO()), plain=True)
+
+    def said():
+        return [part.plain.strip() for part in bar.parts()[:2]]
+
+    assert said() == ["preparing the first steps 0:00:00"]
     clock.now = 50.0
     bar.move(0, 1000, 0.0, math.nan, math.nan, math.nan)
     assert "epoch 0.0/-   0%" in bar.parts()[0].plain
     for step in range(500, 700, 10):
         clock.now += 2
         bar.move(step, 1000, step / 100, 0.5, 0.5, 5.0)
-    assert [part.plain for part in bar.parts()[:2]] == ["epoch  6.9/10  69%", "0:01:02 left"]
-    bar.forget()
-    assert "preparing" in bar.parts()[0].plain
+    assert said() == ["epoch  6.9/10  69%", "0:01:02 left"]
+    bar.wait("compiling the setting of ADC steps")
+    clock.now += 61
+    assert said() == ["compiling the setting of ADC steps 0:01:01"]
     bar.move(1200, 1000, math.nan, 0.5, 0.5, 0.0)
-    assert "- left" in bar.parts()[1].plain
+    assert said()[1] == "0:00:00 left"
+
+
+def test_no_time_left_is_told_of_what_has_not_moved_for_long(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(bar_lib, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    for pause, long in ((0.5, 12), (100.0, 311)):
+        bar = bar_lib.Bar(Console(file=io.StringIO()), plain=True)
+        for step in range(1, 10):
+            clock.now += pause
+            bar.move(step, 109, step / 10, 0.5, 0.5, 5.0)
+        assert bar.parts()[1].plain.strip() == {0.5: "0:00:50 left", 100.0: "2:46:40 left"}[pause]
+        clock.now += long - 2
+        assert "- left" not in bar.parts()[1].plain
+        clock.now += 2
+        assert "- left" in bar.parts()[1].plain
 
 
 def test_messages_and_commands_are_not_broken_in_a_file():
@@ -245,34 +275,39 @@ def test_messages_and_commands_are_not_broken_in_a_file():
     def act(display):
         display.warn("[conv1] saturates " * 10)
         display.note(f"stopped; to go on:\n{command}")
-        display.resume(12345, 2.5)
 
     lines = plain(act, 60)
     assert lines == [
         ("warning: " + "[conv1] saturates " * 10).rstrip(),
         "stopped; to go on:",
         command,
-        "resumed after step 12,345 (epoch 2.5)",
     ]
 
 
 def test_the_end_tells_steps_and_adcs_and_the_result_last():
-    result = {"test accuracy": "98.6 % (best)", "evaluate": "cimjax evaluate runs/x"}
-    lines = plain(lambda display: display.finish(result, STEPS))
+    facts = {"test accuracy": "98.6 % (best)", "evaluate": "cimjax evaluate runs/x"}
+    lines = plain(lambda display: display.finish(steps(), facts))
     assert row(lines, "conv1") == ["0.02", "0.1", "1.2", "%", "6.5", "of", "8"]
-    assert row(lines, "conv2") == ["0.04", "0.3", "-", "-"]
-    assert lines[-3:] == [
-        "steps moved    weight 0.03, psum 0.2",
-        "test accuracy  98.6 % (best)",
-        "evaluate       cimjax evaluate runs/x",
-    ]
-    assert plain(lambda display: display.finish(result, [])) == ["", *lines[-2:]]
-    offset = plain(lambda display: display.finish({}, [{**STEPS[0], "drift": {"psum": 0.1, "offset": 0.5}}]))
+    assert row(lines, "conv2") == ["0.04", "-", "-", "-"]
+    assert lines[-2:] == ["test accuracy  98.6 % (best)", "evaluate       cimjax evaluate runs/x"]
+    assert plain(lambda display: display.finish(steps(()), facts)) == ["", *lines[-2:]]
+    offset = plain(lambda display: display.finish(steps(moved={**MOVED, "offset": {"conv1": 0.5}}), {}))
     assert row(offset, "offset moved") != row(offset, "psum moved")
-    odd = [{**STEPS[0], "drift": {"weight": math.nan, "psum": None}}, STEPS[1]]
-    lines = plain(lambda display: display.finish({}, odd))
-    assert lines[-1] == "steps moved  weight nan, psum nan"
-    assert row(lines, "conv1")[:2] == ["nan", "-"]
+    odd = plain(lambda display: display.finish(steps(moved={"weight": {"conv1": math.nan, "conv2": 0.1}}), {}))
+    assert row(odd, "conv1")[0] == "nan"
+
+
+def test_the_result_of_a_run_names_what_moved_and_the_accuracy_last():
+    folder = pathlib.Path("runs/a b")
+    result = Result(0.9876, 0.1, 88, {"weight_moved": 0.03, "psum_moved": 0.2}, folder, {"best_accuracy": 0.98})
+    assert final_rows(result, own=False) == {
+        "steps moved": "weight 0.03, psum 0.2",
+        "run folder": "runs/a b",
+        "again": "cimjax evaluate 'runs/a b'",
+        "best on held-out images": "98.00%",
+        "test accuracy": "98.76%",
+    }
+    assert "steps moved" not in final_rows(dataclasses.replace(result, moved={}), own=False)
 
 
 def test_an_ascii_stream_gets_ascii(monkeypatch):
@@ -280,10 +315,10 @@ def test_an_ascii_stream_gets_ascii(monkeypatch):
     file = io.BytesIO()
     stream = io.TextIOWrapper(file, encoding="ascii")
     with Display(stream=stream, plain=False) as display:
-        display.start("title", {"run folder": "läufe/\udc80"}, resnet())
+        display.start("title", {"run folder": "läufe/\udc80"}, layer_table(resnet()))
         display.progress(20, 40, 1.5, 0.5, 0.75, 100.0)
     with Display(stream=stream) as display:
-        display.start("title", {"run folder": "läufe/\udc80"}, resnet())
+        display.start("title", {"run folder": "läufe/\udc80"}, layer_table(resnet()))
     text = file.getvalue().decode("ascii")
     assert "l?ufe/?" in text and "3x3x64x64" in text and "-----" in text
 
@@ -293,9 +328,9 @@ def test_a_broken_stream_does_not_end_the_training():
     os.close(read)
     stream = os.fdopen(write, "w", buffering=1)
     with Display(stream=stream) as display:
-        display.start("title", {}, resnet())
-        display.epoch(1, 2, RECORD)
-        display.finish({"a": "b"}, STEPS)
+        display.start("title", {}, layer_table(resnet()))
+        display.epoch(1, 2, RECORDS, 1e6)
+        display.finish(steps(), {"a": "b"})
     with pytest.raises(BrokenPipeError):
         stream.close()
 
@@ -363,7 +398,7 @@ def test_a_terminal_gets_a_live_bar_that_is_gone_in_the_end(columns, environment
     lines = [line.rstrip() for line in screen(text)]
     assert not any("left" in line or "preparing" in line for line in lines)
     assert [line[:19] for line in lines if line.startswith("epoch")] == ["epoch 1/4  test  98", "epoch 2/4  test  98"]
-    assert lines[-2:] == ["evaluate     cimjax evaluate runs/x", ""]
+    assert lines[-2:] == ["evaluate  cimjax evaluate runs/x", ""]
     assert max(len(line) for line in lines if "runs/xxx" not in line) <= columns
     assert "printed by another library" in lines and "warning: the ADC of conv2 saturates" in lines
     assert f"run folder  runs/{'x' * 90}" in lines
@@ -389,5 +424,5 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
         monkeypatch.setenv("TERM", term)
         stream.truncate(stream.seek(0))
         with Display(stream=stream) as display:
-            display.start("title", {}, [])
+            display.start("title", {}, layer_table([]))
         assert ("\x1b" in stream.getvalue()) == escapes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cimjax.training import cache, memory
+from cimjax.core.programs import cache, memory
 
 ROOT = Path(__file__).parents[1]
 

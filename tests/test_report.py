@@ -122,7 +122,7 @@ def test_the_same_runs_give_the_same_file(trained: Path, page: Page, capsys: pyt
 def test_ladders_are_those_that_the_run_computes_with(trained: Path) -> None:
     (facts,) = gather([trained], say=lambda text: None)
     params = cimjax.load(trained).variables["params"]
-    assert [state.layer for state in facts.states] == [layer.name for layer in facts.layers if layer.kind == "cim"]
+    assert [state.layer for state in facts.states] == [row["layer"] for row in facts.layers.rows if "arrays" in row]
     for state in facts.states:
         stored = params
         for part in state.layer.split("/"):

@@ -13,10 +13,10 @@ import pytest
 from test_training import config, quiet
 
 import cimjax
+from cimjax.nn.transfer import fits
 from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
 from cimjax.training.run.folder import read_records
-from cimjax.training.start import fits
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 
@@ -73,7 +73,7 @@ def test_what_is_frozen_stays(tmp_path: Path) -> None:
     result = cimjax.train(chosen, workdir=tmp_path, display=quiet())
     assert {"activation_moved", "psum_moved", "offset_moved"} == set(result.moved)
     assert min(result.moved.values()) > 1e-4
-    first, last = build(chosen).first_state().params, cimjax.load(tmp_path).variables["params"]
+    first, last = build(chosen).first_state()[0].params, cimjax.load(tmp_path).variables["params"]
     np.testing.assert_allclose(last["conv1"]["weight_log_step"], first["conv1"]["weight_log_step"], rtol=1e-6)
     assert float(jax.numpy.abs(last["conv1"]["kernel"] - first["conv1"]["kernel"]).max()) > 1e-3
 

@@ -119,7 +119,7 @@ def test_planes_get_bits_of_their_own(tmp_path: Path) -> None:
     experiment, _, _ = restore(tmp_path / best["case"].replace(" ", "-") / "seed=0")
     # The energy is that of the layers as they were built.
     layers = [layer for layer in experiment.layers if layer.spec]
-    assert sum(layer.cost.adc_codes for layer in layers) == best["energy"]
+    assert sum(layer.cost.adc_energy for layer in layers) == best["energy"]
     for layer in layers:
         bits = tuple(best["bits"][f"{layer.name}, plane {k}"] for k in range(3))
         assert layer.spec == with_bits(layer.spec, bits) and layer.spec.adc.plane_bits in (bits, None)

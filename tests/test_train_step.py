@@ -20,12 +20,12 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.data import Dataset
+from cimjax.nn.transfer import choose, put_in
 from cimjax.training.batches import Resident, Streamed, batches_of, mix
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.optimizer import SCHEDULES, learning_rate
 from cimjax.training.programs import train_steps
 from cimjax.training.run.checkpoint import Checkpoints
-from cimjax.training.start import choose, put_in
 from cimjax.training.state import Batch, TrainState
 from cimjax.training.train_step import train_step
 
@@ -75,7 +75,7 @@ def resident(experiment: Experiment) -> Resident:
 
 
 def after(experiment: Experiment, steps: int = 3, batches: Any = None) -> tuple[TrainState, Any]:
-    batches, state = batches or resident(experiment), experiment.first_state()
+    batches, state = batches or resident(experiment), experiment.first_state()[0]
     run = jax.jit(lambda state, feed: train_steps(experiment.setup, batches, state, feed, steps))
     return run(state, batches.feed(0, steps))
 
@@ -90,7 +90,7 @@ def test_parts_of_a_batch_give_the_step_of_the_whole() -> None:
 
 def test_the_average_follows_the_parameters() -> None:
     experiment = tiny(ema=0.9)
-    state, batches = experiment.first_state(), resident(experiment)
+    state, batches = experiment.first_state()[0], resident(experiment)
     chex.assert_trees_all_equal(state.average, state.params)
     before = state
     state, _ = train_step(experiment.setup, state, batches.batch(batches.feed(0, 1), state, 0, None))
@@ -103,7 +103,7 @@ def test_a_gradient_is_no_longer_than_the_norm_it_is_clipped_to() -> None:
     moved = []
     for clip in (0.0, 1e-3):
         experiment = tiny(optimizer={**plain, "clip_norm": clip}, warmup_epochs=0.0)
-        first = experiment.first_state()
+        first = experiment.first_state()[0]
         state, _ = after(experiment, 1)
         moved.append(float(optax.tree.norm(jax.tree.map(jnp.subtract, state.params, first.params))))
     assert moved[1] == pytest.approx(1e-3, rel=1e-3) and moved[0] > 1e-2
@@ -142,7 +142,7 @@ def test_images_on_the_host_give_the_steps_of_images_on_the_device() -> None:
     assert isinstance(batches, Streamed)
     for step in (0, experiment.steps_per_epoch - 1, experiment.steps_per_epoch):
         feeds = [each.feed(step, 1) for each in (batches, resident(experiment))]
-        state = experiment.first_state().replace(step=jnp.int32(step))
+        state = experiment.first_state()[0].replace(step=jnp.int32(step))
         got, want = (
             each.batch(feed, state, 0, None) for each, feed in zip((batches, resident(experiment)), feeds, strict=True)
         )
@@ -156,13 +156,13 @@ def test_networks_of_ones_own_train_with_all_that_they_have() -> None:
     experiment = tiny(Everything([6]))
     state, metrics = after(experiment)
     assert int(state.collections["counters"]["steps"]) == 3
-    first = experiment.first_state()
+    first = experiment.first_state()[0]
     moved = jax.tree.map(
         lambda a, b: bool(jnp.any(a != b)), first.collections["batch_stats"], state.collections["batch_stats"]
     )
     assert all(jax.tree.leaves(moved)) and np.isfinite(metrics["loss"]).all()
     # ADC steps can be set anew in training mode, dropout included.
-    renewed, _ = experiment.recalibrated(state)
+    renewed, _ = jax.jit(experiment.recalibrated)(state, experiment.calibration_images())
     assert int(renewed.step) == 3
 
 
@@ -172,7 +172,7 @@ def test_a_loss_of_ones_own_is_what_is_minimised() -> None:
 
     experiment = tiny()
     experiment = dataclasses.replace(experiment, setup=dataclasses.replace(experiment.setup, loss_fn=loss_fn))
-    batches, state = resident(experiment), experiment.first_state()
+    batches, state = resident(experiment), experiment.first_state()[0]
     batch = batches.batch(batches.feed(0, 1), state, 0, None)
     _, metrics = train_step(experiment.setup, state, batch)
     logits = Tiny().apply(state.variables, batch.images)
@@ -190,12 +190,12 @@ def test_weights_of_another_network_are_taken_and_the_rest_is_calibrated() -> No
             x = nn.relu(x.reshape(len(x), -1))
             return nn.Dense(self.classes, name="head")(dense(6, name="body")(x))
 
-    pretrained = tiny(Net(None)).first_state().variables
+    pretrained = tiny(Net(None)).first_state()[0].variables
     experiment = tiny(Net(SPEC, classes=3))
     given, facts = choose(pretrained, experiment.abstract_state().variables)
     assert facts["taken"].startswith("4 of") and facts["new"] == "none" and facts["left over"] == "none"
     assert "weight_log_step" in facts["calibrated"]
-    state, _ = experiment.first_state_and_reports(given)
+    state, _ = experiment.first_state(given)
     chex.assert_trees_all_equal(state.params["body"]["kernel"], pretrained["params"]["body"]["kernel"])
     want = cimjax.calibrate(
         Net(SPEC), put_in(experiment.uncalibrated_state().variables, given.values), experiment.calibration_images()
@@ -244,7 +244,7 @@ def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
     experiment = build(chosen, model=Plain(), dataset=images())
     assert experiment.devices.count == count and parallel.AXIS
     batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices.put)
-    state, losses = experiment.devices.put(experiment.first_state()), []
+    state, losses = experiment.devices.put(experiment.first_state()[0]), []
     programs = Programs(experiment, batches)
     gathered = []
     if way == "shard_map":

@@ -26,6 +26,7 @@ import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
+from cimjax.nn.parameters import kind_of
 from cimjax.training import batches as batches_lib
 from cimjax.training import loop
 from cimjax.training.batches import Resident, augment, order_of_epoch
@@ -33,7 +34,7 @@ from cimjax.training.config.file import Override, load_config
 from cimjax.training.evaluate import Evaluator, Health
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
-from cimjax.training.optimizer import kind_of, learning_rate, make_optimizer, total_steps
+from cimjax.training.optimizer import learning_rate, make_optimizer, total_steps
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolderError, read_records
 from cimjax.training.show.diagnosis import explain_failure
@@ -303,7 +304,7 @@ def test_own_networks_and_own_images(tmp_path: Path) -> None:
 
 def test_evaluation_counts_every_image_once() -> None:
     experiment = build(config("smoke,weight=none", eval_batch_size=100))
-    state = experiment.first_state()
+    state = experiment.first_state()[0]
     # To this network everything is a zero, and so is what fills the last batch up.
     params = {**state.params, "classifier": dict(state.params["classifier"])}
     params["classifier"]["bias"] = params["classifier"]["bias"].at[0].set(100.0)
@@ -326,7 +327,7 @@ def test_the_chip_of_a_run_is_the_same_wherever_it_is_looked_at() -> None:
     with chosen.unlocked():
         chosen.model.width, chosen.rules = 4, RULES
     experiment = build(chosen)
-    state, images = experiment.first_state(), experiment.calibration_images()
+    state, images = experiment.first_state()[0], experiment.calibration_images()
     variables, health = state.variables, Health(experiment)
 
     def on(chip: jax.Array) -> dict[str, float]:
@@ -351,9 +352,9 @@ def test_evaluation_is_on_the_chip_of_the_run() -> None:
 
     experiment = build(config("smoke,weight=none", seed=3), model=Chip())
     answer = Chip().apply(
-        {"params": experiment.first_state().params}, jnp.zeros((1, 8, 8, 1)), rngs={"variation": chip_key(3)}
+        {"params": experiment.first_state()[0].params}, jnp.zeros((1, 8, 8, 1)), rngs={"variation": chip_key(3)}
     )
-    found = Evaluator(experiment, experiment.dataset.test)(experiment.first_state())
+    found = Evaluator(experiment, experiment.dataset.test)(experiment.first_state()[0])
     assert found["accuracy"] == np.mean(experiment.dataset.test.labels == np.argmax(answer))
     assert found["loss"] == pytest.approx(
         float(-np.mean(jax.nn.log_softmax(answer[0])[experiment.dataset.test.labels])), rel=1e-5
@@ -383,7 +384,7 @@ class OnOneChip(nn.Module):
 
 def test_a_failure_is_explained_on_the_chip_and_with_the_keys_of_the_step_that_failed() -> None:
     experiment = build(config("smoke,weight=none", seed=3), model=OnOneChip())
-    state = experiment.first_state().replace(step=jnp.int32(5))
+    state = experiment.first_state()[0].replace(step=jnp.int32(5))
     batches = resident(experiment)
     assert "every output is finite" in explain_failure(experiment, state, 5, batches)
     assert "the first layer with such an output is" in explain_failure(experiment, state.replace(step=6), 6, batches)
@@ -471,7 +472,7 @@ def test_order_and_augmentation_are_functions_of_seed_and_step() -> None:
 
 def test_every_step_takes_the_next_images_and_augments_them_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = build(config("smoke,weight=none", batch_size=4, augment={"shift": 1}))
-    state, batches = experiment.first_state(), resident(experiment)
+    state, batches = experiment.first_state()[0], resident(experiment)
     images = experiment.dataset.train.images
     monkeypatch.setattr(batches_lib.Preparation, "for_training", lambda _, pixels, labels, key, keys: (pixels, keys))
     feed = (*batches.data, jnp.arange(len(images)))
@@ -524,7 +525,7 @@ def test_rules_change_single_layers() -> None:
     assert specs["conv1"] == specs["conv3"] == cimjax.CIMSpec.from_dict(experiment.config.spec.to_dict())
     # Layers differ, and there is no one specification.
     assert experiment.spec == {name: spec for name, spec in specs.items() if spec is not None}
-    assert math.isfinite(float(jax.tree.leaves(experiment.first_state().params)[0].sum()))
+    assert math.isfinite(float(jax.tree.leaves(experiment.first_state()[0].params)[0].sum()))
 
 
 @pytest.mark.full
@@ -566,12 +567,12 @@ def test_adc_steps_can_be_set_anew_after_an_epoch() -> None:
     """From the weights of that time, with no momentum left."""
     chosen = config(epochs=3.0, recalibrate_epochs=(1,))
     experiment = build(chosen)
-    state = experiment.first_state()
+    state = experiment.first_state()[0]
     spoiled = state.replace(
         params=jax.tree.map(lambda value: value + 0.5, state.params),
         opt_state=jax.tree.map(lambda value: value + 1, state.opt_state),
     )
-    renewed, _ = experiment.recalibrated(spoiled)
+    renewed, _ = jax.jit(experiment.recalibrated)(spoiled, experiment.calibration_images())
     for path, value in jax.tree_util.tree_leaves_with_path(renewed.params):
         before, name = spoiled.params, path[-1].key
         for part in path:
@@ -588,5 +589,5 @@ def test_adc_steps_can_be_set_anew_after_an_epoch() -> None:
         elif name == "kernel":
             assert (value == 1).all(), path
     # The same again from its own result: there is nothing left to set.
-    again, _ = experiment.recalibrated(renewed)
+    again, _ = jax.jit(experiment.recalibrated)(renewed, experiment.calibration_images())
     chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)

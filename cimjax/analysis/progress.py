@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import os
 import sys
 import time
-from typing import Self, TextIO, cast
+from typing import Self, TextIO
 
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from cimjax.training.show.terminal import SPINNER, SafeStream, VisibleConsole
+from cimjax.training.show.terminal import SPINNER, console_on, is_plain
 
 
 class Progress:
@@ -25,11 +24,8 @@ class Progress:
           stream: where to print; standard error unless told otherwise.
         """
         stream = stream or sys.stderr
-        plain = not stream.isatty() or os.environ.get("TERM") == "dumb"
-        safe = cast(TextIO, SafeStream(stream, strip=plain))
-        self._console = VisibleConsole(
-            file=safe, force_terminal=not plain, force_jupyter=False, markup=False, highlight=False, emoji=False
-        )
+        plain = is_plain(stream)
+        self._console = console_on(stream, plain=plain)
         self._live = None if plain else Live(self, console=self._console, refresh_per_second=5, transient=True)
         # What is being done, and since when.
         self._since: dict[str, float] = {}

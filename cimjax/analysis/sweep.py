@@ -23,7 +23,7 @@ from cimjax.analysis.sweep_plan import PlannedRun, plan
 from cimjax.training.run.files import in_one_line, parsed, write_json
 from cimjax.training.run.folder import LOCK, read_records
 from cimjax.training.run.lock import give_back, take_lock
-from cimjax.training.run.records import METRICS, epochs_done
+from cimjax.training.run.records import METRICS, Records
 
 if TYPE_CHECKING:
     from cimjax.analysis.progress import Progress
@@ -112,7 +112,7 @@ def _row(run: PlannedRun, **found: Any) -> dict[str, Any]:
 def _result(run: PlannedRun) -> dict[str, Any] | None:
     """The last state's figures where the run is finished."""
     results = [record for record in read_records(run.folder) if record.get("split") == "result"]
-    if not results or epochs_done(run.folder / METRICS) < run.epochs:
+    if not results or Records(run.folder / METRICS).epochs_done() < run.epochs:
         return None
     return {name: value for name, value in results[-1].items() if name not in ("step", "split")}
 

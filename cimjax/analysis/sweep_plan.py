@@ -19,7 +19,7 @@ from cimjax.training.config.file import load_config, take_overrides
 from cimjax.training.run.folder import CONFIG, LOCK, read_config
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
-from cimjax.training.run.records import METRICS, epochs_done
+from cimjax.training.run.records import METRICS, Records
 
 # Bytes of a folder's name; file systems take 255.
 _LONGEST = 200
@@ -127,7 +127,7 @@ def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
     if run.folder in taken:
         raise ValueError(f"another combination has the same folder, {run.folder}; give one of them to another sweep.")
     if (run.folder / CONFIG).exists():
-        done = epochs_done(run.folder / METRICS)
+        done = Records(run.folder / METRICS).epochs_done()
         may_change = [name for name in MAY_CHANGE if name != "epochs" or done <= math.ceil(config.epochs)]
         old, new = (json.loads(one.to_json_best_effort()) for one in (completed(read_config(run.folder)), config))
         if found := list(differences(old, new, may_change)):

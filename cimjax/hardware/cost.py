@@ -23,8 +23,8 @@ class LayerCost:
     utilization: used cells divided by cells.
     physical_columns: columns that are used, over all arrays (two for a signed plane; dummy columns included).
     adc_conversions: conversions per image.
-    adc_codes: the same, each counted as often as its ADC has codes: what ADCs of few bits take is about proportional to
-      it (energy doubles with each bit: Murmann's survey of converters).
+    adc_energy: the same, each counted as often as its ADC has codes, to which what ADCs of few bits take is about
+      proportional (it doubles with each bit: Murmann's survey of converters).
     adc_references: distinct steps that the layer's ADCs need; 0 with an ideal ADC.
     dequantization_multiplications: multiplications by a scale factor per output pixel: `O * (1 if both steps are layer,
       else R) * (K if there is a step per column or plane, else 1)`, plus those of an offset's reference.
@@ -47,7 +47,7 @@ class LayerCost:
     used_cells: int
     physical_columns: int
     adc_conversions: int
-    adc_codes: int
+    adc_energy: int
     adc_references: int
     dequantization_multiplications: int
     dequantization_multiplications_of_paper: int
@@ -79,7 +79,7 @@ _SUMMED = (
     "used_cells",
     "physical_columns",
     "adc_conversions",
-    "adc_codes",
+    "adc_energy",
     "adc_references",
     "dequantization_multiplications",
     "dequantization_multiplications_of_paper",
@@ -125,7 +125,7 @@ def layer_cost(
         used_cells=int(tiling.rows_of_array.sum()) * columns,
         physical_columns=tiling.arrays * columns,
         adc_conversions=0 if spec.adc is None else conversions * math.prod(output_size),
-        adc_codes=0 if spec.adc is None else groups * _codes(outputs, dummies, spec) * math.prod(output_size),
+        adc_energy=0 if spec.adc is None else groups * _codes(outputs, dummies, spec) * math.prod(output_size),
         adc_references=_references(groups, planes, outputs, tiling.column_tiles, spec),
         dequantization_multiplications=multiplications,
         dequantization_multiplications_of_paper=_paper_multiplications(tiling.arrays, planes, outputs, spec),

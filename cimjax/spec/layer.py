@@ -498,6 +498,11 @@ class CIMSpec(Spec):
         )
 
     @property
+    def adc_codes(self) -> int:
+        """How many codes an ADC has, the most of any slice and plane; errors as for `adc_ranges`."""
+        return max(codes.size for row in self.adc_ranges for codes in row)
+
+    @property
     def reference_ranges(self) -> tuple[CodeRange, ...]:
         """For every slice t, the codes of the ADC behind the dummy column of `reference="adc"`."""
         if self.adc is None:

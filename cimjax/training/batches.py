@@ -102,17 +102,22 @@ class Resident:
 
 
 class Streamed:
-    """Batches that a function of the step reads on the host: split over the devices, and never all in memory."""
+    """A split that stays on the host, which sends each batch: split over the devices, and never all in their memory."""
 
     spread = PartitionSpec(None, AXIS)
 
-    def __init__(self, read: Callable[[int], tuple[Any, Any]], preparation: Preparation) -> None:
-        """`read(step)`: (B, H, W, C) uint8 pixels and (B,) labels of the whole batch of a step."""
-        self.read, self.preparation, self.size = read, preparation, preparation.config.batch_size
+    def __init__(self, split: Split, preparation: Preparation, seed: int) -> None:
+        self.split, self.preparation, self.size = split, preparation, preparation.config.batch_size
+        self.key = jax.random.key(seed)
+        self._epoch: tuple[int, Any] | None = None
 
     def feed(self, step: int, count: int) -> Any:
-        pixels, labels = zip(*(self.read(step + index) for index in range(count)), strict=True)
-        return np.stack(pixels), np.stack(labels).astype(np.int32)
+        images = len(self.split)
+        epoch, position = divmod(step, images // self.size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, np.asarray(order_of_epoch(self.key, epoch, images))
+        chosen = self._epoch[1][position * self.size : (position + count) * self.size].reshape(count, self.size)
+        return self.split.images[chosen], self.split.labels[chosen]
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         pixels, labels = (lax.dynamic_index_in_dim(each, index, keepdims=False) for each in feed)
@@ -128,19 +133,9 @@ def batches_of(split: Split, preparation: Preparation, put: Callable[[Any], Any]
       put: copies arrays to every device.
     """
     config = preparation.config
-    if config.images_on == "device":
-        return Resident(split, preparation, config.seed, put)
-    key, size, orders = jax.random.key(config.seed), config.batch_size, {}  # type: Any, int, dict[int, Any]
-
-    def read(step: int) -> tuple[Any, Any]:
-        epoch, position = divmod(step, len(split) // size)
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.asarray(order_of_epoch(key, epoch, len(split)))
-        chosen = orders[epoch][position * size :][:size]
-        return split.images[chosen], split.labels[chosen]
-
-    return Streamed(read, preparation)
+    if config.images_on == "host":
+        return Streamed(split, preparation, config.seed)
+    return Resident(split, preparation, config.seed, put)
 
 
 def _share(values: Array, axis_name: str | None) -> Array:

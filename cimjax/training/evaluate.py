@@ -56,26 +56,32 @@ class Evaluator:
 
         return self.experiment.devices.spread(step, PartitionSpec(), *[PartitionSpec(AXIS)] * 3, add=True)
 
-    def __call__(
-        self, state: TrainState, *, ideal_adcs: bool = False, average: bool = False, chip: Array | None = None
-    ) -> dict[str, float]:
+    def __call__(self, state: TrainState, *, ideal_adcs: bool = False, chip: Array | None = None) -> dict[str, float]:
         """`accuracy` (0 to 1) and mean `loss` over all images of the split.
 
         Args:
-          average: whether with the averaged parameters (`TrainState.average`).
           chip: the random key of another chip than the run's.
         """
-        if average:
-            state = state.replace(params=state.average)
         key = jax.random.key_data(chip_key(state.seed) if chip is None else chip)
         sums = [self.steps[ideal_adcs](state, key, *batch) for batch in self.batches]
         correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
         return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
 
-    def on_fresh_chips(self, state: TrainState, count: int) -> list[float]:
-        """The accuracy on chips that the run has never seen, each of its own random cells."""
-        fresh = jax.random.fold_in(chip_key(state.seed), 2**31 - 1)
-        return [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
+    def record(self, state: TrainState, *, ideal_adcs: bool = False) -> dict[str, Any]:
+        """What is recorded of a state: as a call, with `average_accuracy` of averaged parameters where there are any,
+        and with `ideal_adcs` where it was measured so."""
+        found: dict[str, Any] = self(state, ideal_adcs=ideal_adcs)
+        if state.average is not None:
+            averaged = self(state.replace(params=state.average), ideal_adcs=ideal_adcs)
+            found["average_accuracy"] = averaged["accuracy"]
+        return {**found, "ideal_adcs": True} if ideal_adcs else found
+
+    def on_fresh_chips(self, state: TrainState) -> dict[str, float]:
+        """Mean and standard deviation of the accuracy on chips that the run has never seen, each of its own random
+        cells: on `config.fresh_chips` of them; empty for none."""
+        fresh, count = jax.random.fold_in(chip_key(state.seed), 2**31 - 1), self.experiment.config.fresh_chips
+        found = [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
+        return {"fresh_chips": float(np.mean(found)), "fresh_chips_spread": float(np.std(found))} if found else {}
 
 
 class Health:
@@ -191,8 +197,5 @@ def evaluate(
     parameters also `average_accuracy`."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
     evaluator = Evaluator(experiment, experiment.dataset.test)
-    state = experiment.devices.put(state)
-    found = evaluator(state)
-    if state.average is not None:
-        found["average_accuracy"] = evaluator(state, average=True)["accuracy"]
+    found = evaluator.record(experiment.devices.put(state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}

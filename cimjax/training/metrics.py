@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -10,21 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.nn.parameters import STEP_KINDS, kind_of_step, trained_as
 from cimjax.spec import CIMSpec
-
-# The stored parameters of each kind of step.
-KINDS = {
-    "activation": ("activation_log_step", "log_step"),
-    "weight": ("weight_log_step",),
-    "psum": ("psum_log_step", "reference_log_step"),
-    "offset": ("psum_offset", "reference_offset"),
-}
-
-
-def kind_of_step(path: str) -> str:
-    """The kind of a stored step by its path: "activation", "weight", "psum" or "offset"."""
-    name = path.rsplit("/", 1)[-1]
-    return next(kind for kind, names in KINDS.items() if name in names)
 
 
 def gradient_ratios(params: Any, gradient: Any) -> dict[str, Array]:
@@ -36,31 +23,17 @@ def gradient_ratios(params: Any, gradient: Any) -> dict[str, Array]:
       {"activation_gradient_ratio": ..., ...} for the kinds that the network has, () float32.
     """
     ratios: dict[str, list[Array]] = {}
-    for params_of, gradient_of in _layers(params, gradient):
-        if "kernel" not in params_of:
+    flat, slopes = (flax.traverse_util.flatten_dict(tree) for tree in (params, gradient))
+    for path, kernel in flat.items():
+        if path[-1] != "kernel":
             continue
-        scale = jnp.linalg.norm(gradient_of["kernel"].ravel()) * jnp.linalg.norm(params_of["kernel"].ravel())
-        for kind, names in KINDS.items():
-            for name in names:
-                if name in params_of:
-                    ratio = jnp.linalg.norm(gradient_of[name].ravel()) / jnp.maximum(scale, 1e-30)
-                    ratios.setdefault(kind, []).append(ratio)
+        scale = jnp.linalg.norm(slopes[path].ravel()) * jnp.linalg.norm(kernel.ravel())
+        for name, kind in STEP_KINDS.items():
+            step = (*path[:-1], name)
+            if step in flat:
+                ratio = jnp.linalg.norm(slopes[step].ravel()) / jnp.maximum(scale, 1e-30)
+                ratios.setdefault(kind, []).append(ratio)
     return {f"{kind}_gradient_ratio": jnp.median(jnp.stack(values)) for kind, values in ratios.items()}
-
-
-def _layers(params: Any, gradient: Any) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
-    """The parameters and gradients of every module that has some of its own."""
-    own = {name: value for name, value in params.items() if not isinstance(value, dict)}
-    if own:
-        yield own, gradient
-    for name, value in params.items():
-        if isinstance(value, dict):
-            yield from _layers(value, gradient[name])
-
-
-def is_trained(kind: str, spec: CIMSpec) -> bool:
-    """Whether training moves the steps of a kind in a layer: those of ADCs may be fixed, or frozen once calibrated."""
-    return kind not in ("psum", "offset") or (spec.adc is not None and spec.adc.trainable)
 
 
 def movement(
@@ -69,14 +42,15 @@ def movement(
     """How far steps moved since calibration: by kind and layer, the mean of `|log(s / s0)|` (offsets: of steps).
 
     Args:
-      first, now: stored steps by path, as `step.stored_steps` gives them.
-      specs: of the array layers by path; steps that training cannot move are left out, and all others counted.
+      first, now: stored steps by path, as `parameters.stored_steps` gives them.
+      specs: of the array layers by path; steps of ADCs that are fixed, or frozen once calibrated, are left out.
       frozen: as `config.frozen`, whose steps are left out as well.
     """
     moved: dict[str, dict[str, float]] = {}
     for path, value in now.items():
-        layer, kind = path.rsplit("/", 1)[0], kind_of_step(path)
-        if (layer in specs and not is_trained(kind, specs[layer])) or {"offset": "psum"}.get(kind, kind) in frozen:
+        layer, kind, trained = path.rpartition("/")[0], str(kind_of_step(path)), trained_as(path)
+        adc = specs[layer].adc if layer in specs else None
+        if trained in frozen or (trained == "psum" and adc is not None and not adc.trainable):
             continue
         distance = float(np.mean(np.abs(np.asarray(value, np.float64) - np.asarray(first[path], np.float64))))
         moved.setdefault(kind, {})[layer] = distance

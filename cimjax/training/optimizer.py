@@ -8,15 +8,10 @@ from typing import Any
 
 import jax
 import optax
-from jax import Array
 from ml_collections import ConfigDict
 
+from cimjax.nn.parameters import kind_of, trained_as
 from cimjax.spec.base import LARGEST_COUNT
-
-# The last part of a parameter's path tells its kind.
-STEP_SUFFIXES = ("log_step", "psum_offset", "reference_offset")
-# The steps and offsets of ADCs among them.
-ADC_SUFFIXES = ("psum_log_step", "psum_offset", "reference_log_step", "reference_offset")
 
 # A schedule after the warm-up: `schedule(peak, steps, options)`, in the words and by the functions of optax.
 SCHEDULES: dict[str, Callable[[float, int, Any], optax.Schedule]] = {
@@ -37,37 +32,6 @@ SCHEDULES: dict[str, Callable[[float, int, Any], optax.Schedule]] = {
         [-(-steps // options.cycles) * (number + 1) for number in range(options.cycles - 1)],
     ),
 }
-
-
-def kind_of(path: tuple[Any, ...]) -> str:
-    """The kind of the parameter at a tree path: "kernel" (decayed), "step" (steps and offsets), or "other"."""
-    name = str(path[-1].key)
-    if name.endswith(STEP_SUFFIXES):
-        return "step"
-    return "kernel" if name == "kernel" else "other"
-
-
-def is_of_adc(path: tuple[Any, ...]) -> bool:
-    """Whether a tree path, of parameters or of what an optimizer keeps of them, ends at an ADC's step or offset."""
-    return str(getattr(path[-1], "key", "")).endswith(ADC_SUFFIXES)
-
-
-def trained_as(path: tuple[Any, ...]) -> str:
-    """The word of `config.frozen` for the parameter at a tree path."""
-    if kind_of(path) != "step":
-        return "network"
-    return "psum" if is_of_adc(path) else "weight" if str(path[-1].key) == "weight_log_step" else "activation"
-
-
-def is_kind(params: Any, kind: str) -> Any:
-    """A tree of booleans, True at the parameters of a kind."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: kind_of(path) == kind, params)
-
-
-def stored_steps(params: Any) -> dict[str, Array]:
-    """The stored steps and offsets among parameters, by path: {"conv1/psum_log_step": ...}."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {"/".join(str(part.key) for part in path): value for path, value in flat if kind_of(path) == "step"}
 
 
 def total_steps(config: ConfigDict, images: int) -> int:
@@ -104,22 +68,19 @@ def make_optimizer(config: ConfigDict, images: int) -> optax.GradientTransformat
     `config.frozen` names is left as it is.
 
     With `clip_norm` the gradient of all parameters together is scaled down to that norm first.
-
-    Raises:
-      ValueError: for another `optimizer.name`.
     """
     options, rate = config.optimizer, learning_rate(config, images)
-    decay = optax.masked(optax.add_decayed_weights(options.weight_decay), lambda params: is_kind(params, "kernel"))
-    steps = optax.masked(optax.scale(options.step_factor), lambda params: is_kind(params, "step"))
-    frozen = optax.masked(
-        optax.set_to_zero(),
-        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: trained_as(path) in config.frozen, params),
-    )
+    decay = _at(optax.add_decayed_weights(options.weight_decay), lambda path: kind_of(path) == "kernel")
+    steps = _at(optax.scale(options.step_factor), lambda path: kind_of(path) == "step")
+    frozen = _at(optax.set_to_zero(), lambda path: trained_as(path) in config.frozen)
     last = [optax.scale_by_learning_rate(rate), *([frozen] if config.frozen else [])]
     clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     if options.name == "sgd":
         moments = optax.trace(options.momentum, nesterov=options.nesterov)
         return optax.chain(*clip, decay, moments, steps, *last)
-    if options.name == "adamw":
-        return optax.chain(*clip, optax.scale_by_adam(), decay, steps, *last)
-    raise ValueError(f"`config.optimizer.name` is {options.name!r}; allowed: sgd, adamw.")
+    return optax.chain(*clip, optax.scale_by_adam(), decay, steps, *last)
+
+
+def _at(change: optax.GradientTransformation, chosen: Callable[[tuple[Any, ...]], bool]) -> Any:
+    """A change of the parameters at some tree paths alone."""
+    return optax.masked(change, lambda params: jax.tree_util.tree_map_with_path(lambda path, _: chosen(path), params))

@@ -32,6 +32,8 @@ class Devices:
         devices = jax.devices()
         self.count, self.way = len(devices), way
         self.mesh = Mesh(devices, (AXIS,)) if self.count > 1 else None
+        # Where an array lies that is whole on every device.
+        self._whole = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else SingleDeviceSharding(devices[0])
         self.platform = devices[0].platform
         self.kind = devices[0].device_kind
 
@@ -40,31 +42,26 @@ class Devices:
         """The axis over which a batch is spread; None on a single device."""
         return None if self.mesh is None else AXIS
 
-    def check_batch(self, size: int, name: str) -> None:
-        """Refuse a batch that is empty, or that cannot be split evenly.
+    def check_batch(self, size: int) -> None:
+        """Refuse a `config.batch_size` that cannot be split evenly.
 
         Raises:
           ValueError: naming the nearest sizes.
         """
-        if size < 1:
-            raise ValueError(f"`{name}` is {size}; give at least {self.count}.")
         if size % self.count:
             low = size - size % self.count
             near = f"{low} or {low + self.count}" if low else str(self.count)
-            raise ValueError(f"`{name}` is {size}, which {self.count} devices cannot share evenly; give {near}.")
+            raise ValueError(
+                f"`config.batch_size` is {size}, which {self.count} devices cannot share evenly; give {near}."
+            )
 
     def put(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device."""
-        if self.mesh is None:
-            return jax.device_put(tree, jax.devices()[0])
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(tree, self._whole)
 
     def described(self, tree: Any) -> Any:
         """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
-        place = (
-            SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        )
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._whole), tree)
 
     def spread(
         self, step: Callable[..., Any], *specs: PartitionSpec, donate: bool = False, add: bool = False

@@ -1,11 +1,10 @@
-"""`cimjax.train`: what a run may be given, and what it comes to."""
+"""`cimjax.train`: what a run may be given."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,15 @@ from ml_collections import ConfigDict
 from cimjax.data import Dataset
 from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
-from cimjax.training.experiment import build, default_workdir
+from cimjax.training.experiment import build
+from cimjax.training.loop import Callback, Result, Run
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
 from cimjax.training.show.teller import Teller
-from cimjax.training.state import TrainState
 from cimjax.training.train_step import LossFunction
-
-# `callback(epoch, state, records)` after every epoch, with its records by split; True ends the run there.
-Callback = Callable[[int, TrainState, dict[str, Any]], bool | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    accuracy, loss: on the test images, of the last state; the accuracy 0 to 1.
-    steps: optimizer steps of the whole run.
-    moved: how far each kind of step moved, mean `|log(s / s0)|`.
-    workdir: the run folder.
-    more: other accuracies by name, where the configuration asks for them: of the averaged parameters, of the state that
-      was best on the held-out images, on fresh chips (their mean and standard deviation).
-    """
-
-    accuracy: float
-    loss: float
-    steps: int
-    moved: dict[str, float]
-    workdir: Path
-    more: dict[str, float]
 
 
 def train(
@@ -86,7 +62,7 @@ def train(
         run (`RunFolderError`), a loss that is not finite.
     """
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
-    folder = Path(workdir) if workdir is not None else default_workdir(config)
+    folder = Path(workdir or Path("runs", f"{config.dataset}-{config.model.name}"))
     if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
         raise ValueError(
             "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "
@@ -95,7 +71,7 @@ def train(
     plain = json.loads(config.to_json_best_effort())
     own = model is not None or dataset is not None
     with (
-        RunFolder.open(folder, plain, completed=_as_today, formats=config.writers) as run,
+        RunFolder(folder, plain, completed=_as_today, formats=config.writers) as run,
         display or Display() as screen,
         stop_requests(screen.warn) as stop,
         contextlib.ExitStack() as stack,
@@ -103,8 +79,6 @@ def train(
         for writer in writers:
             stack.callback(writer.close)
         teller = Teller(experiment, run, screen, writers, own=own)
-        from cimjax.training.loop import Run
-
         return Run(experiment, run, teller, stop, callbacks).run(variables)
 
 

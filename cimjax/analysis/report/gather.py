@@ -17,15 +17,15 @@ from cimjax.core.cells import quantize_weight
 from cimjax.core.step_sizes import StepSizes, gradient_factors, offset_units, real_steps
 from cimjax.core.tiling import tile
 from cimjax.hardware.survey import Layer
+from cimjax.hardware.table import TextTable, layer_table
 from cimjax.nn.layers import PARAMETERS
 from cimjax.spec import CIMSpec
+from cimjax.spec.words import describe_specs
 from cimjax.training.evaluate import restore
 from cimjax.training.run.files import RunFolderError, read_json, warn
 from cimjax.training.run.folder import read_config, read_records
 from cimjax.training.run.options import MAY_CHANGE
 from cimjax.training.run.starts import VERSIONS
-from cimjax.training.show.report import describe_specs, layer_rows
-from cimjax.training.show.tables import LayerRow
 
 
 class Ladders(NamedTuple):
@@ -77,7 +77,7 @@ class Facts(NamedTuple):
     health_step: int
     seconds: float
     about: str
-    layers: Sequence[LayerRow] = ()
+    layers: TextTable = layer_table([])
     states: Sequence[ArrayState] = ()
     step: int = 0
     trouble: str = ""
@@ -169,7 +169,7 @@ def _with_state(facts: Facts) -> Facts:
     return facts._replace(
         about=f"{type(experiment.model).__name__} on {experiment.dataset.name}, "
         f"{describe_specs(list(experiment.specs.values()))}",
-        layers=layer_rows(experiment.layers),
+        layers=layer_table(experiment.layers),
         # Those that a lifted transform stacks have one entry for all their copies, in an order that nobody knows.
         states=[_array_state(layer, params) for layer in experiment.layers if layer.spec and layer.copies == 1],
         step=int(state.step),
@@ -202,7 +202,7 @@ def _ladders(steps: StepSizes, spec: CIMSpec) -> Ladders | None:
         q_min, q_max = q_min.min(keepdims=True), q_max.max(keepdims=True)
     return Ladders(
         shared_by="layer" if step.size == 1 else str(spec.adc.granularity),
-        codes=max(codes.size for row in spec.adc_ranges for codes in row),
+        codes=spec.adc_codes,
         step=step.ravel(),
         offset=None if offset is None else offset.ravel(),
         q_min=np.broadcast_to(q_min, step.shape).ravel(),

@@ -11,8 +11,8 @@ import numpy as np
 
 from cimjax.analysis.report import drawing
 from cimjax.analysis.report.gather import ArrayState, Facts, Group
+from cimjax.hardware.table import TextTable
 from cimjax.spec.base import is_number
-from cimjax.training.show.tables import layer_columns, layer_row, totals_of
 
 # Epochs that a table of curves shows at most.
 _EPOCHS_SHOWN = 8
@@ -184,18 +184,17 @@ def _at_some_epochs(title: str, labels: Sequence[str], curves: Sequence[Sequence
 
 def _layers(facts: Sequence[Facts]) -> Section:
     """The table of layers, once for all runs that have the same."""
-    owners: dict[tuple[Any, ...], list[str]] = {}
+    owners: dict[str, tuple[TextTable, list[str]]] = {}
     for one in facts:
-        if one.layers:
-            owners.setdefault(tuple(one.layers), []).append(one.run.label)
+        if one.layers.rows:
+            owners.setdefault(str(one.layers), (one.layers, []))[1].append(one.run.label)
     parts: list[Section] = []
     legends: dict[str, str] = {}
-    for layers, labels in owners.items():
-        columns = {column.header.replace("\n", " "): column for column in layer_columns(layers)}
-        rows, totals = [layer_row(layer) for layer in layers], totals_of(layers)
-        cells = [{name: row.get(column.header, "-") for name, column in columns.items()} for row in rows]
+    for layers, labels in owners.values():
+        columns = {column.header.replace("\n", " "): column for column in layers.columns}
+        cells = [{name: row.get(column.header, "-") for name, column in columns.items()} for row in layers.rows]
         table = _table(cells, [])
-        total = [totals.get(columns[name].header, "") for name in table.head]
+        total = [layers.totals.get(columns[name].header, "") for name in table.head]
         legends |= {name: columns[name].legend for name in table.head if columns[name].legend}
         parts.append(Section(", ".join(labels), (), [table._replace(total=total)], folded=bool(parts)))
     note = "; ".join(f"{name}: {legend}" for name, legend in legends.items())

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from cimjax.command import A_CONFIG, Command, UsageError
+from cimjax.command import A_CONFIG, RUN, Command, UsageError, path
 from cimjax.spec.base import shown
 
 
 def _variation(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.studies.output import check_folder
 
-    runs, sigmas = _runs(arguments.run), _numbers("--sigma", arguments.sigma)
-    folder = check_folder(os.path.expanduser(arguments.save))
+    _check_runs(arguments.run)
+    sigmas, folder = _numbers("--sigma", arguments.sigma), check_folder(arguments.save)
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.studies.variation import save_variation, study_variation, table
-    from cimjax.training.cache import keep_compiled_programs
+    from cimjax.core.programs.cache import keep_compiled_programs
 
     keep_compiled_programs()
     with Progress() as progress:
         study = study_variation(
-            runs,
+            arguments.run,
             sigmas=sigmas,
             chips=arguments.chips,
             on=arguments.on,
@@ -39,33 +38,31 @@ def _variation(arguments: argparse.Namespace) -> None:
 def _psums(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.studies.output import check_folder
 
-    (run,) = _runs([arguments.run])
-    folder = check_folder(os.path.expanduser(arguments.save))
+    _check_runs([arguments.run])
+    folder = check_folder(arguments.save)
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.studies.psum_output import save_psums, table
     from cimjax.analysis.studies.psums import study_psums
-    from cimjax.training.cache import keep_compiled_programs
+    from cimjax.core.programs.cache import keep_compiled_programs
 
     keep_compiled_programs()
     layers = None if arguments.layers is None else [name.strip("/ ") for name in arguments.layers.split(",")]
     with Progress() as progress:
-        study = study_psums(run, layers=layers, columns=arguments.columns, say=progress.doing)
+        study = study_psums(arguments.run, layers=layers, columns=arguments.columns, say=progress.doing)
         print(table(study))
         progress.doing("drawing")
         files = save_psums(study, folder)
     _print_files(files)
 
 
-def _runs(words: Iterable[str]) -> list[Path]:
-    """Run folders; what is wrong with them, or with drawing, is said before jax is imported."""
+def _check_runs(runs: Iterable[Path]) -> None:
+    """What is wrong with run folders, or with drawing, is said before jax is imported."""
     from cimjax.analysis.figures import require_matplotlib
     from cimjax.training.run.folder import read_config
 
     require_matplotlib()
-    runs = [Path(os.path.expanduser(word)) for word in words]
     for run in runs:
         read_config(run)
-    return runs
 
 
 def _numbers(flag: str, text: str) -> list[float]:
@@ -94,8 +91,8 @@ def _training(study: str, **arguments: Callable[[Any], Any]) -> Callable[[argpar
 
         module, function = study.split(":")
         more = {name: read(getattr(given, name)) for name, read in arguments.items()}
-        workdir, fields = Path(os.path.expanduser(given.workdir)), [str(override) for override in given.overrides]
-        runs = Runs(given.config, workdir, parse_seeds(given.seeds), fields, given.jobs, given.retry)
+        fields = [str(override) for override in given.overrides]
+        runs = Runs(given.config, given.workdir, parse_seeds(given.seeds), fields, given.jobs, given.retry)
         call = getattr(importlib.import_module(f"cimjax.analysis.studies.{module}"), function)
         found = call(runs, **more)
         print(found.table, flush=True)
@@ -118,7 +115,12 @@ def _questions(text: str | None) -> list[str]:
 
 _RUNS: dict[str, dict[str, Any]] = {
     "--config": {"required": True, "metavar": A_CONFIG, "help": "what all runs have in common"},
-    "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for runs, tables and figures; runs are kept"},
+    "--workdir": {
+        "required": True,
+        "metavar": "DIR",
+        "type": path,
+        "help": "a folder for runs, tables and figures; runs are kept",
+    },
     "--seeds": {"default": "0,1,2", "metavar": "N,...", "help": "a run of everything for each; 0,1,2 if not given"},
     "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
     "--retry": {"action": "store_true", "help": "try runs again that failed before"},
@@ -179,7 +181,7 @@ STUDIES: dict[str, Command] = {
         "measure runs on chips whose stored weights vary: accuracy over sigma, as the paper's Fig. 10",
         "cimjax study variation runs/a/weight=layer runs/a/weight=column --chips 50",
         {
-            "run": {"nargs": "+", "metavar": "RUN", "help": "the folder of a run"},
+            "run": {"nargs": "+", **RUN},
             "--sigma": {
                 "default": "0,0.05,0.1,0.2,0.3",
                 "metavar": "A,B",
@@ -198,6 +200,7 @@ STUDIES: dict[str, Command] = {
                 "help": "chips in one program; fewer need less memory; 10 if not given, on CPUs 1, which is quicker",
             },
             "--save": {
+                "type": path,
                 "default": "studies/variation",
                 "metavar": "FOLDER",
                 "help": "for table, figure and JSON, which are replaced; studies/variation if not given",
@@ -209,7 +212,7 @@ STUDIES: dict[str, Command] = {
         "show the partial sums of a run's layers and how its ADCs fit them, as the paper's Fig. 6",
         "cimjax study psums runs/a/weight=column --layers conv2,conv3",
         {
-            "run": {"metavar": "RUN", "help": "the folder of a run"},
+            "run": RUN,
             "--layers": {"metavar": "NAME,...", "help": "array layers by their paths; all if not given"},
             "--columns": {
                 "type": int,
@@ -219,6 +222,7 @@ STUDIES: dict[str, Command] = {
                 "of the widest; 3 if not given",
             },
             "--save": {
+                "type": path,
                 "default": "studies/psums",
                 "metavar": "FOLDER",
                 "help": "for table, figures and JSON, which are replaced; studies/psums if not given",

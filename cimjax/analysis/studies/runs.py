@@ -201,7 +201,7 @@ def costs_of(runs: Runs, case: Case) -> dict[str, float]:
     for layer in experiment.layers:
         if layer.cost is not None:
             found["conversions"] += layer.cost.adc_conversions
-            found["energy"] += layer.cost.adc_codes
+            found["energy"] += layer.cost.adc_energy
             found["multiplies"] += layer.cost.dequantization_multiplications
             found["multiplies_of_paper"] += layer.cost.dequantization_multiplications_of_paper
     return found

@@ -320,7 +320,6 @@ def _given(plain: Any, group: str = "") -> Iterator[tuple[str, Any]]:
         if name in GROUPS:
             yield from _given(value, name)
         else:
-            field_of(name)
             yield name, value
 
 

@@ -152,7 +152,11 @@ def _overridden(config: ConfigDict, overrides: Sequence[Override]) -> dict[str, 
             *groups, last = override.field.split(".")
             in_spec = override.field.split(".")[0] == "spec"
             field = None if in_spec else field_of(override.field)
-            holder: Any = _inside(plain, override, groups) if in_spec else _made(config, groups)
+            holder: Any = _inside(plain, override, groups) if in_spec else config
+            for group in () if in_spec else groups:
+                if group not in holder:
+                    holder[group] = ConfigDict()
+                holder = holder[group]
             old = holder.get(last, field and field.default)
             if override.text is None and not isinstance(old, bool):
                 raise ConfigError(f"{override}: give a value, as in {override}=VALUE.")
@@ -160,14 +164,6 @@ def _overridden(config: ConfigDict, overrides: Sequence[Override]) -> dict[str, 
             value = override.text if as_text else _literal(override.text)
             holder[last] = field.read(value) if field else value
     return config.to_dict() | plain
-
-
-def _made(config: ConfigDict, groups: Sequence[str]) -> ConfigDict:
-    for group in groups:
-        if group not in config:
-            config[group] = ConfigDict()
-        config = config[group]
-    return config
 
 
 def _inside(plain: dict[str, Any], override: Override, groups: Sequence[str]) -> dict[str, Any]:

@@ -17,16 +17,16 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from cimjax.spec.base import is_number, shown
-from cimjax.training.run import records, writers
+from cimjax.training.run import writers
 from cimjax.training.run.files import RunFolderError, RunFolderWarning, in_one_line, read_json, write_json
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
-from cimjax.training.run.records import METRICS, read_records
+from cimjax.training.run.records import METRICS, Records, read_records, strict
 from cimjax.training.run.starts import add_start
 
 __all__ = ["CHECKPOINTS", "CONFIG", "LOCK", "RunFolder", "RunFolderError", "RunFolderWarning", "read_config"]
@@ -68,64 +68,41 @@ class RunFolder:
     was finished can be started again, and no file changes.
     """
 
-    def __init__(self, path: Path, lock: int, formats: Sequence[str] = ()) -> None:
-        """For `open` only: `lock` is the descriptor of the locked file."""
-        self.path = path
-        self._lock = lock
-        self._formats = formats
-        self._writers: list[writers.Writer] | None = None
-        self._started = time.monotonic()
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         path: str | os.PathLike[str],
         config: dict[str, Any],
         *,
-        allow: Collection[str] = MAY_CHANGE,
         completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         formats: Sequence[str] = (),
-    ) -> Self:
+    ) -> None:
         """Create a run folder, or take up an existing one of the same options.
 
         Args:
           path: the folder; its parents are created too.
-          config: the options of the run; must be JSON (no NaN, no infinity).
-          allow: dotted names of options that may differ from those of the existing run (`"schedule"` includes
-            `"schedule.epochs"`); the file then takes the new values.
+          config: the options of the run; must be JSON (no NaN, no infinity). An existing run takes over new values of
+            those of `MAY_CHANGE`.
           completed: for `read_config`; gives a plain dictionary.
           formats: how records are written besides `metrics.jsonl`, names of `writers.WRITERS`.
 
         Raises:
           RunFolderError: where the folder is in use, holds a run of other options or more epochs, or cannot be written.
         """
-        path = _writable(path)
+        self.path = _writable(path)
+        self.records = Records(self.path / METRICS)
+        self._formats = formats
+        self._writers: list[writers.Writer] | None = None
+        self._started = time.monotonic()
         plain = _plain(config)
         writers.check(formats)
-        with in_one_line("create", path):
-            path.mkdir(parents=True, exist_ok=True)
-        self = cls(path, take_lock(path / LOCK), formats)
+        with in_one_line("create", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(self.path / LOCK)
         try:
-            self._settle_config(plain, allow, completed)
+            self._settle_config(plain, completed)
         except BaseException:
             self.close()
             raise
-        return self
-
-    @property
-    def config_path(self) -> Path:
-        """The options of the run."""
-        return self.path / CONFIG
-
-    @property
-    def metrics_path(self) -> Path:
-        """What the run measured, one JSON object per line."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """Where `Checkpoints(run.path)` writes."""
-        return self.path / CHECKPOINTS
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics; it is in the file when this returns.
@@ -139,35 +116,17 @@ class RunFolder:
         if self._lock < 0:
             raise RunFolderError(f"{self.path} was closed; open it again to log.")
         others = self._begin()
-        record = records.strict({**record, "seconds": round(time.monotonic() - self._started, 2)})
-        records.append(self.metrics_path, record)
+        record = strict({**record, "seconds": round(time.monotonic() - self._started, 2)})
+        self.records.append(record)
         for writer in others:
             with in_one_line("write", self.path):
                 writer.write(record)
 
-    def mark(self) -> dict[str, Any]:
-        """What has been logged so far, to be saved with a state and given back to `forget_after` or `check`."""
-        return records.mark(self.metrics_path)
-
-    def check(self, marked: Any) -> None:
-        """Give a `RunFolderWarning` where what was logged up to a `mark` is not there any more."""
-        records.warn_if_changed(self.metrics_path, marked)
-
     def forget_after(self, step: int, marked: Any = None) -> None:
-        """Take the metrics back, atomically, to what was logged when the state of `step` was saved.
-
-        For a run that goes on from there: the process may have logged more after its last checkpoint was written.
-
-        Args:
-          step: steps of that state; -1 for a run that begins.
-          marked: `mark()` of that time. Without it every line up to `step` stays, and every line without a step.
-        """
-        records.take_back(self.metrics_path, step, marked)
+        """Take the records back to what was logged when a state was saved, for a run that goes on from there: the
+        process may have logged more after its last checkpoint was written. Arguments as for `Records.take_back`."""
+        self.records.take_back(step, marked)
         self._begin(anew=True)
-
-    def records(self) -> list[dict[str, Any]]:
-        """All lines of the metrics."""
-        return read_records(self.path)
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -190,34 +149,33 @@ class RunFolder:
         if self._writers is None:
             add_start(self.path)
             # A last line without its end: the next one would be lost with it.
-            records.take_back(self.metrics_path, 2**63, None)
+            self.records.take_back(2**63)
         if self._writers is None or anew:
-            before = self.records()
+            before = self.records.read()
             done = [record["seconds"] for record in before if is_number(record.get("seconds"))]
             self._started = time.monotonic() - max(done, default=0)
-            self._writers = [writers.make(name, self.path, before) for name in self._formats]
+            self._writers = [writers.WRITERS[name](self.path, before) for name in self._formats]
         return self._writers
 
-    def _settle_config(self, config: dict[str, Any], allow: Collection[str], completed: Any) -> None:
-        if self.config_path.exists():
+    def _settle_config(self, config: dict[str, Any], completed: Any) -> None:
+        file = self.path / CONFIG
+        if file.exists():
             old = _plain(read_config(self.path, completed))
-            found = list(differences(old, config, allow))
-            if found:
-                may = f" ({', '.join(allow)} may differ)" if allow else ""
+            if found := list(differences(old, config)):
                 raise RunFolderError(
                     f"{self.path} holds a run of other options ({in_a_line(found)}); give the same options to resume "
-                    f"it{may}, or another --workdir for a new run."
+                    f"it ({', '.join(MAY_CHANGE)} may differ), or another --workdir for a new run."
                 )
             if old == config:
                 return
             self._require_epochs(old.get("epochs"), config.get("epochs"))
-        write_json(self.config_path, config)
+        write_json(file, config)
 
     def _require_epochs(self, old: Any, new: Any) -> None:
         """Refuse fewer epochs than are done."""
         if new == old or not is_number(new):
             return
-        done = records.epochs_done(self.metrics_path)
+        done = self.records.epochs_done()
         if new < done:
             raise RunFolderError(
                 f"{self.path} has trained {done:g} epochs, more than the {new:g} of `config.epochs`; give at least "

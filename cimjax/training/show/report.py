@@ -1,19 +1,18 @@
-"""What is shown of a run, as rows of plain data for the display."""
+"""What is shown before and after a run, as text for the display."""
 
 from __future__ import annotations
 
-import collections
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cimjax.hardware.survey import Layer
-from cimjax.spec import CIMSpec, StepKind
+from cimjax.hardware.table import Column, TextTable, show
+from cimjax.spec.words import describe_specs
 from cimjax.training.experiment import Experiment
-from cimjax.training.show.tables import LayerRow
 
 if TYPE_CHECKING:
-    from cimjax.training.train import Result
+    from cimjax.training.loop import Result
 
 
 def describe_run(experiment: Experiment) -> dict[str, Any]:
@@ -46,74 +45,42 @@ def _with_ideal_adcs(epochs: int) -> str:
     return f", {first} with ideal ADCs" if epochs else ""
 
 
-def describe_specs(specs: Collection[CIMSpec]) -> str:
-    """The specifications of all array layers in a few words: the most frequent one, and how many others there are."""
-    if not specs:
-        return "full precision"
-    (most, times), *_ = collections.Counter(specs).most_common(1)
-    others = len(specs) - times
-    more = f", {others} {'layer' if others == 1 else 'layers'} otherwise" if others else ""
-    return f"{describe_spec(most)}{more}"
+def step_table(
+    layers: Sequence[Layer], moved: Mapping[str, Mapping[str, float]], health: Mapping[str, Mapping[str, float]]
+) -> TextTable:
+    """How far steps moved, and how ADCs fare, in each array layer.
 
-
-def describe_spec(spec: CIMSpec) -> str:
-    """A specification in a few words: "weights column, psums column, A3 W3/1 P3"."""
-    if spec.adc is None:
-        psums = "ideal ADC"
-    elif spec.adc.step == StepKind.FIXED:
-        psums = f"psums fixed to {spec.adc.full_scale:g}"
-    else:
-        psums = f"psums {spec.adc.granularity}"
-    return f"weights {spec.weight.granularity}, {psums}, {describe_bits(spec)}"
-
-
-def describe_bits(spec: CIMSpec) -> str:
-    """Bits of activations (per slice if there are several), weights (per cell) and partial sums: "A4/1 W3/1 P3"."""
-    activation = f"A{spec.activation.bits:g}"
-    if len(spec.activation.slices) > 1:
-        activation = f"{activation}/{spec.activation.slice_bits}"
-    own = [] if spec.adc is None else spec.adc.plane_bits or [spec.adc.bits]
-    psum = f"P{'/'.join(f'{bits:g}' for bits in own) or '-'}"
-    return f"{activation} W{spec.weight.bits:g}/{spec.weight.cell_bits} {psum}"
-
-
-def layer_rows(layers: Sequence[Layer]) -> list[LayerRow]:
-    """The rows of the table before training."""
-    return [
-        LayerRow(
-            name=layer.name,
-            kind="full precision" if layer.spec is None else "cim",
-            kernel=layer.kernel,
-            output=layer.output,
-            bits="-" if layer.spec is None else describe_bits(layer.spec),
-            cost=layer.cost,
-            parameters=layer.parameters,
-            copies=layer.copies,
-        )
-        for layer in layers
+    Args:
+      layers: the network's.
+      moved: from `metrics.movement`.
+      health: from `metrics.health_by_layer`.
+    """
+    meanings = {"offset": "mean move of the ladder's middle, in about its first step"}
+    columns = [
+        Column("layer", 0),
+        *(Column(f"{kind}\nmoved", 3, meanings.get(kind, "mean |log(s/s0)|, 0.01 is 1 %")) for kind in moved),
+        Column("saturated", 1, "conversions beyond the ADC's outer codes"),
+        Column("codes\nused", 0, "codes that a column gives, on average"),
     ]
-
-
-def step_rows(
-    experiment: Experiment, moved: dict[str, dict[str, float]], health: dict[str, dict[str, float]]
-) -> list[dict[str, Any]]:
-    """The rows of the table after training: how far steps moved, and how ADCs fare, for each array layer."""
     rows = []
-    for layer in experiment.layers:
+    for layer in layers:
         if layer.spec is None:
             continue
-        drift = {kind: layers[layer.name] for kind, layers in moved.items() if layer.name in layers}
-        of = health.get(layer.name, {})
-        codes = experiment.codes.get(layer.name)
-        rows.append({"layer": layer.name, "drift": drift, "codes": codes, **of})
-    return rows
+        row = {"layer": layer.name}
+        row |= {f"{kind}\nmoved": show(by[layer.name]) for kind, by in moved.items() if layer.name in by}
+        if adcs := health.get(layer.name):
+            row["saturated"] = show(adcs["saturated"], ".1%")
+            row["codes\nused"] = f"{show(adcs['codes_used'])} of {layer.spec.adc_codes}"
+        rows.append(row)
+    return TextTable(columns, rows, {})
 
 
 def final_rows(result: Result, *, own: bool) -> dict[str, str]:
     """What a run came to, in words; `own` when its network or images are the caller's, which no command knows."""
     folder = str(result.workdir)
     again = f"cimjax.load({folder!r}, model=..., dataset=...)" if own else f"cimjax evaluate {shlex.quote(folder)}"
-    rows = {"run folder": folder, "again": again}
+    moved = ", ".join(f"{name.removesuffix('_moved')} {show(distance)}" for name, distance in result.moved.items())
+    rows = {**({"steps moved": moved} if moved else {}), "run folder": folder, "again": again}
     if "fresh_chips" in result.more:
         mean, spread = result.more["fresh_chips"], result.more["fresh_chips_spread"]
         rows["on fresh chips"] = f"{mean:.2%} ± {spread:.2%}"

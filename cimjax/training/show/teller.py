@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from cimjax.hardware.advice import on_design, on_rules
+from cimjax.hardware.table import layer_table, show
 from cimjax.nn.calibration_warnings import messages
-from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.writers import Writer
 from cimjax.training.show import advice
-from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.display import Display
-from cimjax.training.show.report import describe_run, final_rows, layer_rows, step_rows
-from cimjax.training.state import TrainState
+from cimjax.training.show.report import describe_run, final_rows, step_table
 
 if TYPE_CHECKING:
-    from cimjax.training.train import Result
+    from cimjax.training.loop import Result
 
 
 class Teller:
@@ -40,14 +39,14 @@ class Teller:
 
     def start(self) -> None:
         experiment = self.experiment
-        self.display.start(**describe_run(experiment), layers=layer_rows(experiment.layers))
-        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+        self.display.start(**describe_run(experiment), layers=layer_table(experiment.layers))
+        for line in on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
             self.display.warn(line)
-        for line in advice.before_training(experiment.layers):
+        for line in on_design(experiment.layers):
             self.display.note(line)
 
     def compiling(self, what: str) -> None:
-        self.display.compiling(what)
+        self.display.waiting(f"compiling {what}")
         self._looked = time.monotonic(), self._looked[1]
 
     def taken(self, facts: Mapping[str, str]) -> None:
@@ -57,7 +56,8 @@ class Teller:
 
     def resumed(self, step: int) -> None:
         self._looked = time.monotonic(), step
-        self.display.resume(step, step / self.experiment.steps_per_epoch)
+        self.display.note(f"resumed after step {step:,} (epoch {show(step / self.experiment.steps_per_epoch)})")
+        self.display.waiting("preparing the first steps")
 
     def calibrated(self, reports: Reports, step: int) -> None:
         """What is wrong with the data from which steps were set."""
@@ -78,45 +78,34 @@ class Teller:
         fraction = step / experiment.steps_per_epoch
         self.display.progress(step, experiment.total_steps, fraction, loss, accuracy, self._speed)
 
-    def failure(self, state: TrainState, step: int, batches: Batches) -> str:
-        return explain_failure(self.experiment, state, step, batches)
-
     def epoch(self, step: int, epoch: int, records: Mapping[str, Mapping[str, Any]]) -> None:
         """The records of an epoch by split."""
         for split, record in records.items():
             more = {"images_per_second": round(self._speed, 1)} if split == "train" else {}
             self._log({"step": step, "epoch": epoch, "split": split, **record, **more})
-        validation = records.get("validation", {})
         epochs = -(-self.experiment.total_steps // self.experiment.steps_per_epoch)
-        shown = {
-            "test_accuracy": records["test"]["accuracy"],
-            "validation_accuracy": validation.get("accuracy"),
-            "best": validation.get("best", False),
-            "train_accuracy": records["train"]["accuracy"],
-            "train_loss": records["train"]["loss"],
-            "learning_rate": records["train"].get("learning_rate"),
-            "images_per_second": self._speed,
-        }
-        self.display.epoch(epoch, epochs, shown)
+        self.display.epoch(epoch, epochs, records, self._speed)
         self._looked = time.monotonic(), step
 
-    def adcs(self, step: int, found: Mapping[str, Mapping[str, float]], *, show: bool = True) -> None:
+    def adcs(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
         """How ADCs are used, by layer."""
-        for layer, values in found.items():
-            self._log({"step": step, "split": "health", "layer": layer, **values})
-        if show:
-            for message in advice.on_adcs(found, self.experiment.layers):
-                self.display.warn(message)
+        self._log_adcs(step, found)
+        for message in advice.on_adcs(found, self.experiment.layers):
+            self.display.warn(message)
 
     def finish(self, result: Result, moved: dict[str, Any], found: dict[str, Any]) -> None:
         """What the run came to."""
-        self.adcs(result.steps, found, show=False)
+        self._log_adcs(result.steps, found)
         summary = {"accuracy": result.accuracy, **result.more, "moved": result.moved}
         self._log({"step": result.steps, "split": "result", **summary})
-        self.display.finish(final_rows(result, own=self.own), step_rows(self.experiment, moved, found))
+        self.display.finish(step_table(self.experiment.layers, moved, found), final_rows(result, own=self.own))
         had_time = {name: distance for name, distance in result.moved.items() if self._had_time(name)}
         for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
             self.display.warn(message)
+
+    def _log_adcs(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
+        for layer, values in found.items():
+            self._log({"step": step, "split": "health", "layer": layer, **values})
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.finished:

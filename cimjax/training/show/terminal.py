@@ -5,26 +5,43 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
-
-from cimjax.training.show.tables import TIMES
 
 # Width of plain output where neither COLUMNS nor a terminal tells it.
 _PLAIN_WIDTH = 120
 # What is used beyond ASCII, here and by rich, and what stands for it in a stream that cannot hold it.
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-_ASCII = str.maketrans("─━╸╺…" + TIMES + SPINNER, "-== .x" + r"|/-\|/-\|/")
+_ASCII = str.maketrans("─━╸╺…\N{MULTIPLICATION SIGN}" + SPINNER, "-== .x" + r"|/-\|/-\|/")
 
 
-class VisibleConsole(Console):
+def is_plain(stream: TextIO) -> bool:
+    """Whether a stream gets plain lines: it is no terminal, or one that knows no escape codes."""
+    return not stream.isatty() or os.environ.get("TERM") == "dumb"
+
+
+def console_on(stream: TextIO, *, plain: bool) -> Console:
+    """A console that prints text as it is, whatever happens to the stream."""
+    return _VisibleConsole(
+        file=cast(TextIO, _SafeStream(stream, strip=plain)),
+        force_terminal=not plain,
+        force_jupyter=False,
+        color_system=None if plain else "auto",
+        width=_plain_width() if plain else None,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+class _VisibleConsole(Console):
     def show_cursor(self, show: bool = True) -> bool:
         """Leave it visible, always: a process that is killed could not bring it back."""
         return False
 
 
-class SafeStream:
+class _SafeStream:
     """A stream that takes every character, and that may break without an exception."""
 
     encoding = "utf-8"
@@ -52,7 +69,7 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
-def plain_width() -> int:
+def _plain_width() -> int:
     """Columns of the terminal that may stand behind a pipe (`| tee`), else enough for everything."""
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.nn.parameters import kind_of_step
 from cimjax.spec import CIMSpec, StepStart
-from cimjax.training.metrics import kind_of_step
-from cimjax.training.optimizer import STEP_SUFFIXES
 
 
 class Given(NamedTuple):
@@ -46,15 +45,15 @@ def choose(
     there, here = (flax.traverse_util.flatten_dict(dict(tree), sep="/") for tree in (given, wanted))
     fitting = {path: jnp.asarray(value) for path, value in there.items() if path in here}
     fitting = {path: value for path, value in fitting.items() if value.shape == here[path].shape}
-    steps = {path: value for path, value in fitting.items() if is_step(path) and takes_step(path)}
-    values = {path: value for path, value in fitting.items() if not is_step(path)}
+    steps = {path: value for path, value in fitting.items() if kind_of_step(path) and takes_step(path)}
+    values = {path: value for path, value in fitting.items() if not kind_of_step(path)}
     if not values:
         raise ValueError(f"nothing of the given variables fits: they have {_some(there)}, the network {_some(here)}.")
     missing = [path for path in here if path not in values and path not in steps]
     facts = {
         "taken": f"{len(values) + len(steps)} of {len(here)} tensors, {sum(map(np.size, values.values())):,} numbers",
-        "calibrated": _some([path for path in missing if is_step(path)]),
-        "new": _some([path for path in missing if not is_step(path)]),
+        "calibrated": _some([path for path in missing if kind_of_step(path)]),
+        "new": _some([path for path in missing if not kind_of_step(path)]),
         "left over": _some([path for path in there if path not in values and path not in steps]),
     }
     return Given(values, steps), facts
@@ -67,7 +66,7 @@ def fits(there: Mapping[str, CIMSpec], here: Mapping[str, CIMSpec]) -> Callable[
       there, here: the specifications of all array layers by path; of the network that steps are of, and of the other.
     """
 
-    def built(spec: CIMSpec, kind: str) -> Any:
+    def built(spec: CIMSpec, kind: str | None) -> Any:
         if kind == "activation":
             return dataclasses.replace(spec.activation, start=StepStart.MAGNITUDE, gradient_factor=1.0)
         weight = dataclasses.replace(spec.weight, start=StepStart.MAGNITUDE, gradient_factor=1.0)
@@ -82,11 +81,6 @@ def fits(there: Mapping[str, CIMSpec], here: Mapping[str, CIMSpec]) -> Callable[
         return layer not in here and inputs[0] == inputs[1]
 
     return takes
-
-
-def is_step(path: str) -> bool:
-    """Whether a path ends at a stored step or offset."""
-    return path.endswith(STEP_SUFFIXES)
 
 
 def put_in(variables: Mapping[str, Any], values: Mapping[str, Array]) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""What the parameters of a network are, by the last part of their paths: kernels, stored steps and offsets, others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.traverse_util
+from jax import Array
+
+from cimjax.nn.layers import PARAMETERS
+
+# The kind of each stored step and offset, by name.
+STEP_KINDS = {
+    PARAMETERS.activation: "activation",
+    "log_step": "activation",  # of a `Quantize` module
+    PARAMETERS.weight: "weight",
+    PARAMETERS.psum: "psum",
+    PARAMETERS.reference: "psum",
+    PARAMETERS.offset: "offset",
+    PARAMETERS.reference_offset: "offset",
+}
+
+# "params/conv1/psum_log_step", or the path of a leaf in a tree of parameters or of what an optimizer keeps of them.
+Path = str | tuple[Any, ...]
+
+
+def kind_of_step(path: Path) -> str | None:
+    """The kind of a stored step or offset, a value of `STEP_KINDS`; None for what is none."""
+    last = path if isinstance(path, str) else str(getattr(path[-1], "key", ""))
+    return STEP_KINDS.get(last.rpartition("/")[2])
+
+
+def kind_of(path: tuple[Any, ...]) -> str:
+    """The kind of a parameter: "kernel" (decayed), "step" (steps and offsets), or "other"."""
+    if kind_of_step(path):
+        return "step"
+    return "kernel" if str(path[-1].key) == "kernel" else "other"
+
+
+def trained_as(path: Path) -> str:
+    """What a parameter is trained or frozen with: "network", or the kind of its step; offsets go with psums."""
+    kind = kind_of_step(path) or "network"
+    return "psum" if kind == "offset" else kind
+
+
+def stored_steps(params: Any) -> dict[str, Array]:
+    """The stored steps and offsets among parameters, by path: {"conv1/psum_log_step": ...}."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return {path: value for path, value in flat.items() if kind_of_step(path)}

@@ -1,0 +1,142 @@
+"""The commands that train, and that look at runs, configs and data sets; each imports its room when it runs, so that
+help and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config.file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    given = None if arguments.workdir is None else checked_folder(arguments.workdir)
+    with ended_by_ctrl_c():
+        from cimjax.core.programs.cache import keep_compiled_programs
+        from cimjax.training.evaluate import load
+        from cimjax.training.train import train
+
+    keep_compiled_programs()
+    variables = None if arguments.start is None else load(arguments.start)
+    workdir = given or _new_folder(arguments.config)
+    try:
+        print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
+        train(config, workdir=workdir, variables=variables)
+    finally:
+        if not given:
+            with contextlib.suppress(OSError):
+                workdir.rmdir()  # only where nothing was written
+
+
+def _new_folder(config: str, number: int = 1) -> Path:
+    """A new folder in `runs/`, named by config, options and time; a second start gets another one."""
+    file, _, options = config.partition(":")
+    name = "-".join(filter(None, [Path(file).stem, options[:100], time.strftime("%Y%m%d-%H%M%S")]))
+    name = re.sub(r"[^\w.=,+-]", "_", name)
+    folder = Path("runs", name if number == 1 else f"{name}-{number}")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return _new_folder(config, number + 1)
+    except OSError as error:
+        raise UsageError(f"cannot create {folder}: {error.strerror}; give another folder by --workdir.") from error
+    return folder
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from cimjax.training.run.folder import read_config
+
+    read_config(arguments.run)  # says what is wrong with the folder before jax is imported
+    with ended_by_ctrl_c():
+        from cimjax.training.evaluate import evaluate
+
+    result = evaluate(arguments.run, which=arguments.which)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        values = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in result.values())
+        print("  ".join(f"{name} {value}" for name, value in zip(result, values, strict=True)))
+
+
+def _config_show(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config.fields import describe_config
+    from cimjax.training.config.file import load_config
+
+    print(describe_config(load_config(arguments.config, arguments.overrides)))
+
+
+def _config_resolve(arguments: argparse.Namespace) -> None:
+    from cimjax.training.config.file import load_config
+
+    print(json.dumps(load_config(arguments.config, arguments.overrides).to_dict(), indent=2))
+
+
+def _data_prepare(arguments: argparse.Namespace) -> None:
+    from cimjax.data import prepare
+
+    print(prepare(arguments.name, arguments.data_dir, progress=sys.stderr.isatty()))
+
+
+def _data_list(arguments: argparse.Namespace) -> None:
+    from cimjax.data import names
+
+    print("\n".join(names()))
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a network through the arrays, or go on with a run; `python train.py` is the same",
+        "cimjax train --config configs/digits.py:adc_bits=2 --config.epochs=60",
+        {
+            "--config": {
+                "required": True,
+                "metavar": A_CONFIG,
+                "help": "what to train: Python, or JSON of `cimjax config resolve`",
+            },
+            "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
+            "--from": {**RUN, "dest": "start", "help": "a trained run whose weights to start from"},
+        },
+        _train,
+    ),
+    "evaluate": Command(
+        "measure a trained run on its test images",
+        "cimjax evaluate runs/digits-20250131-120000 --json",
+        {
+            "run": RUN,
+            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
+            "--json": {"action": "store_true", "help": "print one JSON object"},
+        },
+        _evaluate,
+    ),
+    "config show": Command(
+        "print all fields of a config, their values and what they mean",
+        "cimjax config show configs/digits.py:psum=layer",
+        {"config": {"metavar": A_CONFIG, "help": "what to look at"}},
+        _config_show,
+    ),
+    "config resolve": Command(
+        "print all fields of a config as JSON, which `--config` takes too",
+        "cimjax config resolve configs/digits.py:psum=layer > mine.json",
+        {"config": {"metavar": A_CONFIG, "help": "what to print"}},
+        _config_resolve,
+    ),
+    "data prepare": Command(
+        "download or make a data set, or mend it; prints its folder",
+        "cimjax data prepare cifar100 --data_dir ~/tensorflow_datasets",
+        {
+            "name": {"metavar": "NAME", "help": "one of `cimjax data list`"},
+            "--data_dir": {"metavar": "DIR", "help": "$TFDS_DATA_DIR or ~/tensorflow_datasets if not given"},
+        },
+        _data_prepare,
+    ),
+    "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
+}
