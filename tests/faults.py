@@ -747,7 +747,7 @@ TRAINING = [
     ),
     Fault(
         "steps of another quantizer are taken over",
-        "training/start.py",
+        "nn/transfer.py",
         "return bool(built(here[layer], kind) == built(there[layer], kind))",
         "return True",
         ("test_start.py::test_steps_are_taken_where_what_they_quantize_is_built_alike",),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cimjax.hardware.advice import on_design
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TIMES, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
@@ -102,14 +103,14 @@ def active(rows: int | None, tiling: str = "packed", size: int = 128) -> CIMSpec
 
 
 def test_rows_that_a_conversion_leaves_idle_are_named_with_what_would_use_them() -> None:
-    (line,) = advice.before_training([layer("stem", None), *network(*5 * [active(16)])])
+    (line,) = on_design([layer("stem", None), *network(*5 * [active(16)])])
     assert line == (
         "conv1, conv2, conv3 and 2 more: a conversion drives 9 of the 16 rows that it may, because tiling=packed keeps "
         "kernels whole; with tiling=im2col columns would be read 80 times instead of 140."
     )
     # Balanced tiles keep kernels whole, too, and whole arrays are read as their parts are.
-    assert "tiling=balanced" in advice.before_training(network(active(16, "balanced")))[0]
-    assert "49 of the 70 rows" in advice.before_training([layer("a", active(None, size=70), (7, 7, 30, 8))])[0]
+    assert "tiling=balanced" in on_design(network(active(16, "balanced")))[0]
+    assert "49 of the 70 rows" in on_design([layer("a", active(None, size=70), (7, 7, 30, 8))])[0]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +126,14 @@ def test_rows_that_a_conversion_leaves_idle_are_named_with_what_would_use_them()
     ],
 )
 def test_nothing_is_said_where_nothing_can_be_gained(spec: CIMSpec, kernel: tuple[int, ...]) -> None:
-    assert advice.before_training([layer("a", spec, kernel), layer("b", None, kernel)]) == []
+    assert on_design([layer("a", spec, kernel), layer("b", None, kernel)]) == []
 
 
 def test_an_offset_behind_a_fixed_step_is_named_with_the_option_that_takes_it_away() -> None:
-    (line,) = advice.before_training(network(FIXED_WITH_OFFSET, FIXED, LEARNED))
+    (line,) = on_design(network(FIXED_WITH_OFFSET, FIXED, LEARNED))
     assert line.startswith("conv1: the ADC's step is fixed, but every column has an offset of its own, set from data;")
     assert line.endswith("offset=false takes it away.")
-    assert advice.before_training(network(FIXED, LEARNED, CALIBRATED, IDEAL, None)) == []
+    assert on_design(network(FIXED, LEARNED, CALIBRATED, IDEAL, None)) == []
 
 
 def test_a_network_is_described_by_what_its_own_layers_are() -> None:

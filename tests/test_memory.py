@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cimjax.training import cache, memory
+from cimjax.core.programs import memory
+from cimjax.training import cache
 
 ROOT = Path(__file__).parents[1]
 

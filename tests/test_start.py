@@ -13,10 +13,10 @@ import pytest
 from test_training import config, quiet
 
 import cimjax
+from cimjax.nn.transfer import fits
 from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
 from cimjax.training.run.folder import read_records
-from cimjax.training.start import fits
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 

@@ -20,12 +20,12 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.data import Dataset
+from cimjax.nn.transfer import choose, put_in
 from cimjax.training.batches import Resident, Streamed, batches_of, mix
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.optimizer import SCHEDULES, learning_rate
 from cimjax.training.programs import train_steps
 from cimjax.training.run.checkpoint import Checkpoints
-from cimjax.training.start import choose, put_in
 from cimjax.training.state import Batch, TrainState
 from cimjax.training.train_step import train_step
 
@@ -162,7 +162,7 @@ def test_networks_of_ones_own_train_with_all_that_they_have() -> None:
     )
     assert all(jax.tree.leaves(moved)) and np.isfinite(metrics["loss"]).all()
     # ADC steps can be set anew in training mode, dropout included.
-    renewed, _ = experiment.recalibrated(state)
+    renewed, _ = jax.jit(experiment.recalibrated)(state, experiment.calibration_images())
     assert int(renewed.step) == 3
 
 

@@ -26,6 +26,7 @@ import cimjax
 from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
+from cimjax.nn.parameters import kind_of
 from cimjax.training import batches as batches_lib
 from cimjax.training import loop
 from cimjax.training.batches import Resident, augment, order_of_epoch
@@ -34,7 +35,6 @@ from cimjax.training.evaluate import Evaluator, Health
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.optimizer import learning_rate, make_optimizer, total_steps
-from cimjax.training.parameters import kind_of
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolderError, read_records
 from cimjax.training.show.diagnosis import explain_failure
@@ -572,7 +572,7 @@ def test_adc_steps_can_be_set_anew_after_an_epoch() -> None:
         params=jax.tree.map(lambda value: value + 0.5, state.params),
         opt_state=jax.tree.map(lambda value: value + 1, state.opt_state),
     )
-    renewed, _ = experiment.recalibrated(spoiled)
+    renewed, _ = jax.jit(experiment.recalibrated)(spoiled, experiment.calibration_images())
     for path, value in jax.tree_util.tree_leaves_with_path(renewed.params):
         before, name = spoiled.params, path[-1].key
         for part in path:
@@ -589,5 +589,5 @@ def test_adc_steps_can_be_set_anew_after_an_epoch() -> None:
         elif name == "kernel":
             assert (value == 1).all(), path
     # The same again from its own result: there is nothing left to set.
-    again, _ = experiment.recalibrated(renewed)
+    again, _ = jax.jit(experiment.recalibrated)(renewed, experiment.calibration_images())
     chex.assert_trees_all_close(again.params, renewed.params, atol=1e-5)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,14 +21,14 @@ from cimjax.hardware.survey import Layer, layers_of
 from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.models import build_model
+from cimjax.nn.parameters import stored_steps, trained_as
 from cimjax.nn.rules import check_rules, conv_maker
+from cimjax.nn.transfer import Given, put_in
 from cimjax.spec import CIMSpec, Execution
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
 from cimjax.training.optimizer import learning_rate, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.parallel import Devices
-from cimjax.training.parameters import stored_steps, trained_as
-from cimjax.training.start import Given, put_in
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import LossFunction, Setup, cross_entropy, step_rngs
 
@@ -132,36 +130,25 @@ class Experiment:
             jnp.int32(self.config.seed), self.calibration_images(), given.values, given.steps
         )
 
-    def recalibrated(self, state: TrainState) -> tuple[TrainState, Reports]:
+    def recalibrated(self, state: TrainState, images: Array) -> tuple[TrainState, Reports]:
         """The state with ADC steps and offsets set anew from `calibration_images`, and their optimizer state reset; and
         what the data was like, by layer."""
-        return self._recalibrate(state, self.calibration_images())
+        setup = self.setup_on_one_device()
+        options = {**setup.mode(train=True), "rngs": step_rngs(setup, state)}
+        variables, reports = calibrate_and_report(setup.model, state.variables, images, kinds=("psum",), **options)
+        params = variables["params"]
 
-    @functools.cached_property
-    def _recalibrate(self) -> Callable[[TrainState, Array], tuple[TrainState, Reports]]:
-        """Compiled once, however often steps are set anew."""
+        def renewed(old: Any, new: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda path, o, n: n if trained_as(path) == "psum" else o, old, new)
 
-        def renew(state: TrainState, images: Array) -> tuple[TrainState, Reports]:
-            setup = self.setup_on_one_device()
-            options = {**setup.mode(train=True), "rngs": step_rngs(setup, state)}
-            variables, reports = calibrate_and_report(setup.model, state.variables, images, kinds=("psum",), **options)
-            params = variables["params"]
-
-            def renewed(old: Any, new: Any) -> Any:
-                return jax.tree_util.tree_map_with_path(
-                    lambda path, o, n: n if trained_as(path) == "psum" else o, old, new
-                )
-
-            state = state.replace(
-                params=params,
-                opt_state=renewed(state.opt_state, self.optimizer.init(params)),
-                average=None if state.average is None else renewed(state.average, jax.tree.map(jnp.copy, params)),
-                # Copies, as in the first state.
-                first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
-            )
-            return state, reports
-
-        return jax.jit(renew, compiler_options=compiler_options())
+        state = state.replace(
+            params=params,
+            opt_state=renewed(state.opt_state, self.optimizer.init(params)),
+            average=None if state.average is None else renewed(state.average, jax.tree.map(jnp.copy, params)),
+            # Copies, as in the first state.
+            first_steps=jax.tree.map(jnp.copy, renewed(state.first_steps, stored_steps(params))),
+        )
+        return state, reports
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, to restore a checkpoint into."""
@@ -240,7 +227,7 @@ def build(
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
     devices = Devices(config.parallel)
     if to_train:
-        devices.check_batch(config.batch_size, "config.batch_size")
+        devices.check_batch(config.batch_size)
         if config.batch_size // devices.count % config.optimizer.accumulate:
             raise ValueError(
                 f"`config.optimizer.accumulate` is {config.optimizer.accumulate}, which does not divide the "

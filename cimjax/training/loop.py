@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from cimjax.core.programs.cpu import compiler_options
 from cimjax.data.dataset import Description
+from cimjax.nn.parameters import stored_steps
+from cimjax.nn.transfer import choose, fits
 from cimjax.training.batches import batches_of
 from cimjax.training.evaluate import Evaluator, Health, Loaded
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
-from cimjax.training.parameters import stored_steps
 from cimjax.training.programs import Programs
 from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
 from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.teller import Teller
-from cimjax.training.start import choose, fits
 from cimjax.training.state import TrainState
 from cimjax.training.train import Callback, Result
 
@@ -44,6 +45,7 @@ class Run:
         self.programs = Programs(experiment, self.batches)
         self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
         self.validation = Evaluator(experiment, data.validation) if data.validation else None
+        self.recalibrated = jax.jit(experiment.recalibrated, compiler_options=compiler_options())
         # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
         self.best, self.seen = -1.0, {}  # type: float, dict[str, list[float]]
 
@@ -66,7 +68,7 @@ class Run:
             if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
                 # Not saved before the next checkpoint: a run that stops here sets them again.
                 self.tell.compiling("the setting of ADC steps")
-                state, reports = experiment.recalibrated(state)
+                state, reports = self.recalibrated(state, experiment.calibration_images())
                 state = experiment.devices.put(state)
                 self.tell.calibrated(reports, step)
                 if epoch == experiment.ideal_epochs:

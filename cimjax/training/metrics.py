@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.nn.parameters import STEP_KINDS, kind_of_step, trained_as
 from cimjax.spec import CIMSpec
-from cimjax.training.parameters import STEP_KINDS, kind_of_step, trained_as
 
 
 def gradient_ratios(params: Any, gradient: Any) -> dict[str, Array]:

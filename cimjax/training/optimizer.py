@@ -10,8 +10,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from cimjax.nn.parameters import kind_of, trained_as
 from cimjax.spec.base import LARGEST_COUNT
-from cimjax.training.parameters import kind_of, trained_as
 
 # A schedule after the warm-up: `schedule(peak, steps, options)`, in the words and by the functions of optax.
 SCHEDULES: dict[str, Callable[[float, int, Any], optax.Schedule]] = {

@@ -42,18 +42,18 @@ class Devices:
         """The axis over which a batch is spread; None on a single device."""
         return None if self.mesh is None else AXIS
 
-    def check_batch(self, size: int, name: str) -> None:
-        """Refuse a batch that is empty, or that cannot be split evenly.
+    def check_batch(self, size: int) -> None:
+        """Refuse a `config.batch_size` that cannot be split evenly.
 
         Raises:
           ValueError: naming the nearest sizes.
         """
-        if size < 1:
-            raise ValueError(f"`{name}` is {size}; give at least {self.count}.")
         if size % self.count:
             low = size - size % self.count
             near = f"{low} or {low + self.count}" if low else str(self.count)
-            raise ValueError(f"`{name}` is {size}, which {self.count} devices cannot share evenly; give {near}.")
+            raise ValueError(
+                f"`config.batch_size` is {size}, which {self.count} devices cannot share evenly; give {near}."
+            )
 
     def put(self, tree: Any) -> Any:
         """Copy a tree of arrays to every device."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from cimjax.hardware.advice import on_design, on_rules
 from cimjax.hardware.table import layer_table, show
 from cimjax.nn.calibration_warnings import messages
 from cimjax.training.experiment import Experiment, Reports
@@ -39,9 +40,9 @@ class Teller:
     def start(self) -> None:
         experiment = self.experiment
         self.display.start(**describe_run(experiment), layers=layer_table(experiment.layers))
-        for line in advice.on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+        for line in on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
             self.display.warn(line)
-        for line in advice.before_training(experiment.layers):
+        for line in on_design(experiment.layers):
             self.display.note(line)
 
     def compiling(self, what: str) -> None:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cimjax.nn.parameters import kind_of_step
 from cimjax.spec import CIMSpec, StepStart
-from cimjax.training.parameters import kind_of_step
 
 
 class Given(NamedTuple):

@@ -38,7 +38,7 @@ def kind_of(path: tuple[Any, ...]) -> str:
 
 
 def trained_as(path: Path) -> str:
-    """The word of `config.frozen` for a parameter: an ADC's offset is trained as its step is."""
+    """What a parameter is trained or frozen with: "network", or the kind of its step; offsets go with psums."""
     kind = kind_of_step(path) or "network"
     return "psum" if kind == "offset" else kind
 
