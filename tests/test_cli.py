@@ -150,6 +150,7 @@ MISUSES_OF_TRAIN = [
     ("--config.validation=1", "`config.validation` is 1; give a number from 0 to below 1."),
     ("--config.optimizer.accumulate=0", "`config.optimizer.accumulate` is 0; give a whole number from 1"),
     ("--config.optimizer.schedule=cos", "`config.optimizer.schedule` is 'cos'; allowed: cosine, constant, linear, "),
+    ("--config.writers=('cvs',)", "`config.writers` is ('cvs',); give a tuple of csv, tensorboard."),
     ("--config.variation_draw=run", "`config.variation_draw` is 'run'; allowed: chip, step."),
     ("--config.execution.program=x", "`config.execution.program` is 'x'; allowed: auto, reference, joined, pallas."),
     ("--config.model.width=0", "`config.model.width` is 0; give a number above 0 up to 4096."),

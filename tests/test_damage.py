@@ -83,7 +83,7 @@ def whole(place: Path) -> Run:
     # A state that is neither the best nor the one before it, and the mark of the records.
     last, extra = Checkpoints(folder).restore(state)
     last = last.replace(step=last.step + 4, params=jax.tree.map(lambda value: value * 1.5, last.params))
-    with RunFolder.open(folder, plain) as run:
+    with RunFolder(folder, plain) as run:
         run.log({"step": int(last.step), "split": "test"})
         Checkpoints(folder).save(int(last.step), last, {**extra, "metrics": run.records.mark()})
     leaves = {}
@@ -174,7 +174,7 @@ def as_plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def take_up(run: Run, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
     """As training goes on."""
-    with RunFolder.open(folder, run.config, completed=as_plain) as opened:
+    with RunFolder(folder, run.config, completed=as_plain) as opened:
         state, extra = Checkpoints(folder).restore(run.state, holding=HOLDING)
         opened.forget_after(int(state.step), extra.get("metrics"))
         return state, untimed(opened.records.read())

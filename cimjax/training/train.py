@@ -95,7 +95,7 @@ def train(
     plain = json.loads(config.to_json_best_effort())
     own = model is not None or dataset is not None
     with (
-        RunFolder.open(folder, plain, completed=_as_today, formats=config.writers) as run,
+        RunFolder(folder, plain, completed=_as_today, formats=config.writers) as run,
         display or Display() as screen,
         stop_requests(screen.warn) as stop,
         contextlib.ExitStack() as stack,

@@ -68,23 +68,14 @@ class RunFolder:
     was finished can be started again, and no file changes.
     """
 
-    def __init__(self, path: Path, lock: int, formats: Sequence[str] = ()) -> None:
-        """For `open` only: `lock` is the descriptor of the locked file."""
-        self.path, self.records = path, Records(path / METRICS)
-        self._lock = lock
-        self._formats = formats
-        self._writers: list[writers.Writer] | None = None
-        self._started = time.monotonic()
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         path: str | os.PathLike[str],
         config: dict[str, Any],
         *,
         completed: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         formats: Sequence[str] = (),
-    ) -> Self:
+    ) -> None:
         """Create a run folder, or take up an existing one of the same options.
 
         Args:
@@ -97,18 +88,21 @@ class RunFolder:
         Raises:
           RunFolderError: where the folder is in use, holds a run of other options or more epochs, or cannot be written.
         """
-        path = _writable(path)
+        self.path = _writable(path)
+        self.records = Records(self.path / METRICS)
+        self._formats = formats
+        self._writers: list[writers.Writer] | None = None
+        self._started = time.monotonic()
         plain = _plain(config)
         writers.check(formats)
-        with in_one_line("create", path):
-            path.mkdir(parents=True, exist_ok=True)
-        self = cls(path, take_lock(path / LOCK), formats)
+        with in_one_line("create", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(self.path / LOCK)
         try:
             self._settle_config(plain, completed)
         except BaseException:
             self.close()
             raise
-        return self
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics; it is in the file when this returns.

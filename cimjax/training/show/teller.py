@@ -87,23 +87,25 @@ class Teller:
         self.display.epoch(epoch, epochs, records, self._speed)
         self._looked = time.monotonic(), step
 
-    def adcs(self, step: int, found: Mapping[str, Mapping[str, float]], *, show: bool = True) -> None:
+    def adcs(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
         """How ADCs are used, by layer."""
-        for layer, values in found.items():
-            self._log({"step": step, "split": "health", "layer": layer, **values})
-        if show:
-            for message in advice.on_adcs(found, self.experiment.layers):
-                self.display.warn(message)
+        self._log_adcs(step, found)
+        for message in advice.on_adcs(found, self.experiment.layers):
+            self.display.warn(message)
 
     def finish(self, result: Result, moved: dict[str, Any], found: dict[str, Any]) -> None:
         """What the run came to."""
-        self.adcs(result.steps, found, show=False)
+        self._log_adcs(result.steps, found)
         summary = {"accuracy": result.accuracy, **result.more, "moved": result.moved}
         self._log({"step": result.steps, "split": "result", **summary})
         self.display.finish(step_table(self.experiment.layers, moved, found), final_rows(result, own=self.own))
         had_time = {name: distance for name, distance in result.moved.items() if self._had_time(name)}
         for message in (*advice.on_adcs(found, self.experiment.layers), *advice.on_steps(had_time)):
             self.display.warn(message)
+
+    def _log_adcs(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
+        for layer, values in found.items():
+            self._log({"step": step, "split": "health", "layer": layer, **values})
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.finished:
