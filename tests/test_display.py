@@ -22,11 +22,11 @@ from rich.console import Console
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TIMES, count, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
+from cimjax.training.loop import Result
 from cimjax.training.show import bar as bar_lib
 from cimjax.training.show import display as display_lib
 from cimjax.training.show.display import Display
 from cimjax.training.show.report import final_rows, step_table
-from cimjax.training.train import Result
 
 RECORDS = {
     "train": {"loss": 0.51234, "accuracy": 0.8, "learning_rate": 0.0123},

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cimjax.core.programs import memory
-from cimjax.training import cache
+from cimjax.core.programs import cache, memory
 
 ROOT = Path(__file__).parents[1]
 

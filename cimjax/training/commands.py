@@ -21,7 +21,7 @@ def _train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     given = None if arguments.workdir is None else checked_folder(arguments.workdir)
     with ended_by_ctrl_c():
-        from cimjax.training.cache import keep_compiled_programs
+        from cimjax.core.programs.cache import keep_compiled_programs
         from cimjax.training.evaluate import load
         from cimjax.training.train import train
 

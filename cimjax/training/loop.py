@@ -1,11 +1,12 @@
-"""The run: from the first state or a checkpoint to the last epoch."""
+"""The run: from the first state or a checkpoint to the last epoch, and what it comes to."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,10 +27,31 @@ from cimjax.training.run.stop import Stop
 from cimjax.training.show.diagnosis import explain_failure
 from cimjax.training.show.teller import Teller
 from cimjax.training.state import TrainState
-from cimjax.training.train import Callback, Result
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5
+# `callback(epoch, state, records)` after every epoch, with its records by split; True ends the run there.
+Callback = Callable[[int, TrainState, dict[str, Any]], bool | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    accuracy, loss: on the test images, of the last state; the accuracy 0 to 1.
+    steps: optimizer steps of the whole run.
+    moved: how far each kind of step moved, mean `|log(s / s0)|`.
+    workdir: the run folder.
+    more: other accuracies by name, where the configuration asks for them: of the averaged parameters, of the state that
+      was best on the held-out images, on fresh chips (their mean and standard deviation).
+    """
+
+    accuracy: float
+    loss: float
+    steps: int
+    moved: dict[str, float]
+    workdir: Path
+    more: dict[str, float]
 
 
 class Run:

@@ -1,11 +1,10 @@
-"""`cimjax.train`: what a run may be given, and what it comes to."""
+"""`cimjax.train`: what a run may be given."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +16,14 @@ from cimjax.data import Dataset
 from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import build
+from cimjax.training.loop import Callback, Result, Run
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
 from cimjax.training.show.teller import Teller
-from cimjax.training.state import TrainState
 from cimjax.training.train_step import LossFunction
-
-# `callback(epoch, state, records)` after every epoch, with its records by split; True ends the run there.
-Callback = Callable[[int, TrainState, dict[str, Any]], bool | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    accuracy, loss: on the test images, of the last state; the accuracy 0 to 1.
-    steps: optimizer steps of the whole run.
-    moved: how far each kind of step moved, mean `|log(s / s0)|`.
-    workdir: the run folder.
-    more: other accuracies by name, where the configuration asks for them: of the averaged parameters, of the state that
-      was best on the held-out images, on fresh chips (their mean and standard deviation).
-    """
-
-    accuracy: float
-    loss: float
-    steps: int
-    moved: dict[str, float]
-    workdir: Path
-    more: dict[str, float]
 
 
 def train(
@@ -103,8 +79,6 @@ def train(
         for writer in writers:
             stack.callback(writer.close)
         teller = Teller(experiment, run, screen, writers, own=own)
-        from cimjax.training.loop import Run
-
         return Run(experiment, run, teller, stop, callbacks).run(variables)
 
 
