@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset
 from cimjax.training.config.fields import completed
-from cimjax.training.evaluate import Loaded
+from cimjax.training.distillation import check_teacher, taught_by
+from cimjax.training.evaluate import Loaded, load
 from cimjax.training.experiment import build
 from cimjax.training.loop import Callback, Result, Run
 from cimjax.training.run.checkpoint import Checkpoints
@@ -51,7 +52,8 @@ def train(
       dataset: images of your own; else `config.dataset` names some.
       variables: what to start from, instead of random weights: what fits is taken, steps that it lacks are calibrated.
         Of a `Loaded` run, a step is taken where what it quantizes is built alike in both.
-      loss_fn: `loss_fn(logits, batch)`, () or (N,) float32; else cross entropy. See `training.state.Batch`.
+      loss_fn: `loss_fn(logits, batch)`, () or (N,) float32; else cross entropy, or what `config.teacher` says. See
+        `training.state.Batch`.
       optimizer: else `config.optimizer` describes one.
       writers: your own further places for the records of `metrics.jsonl`, beside `config.writers`.
       callbacks: called after every epoch.
@@ -61,7 +63,15 @@ def train(
       ValueError: for what cannot be trained: a field of the configuration, missing data, a folder in use or of another
         run (`RunFolderError`), a loss that is not finite.
     """
+    teacher = None
+    if config.get("teacher"):
+        if loss_fn is not None:
+            raise ValueError("`config.teacher` is a run, and there is a `loss_fn`; give one of them.")
+        teacher = load(config.teacher)
+        loss_fn = taught_by(teacher, config.teacher_weight, config.teacher_temperature)
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
+    if teacher is not None:
+        check_teacher(teacher, experiment)
     folder = Path(workdir or Path("runs", f"{config.dataset}-{config.model.name}"))
     if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
         raise ValueError(

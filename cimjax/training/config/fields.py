@@ -217,6 +217,9 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field(f"{_OPTIONS}.boundaries", (0.5, 0.75), _BOUNDS, "of piecewise_constant, as parts of the run"),
         Field(f"{_OPTIONS}.cycles", 1, _whole(1, 1000), "equally long cycles of sgdr"),
         Field("ema", 0.0, _PART, "decay of the average of weights; 0: none"),
+        Field("teacher", "", TEXT, "a trained run whose probabilities are learned as well; empty: none"),
+        Field("teacher_weight", 0.9, _number(0, 1), "part of the loss that is the teacher's"),
+        Field("teacher_temperature", 4.0, _number(0, 100, without=0), "by which both networks' logits are divided"),
     ),
     "evaluation and files": (
         Field("eval_batch_size", 500, _whole(1), "images of a batch in evaluation"),
