@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import cimjax
 from cimjax.analysis.studies.commands import STUDIES
+from cimjax.analysis.tune.command import TUNE
 from cimjax.command import A_CONFIG, Command, UsageError
 from cimjax.spec.base import closest, nearest, shortened, shown
 from cimjax.training.config.options import CIM_OPTIONS, describe_options
@@ -56,7 +57,7 @@ def start(argv: list[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else argv
     show_in_one_line()
-    if words and words[0] in ("train", "evaluate", "bench"):
+    if words and words[0] in ("train", "evaluate", "bench", "tune"):
         start_again_with_large_pages()
     code = main(words)
     # All is done; what libraries do at the end is not to be interrupted with a traceback.
@@ -325,6 +326,7 @@ _COMMANDS = {
         },
         _bench,
     ),
+    "tune": TUNE,
     "data list": Command("list the data sets", "cimjax data list", {}, _data_list),
     "config show": Command(
         "print all fields of a config, their values and what they mean",

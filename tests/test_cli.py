@@ -62,7 +62,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 MISUSES: list[tuple[str, str]] = [
     (
         "",
-        "give a command: train, evaluate, data prepare, sweep, plot, report, bench, data list, config show, "
+        "give a command: train, evaluate, data prepare, sweep, plot, report, bench, tune, data list, config show, "
         "config resolve, ",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
@@ -403,6 +403,7 @@ COMMANDS = [
     "plot",
     "report",
     "bench",
+    "tune",
     "config show",
     "config resolve",
 ]
