@@ -199,6 +199,7 @@ def small(options: str = "smoke", **fields: Any) -> Any:
     return config
 
 
+@pytest.mark.full
 def test_the_layers_of_a_network_are_found_with_what_the_contract_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """In its training step; and with ideal ADCs where it trains with these."""
     found = problem.find_problems(small())
@@ -212,10 +213,9 @@ def test_the_layers_of_a_network_are_found_with_what_the_contract_sees(monkeypat
     assert keys_of(monkeypatch, step, experiment.abstract_state(), pixels, labels) == list(found)
     assert [names for one in found.values() for names in one.names] == ["conv1", "conv2", "conv3"]
     assert one.title == "3x3 4-4, 8x8" and one.input == (4, 8, 8, 4)
-    halves = problem.find_problems(small(ideal_share=0.5))
-    assert len(halves) == 6 and set(found) < set(halves)
+    halves = problem.find_problems(small(ideal_share=0.5), batch=32)
+    assert len(halves) == 6 and {key.replace("4 images", "32 images") for key in found} < set(halves)
     assert [one.title for one in halves.values()][1] == "3x3 4-4, 8x8, ideal"
-    assert all(key.startswith("32 images") for key in problem.find_problems(small(), batch=32))
 
 
 def keys_of(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *args: Any) -> list[str]:
@@ -233,7 +233,9 @@ def keys_of(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], *args
 
 
 @pytest.mark.parametrize(
-    "model,shape", [(cimjax.CIMDense(5), (6, 3, 16)), (cimjax.CIMConv(5, (3,), strides=2), (6, 2, 9, 16))], ids=str
+    "model,shape",
+    [(cimjax.CIMDense(5), (6, 3, 16)), (cimjax.CIMConv(5, (3,), strides=2), (6, 2, 9, 16))],
+    ids=["dense", "convolution"],
 )
 def test_axes_in_front_count_as_images(model: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     x = jnp.zeros(shape)
@@ -278,7 +280,7 @@ def test_results_that_differ_are_told() -> None:
 
 def test_what_differs_or_fails_is_a_row_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Any) -> Any:
-        return tuple(1.01 * part for part in products.patches(*args))
+        return tuple(part + 1 for part in products.patches(*args))
 
     def failing(*args: Any) -> Any:
         raise NotImplementedError("no such\nkernel")
@@ -330,6 +332,7 @@ def test_a_table_that_was_written_is_read_and_grows(user_tables: Path) -> None:
     assert len(json.loads(file.read_text())["layers"]) == 2 and tuned() == candidates[1].execution
 
 
+@pytest.mark.full
 def test_a_network_is_tuned_in_this_process_where_others_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process ends at its start: a folder is no number."""
     monkeypatch.setattr(measure, "_start_worker", int)
@@ -366,20 +369,22 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.full
 def test_a_device_is_tuned_and_trained_on(tmp_path: Path, user_tables: Path) -> None:
     """A run says so, and goes on without the table, which is none of the things it is made of."""
+    rules = (("conv[12]", None),)
     fields = ["--config", f"{DIGITS}:smoke", "--config.batch_size=8", "--config.model.width=4"]
+    fields.append(f"--config.rules={rules}")
     done = command("tune", *fields, "--runs", "1", "--all")
-    assert "compiling 39 programs in" in done.stderr and max(map(len, done.stdout.splitlines())) <= 80
+    *shown, last = done.stdout.splitlines()
     file = user_tables / tuning.file_name(KIND)
-    assert done.stdout.splitlines()[-1] == str(file)
+    assert last == str(file) and max(map(len, shown)) <= 80 and "compiling 13 programs in" in done.stderr
     layers = json.loads(file.read_text())["layers"]
-    assert list(layers) == list(problem.find_problems(small(batch_size=8))) and len(layers) == 3
+    assert list(layers) == list(problem.find_problems(small(batch_size=8, rules=rules))) and len(layers) == 1
     for name in ("conv_per_tile float32", "patches int8", "grouped_conv bfloat16", "reference"):
-        assert done.stdout.count(f"  {name} ") >= 3, name
+        assert f"  {name} " in done.stdout, name
     assert not {"differs", "failed"} & set(done.stdout.replace(":", " ").split())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.read(file, KIND).layers.keys() == layers.keys()
     run = ["train", *fields, "--workdir", str(tmp_path / "run"), "--config.subset.images=64"]
-    assert f"tuned for {KIND}, 3 of 3 array layers" in command(*run, "--config.epochs=1").stdout
+    assert f"tuned for {KIND}, 1 of 1 array layers" in command(*run, "--config.epochs=1").stdout
     again = command(*run, "--config.epochs=2", **{tuning.SETTING: "off"})
     assert "tuned" not in again.stdout and "resum" in again.stdout

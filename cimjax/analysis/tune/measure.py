@@ -18,6 +18,7 @@ import functools
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,6 @@ from cimjax.core import conv
 from cimjax.core.programs import contract
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.spec import Execution, Program, Residuals
-from cimjax.training.cache import keep_compiled_programs
 
 # A burst takes about this long, and is at most so many calls.
 _BURST_SECONDS, _MOST_CALLS = 0.03, 100
@@ -121,7 +121,8 @@ def _start_worker(folder: str) -> None:
     # Before its first program, so that the device's memory is there for all processes.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     jax.config.update("jax_compilation_cache_dir", folder)
-    keep_compiled_programs()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
 
 
 def _try_to_compile(problem: Problem, execution: Execution) -> None:
@@ -150,7 +151,7 @@ def _compile(problem: Problem, execution: Execution) -> Compiled:
 def _measured(problem: Problem, candidates: list[Candidate], runs: int, say: Say) -> Tuned:
     """A layer by all candidates, the first of which has the results that the others must have."""
     say(f"timing {problem.title}")
-    arguments, want = draw(problem), None
+    arguments, want = jax.device_put(draw(problem)), None
     ready: list[tuple[Candidate, Compiled, int]] = []
     for candidate in candidates:
         if candidate is not candidates[0] and want is None:

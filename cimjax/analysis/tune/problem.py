@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -109,7 +108,8 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
 
 
 def draw(problem: Problem) -> tuple[Any, ...]:
-    """Random input, kernel, steps and gradient of the output, such that ADCs are used as they are in training."""
+    """Random input, kernel, steps and gradient of the output, such that ADCs are used as they are in training; NumPy
+    arrays, float32."""
     spec, tiling = problem.layer.spec, problem.layer.tiling
     rng = np.random.default_rng(0)
     size = output_size(problem.input[1:-1], tiling.kernel_size, problem.layer.window)
@@ -133,7 +133,7 @@ def draw(problem: Problem) -> tuple[Any, ...]:
         )
     )
     x = x if spec.activation.signed else np.maximum(x, 0)
-    return jax.tree.map(jnp.asarray, (x, kernel, steps, cotangent))
+    return x, kernel, steps, cotangent
 
 
 def difference(got: tuple[Any, ...], want: tuple[Any, ...], arguments: tuple[Any, ...]) -> str:
