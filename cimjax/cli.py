@@ -51,7 +51,7 @@ def start(argv: list[str] | None = None) -> int:
 
     words = sys.argv[1:] if argv is None else argv
     show_in_one_line()
-    if words and words[0] in ("train", "evaluate", "bench"):
+    if words and words[0] in ("train", "evaluate", "bench", "tune"):
         start_again_with_large_pages()
     code = main(words)
     # All is done; what libraries do at the end is not to be interrupted with a traceback.

@@ -63,7 +63,7 @@ MISUSES: list[tuple[str, str]] = [
     (
         "",
         "give a command: train, evaluate, config show, config resolve, data prepare, data list, sweep, plot, report, "
-        "bench, study ",
+        "bench, tune, study ",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),
@@ -404,6 +404,7 @@ COMMANDS = [
     "plot",
     "report",
     "bench",
+    "tune",
     "config show",
     "config resolve",
 ]

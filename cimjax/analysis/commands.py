@@ -6,6 +6,7 @@ import argparse
 import shlex
 
 from cimjax.analysis.studies.commands import STUDIES
+from cimjax.analysis.tune.command import TUNE
 from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c, path
 
 
@@ -157,5 +158,6 @@ COMMANDS: dict[str, Command] = {
         },
         _bench,
     ),
+    "tune": TUNE,
     **STUDIES,
 }

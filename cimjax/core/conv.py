@@ -68,9 +68,11 @@ def cim_conv(
     images, *spatial, _ = inputs.codes.shape
     gaps = {"input_dilation": input_dilation, "kernel_dilation": kernel_dilation}
     window = window_lib.resolve(tuple(spatial), tiling.kernel_size, strides=strides, padding=padding, **gaps)
+    layer = contract.Layer(tiling, window, spec, execution)
+    layer = layer._replace(execution=contract.tuned(layer, inputs.codes.shape))
     # The definition is left open to debuggers and to whoever replaces a part of it.
-    compute = _through_arrays if execution.program == Program.REFERENCE else _traced_once
-    y = compute(inputs.codes, kernel, steps, variation_key, contract.Layer(tiling, window, spec, execution))
+    compute = _through_arrays if layer.execution.program == Program.REFERENCE else _traced_once
+    y = compute(inputs.codes, kernel, steps, variation_key, layer)
     size = window_lib.output_size(tuple(spatial), tiling.kernel_size, window)
     return (inputs.step * y).reshape(images, *size, tiling.features)
 

@@ -14,13 +14,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
+from cimjax.core.lsq import Codes
+from cimjax.core.programs import contract
+from cimjax.core.tiling import tile
+from cimjax.core.window import Window
 from cimjax.hardware.cost import LayerCost, layer_cost
 from cimjax.nn.calibrate import without_calibration
 from cimjax.nn.layers import CIMConv, CIMDense
-from cimjax.spec import CIMSpec
+from cimjax.spec import CIMSpec, Execution
 
 # The name of a mark in a traced program; the layer's number follows.
 _MARK = "cimjax_layer_"
@@ -37,6 +42,8 @@ class Layer:
     spec: None for full precision.
     use_bias: whether it has a bias.
     copies: layers with parameters of their own, as `nn.scan` and `nn.vmap` stack them; 1 otherwise.
+    input, window, execution: of a layer in arrays: what an image brings to its first call, (n, H, W, C) or (n, C)
+      with n of 1 but for merged axes; how the kernel moves over it; and how it is computed.
     """
 
     name: str
@@ -45,6 +52,16 @@ class Layer:
     spec: CIMSpec | None
     use_bias: bool
     copies: int = 1
+    input: tuple[int, ...] = ()
+    window: Window | None = None
+    execution: Execution = Execution()
+
+    def behind_seam(self, images: int) -> tuple[contract.Layer, tuple[int, ...]]:
+        """What `core.programs.contract` sees of a layer in arrays, and the shape of its inputs, for so many images."""
+        assert self.spec is not None and self.window is not None
+        rows, *rest = self.input
+        layer = contract.Layer(tile(self.kernel, self.spec), self.window, self.spec, self.execution)
+        return layer, (rows * images, *rest)
 
     @property
     def cost(self) -> LayerCost | None:
@@ -87,8 +104,14 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         batched = result.ndim > len(kernel) - 1
         output, spec = result.shape[1:-1] if batched else result.shape[:-1], getattr(module, "spec", None)
         name = "/".join(module.path)
-        found.setdefault(name, Layer(name, kernel, output, spec, module.use_bias))
+        layer = Layer(name, kernel, output, spec, module.use_bias)
+        if isinstance(module, CIMConv | CIMDense):
+            x = next(iter((*given, *named.values())))
+            layer = _in_arrays(layer, module, jnp.shape(x.codes if isinstance(x, Codes) else x), batch)
+        found.setdefault(name, layer)
         return _marked(result, list(found).index(name))
+
+    batch = next((leaf.shape[0] for leaf in jax.tree.leaves(args) if leaf.ndim), 1)
 
     def init(*arrays: Any) -> Any:
         return model.init(jax.random.key(0), *arrays, **kwargs)
@@ -96,11 +119,19 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
     with nn.intercept_methods(record), without_calibration():
         traced, variables = jax.make_jaxpr(init, return_shape=True)(*args)
     layers = list(found.values())
-    batch = next((leaf.shape[0] for leaf in jax.tree.leaves(args) if leaf.ndim), 1)
     positions = [0] * len(layers)
     for number, shape, turns in _marks(traced.jaxpr, layers):
         positions[number] += turns * _per_image(shape, layers[number], batch)
     return [_counted(layer, total, variables) for layer, total in zip(layers, positions, strict=True)]
+
+
+def _in_arrays(layer: Layer, module: CIMConv | CIMDense, shape: tuple[int, ...], batch: int) -> Layer:
+    """A layer with what is known of its call on an input of a shape."""
+    spatial = len(layer.kernel) - 2
+    leading, size = shape[: len(shape) - 1 - spatial], shape[len(shape) - 1 - spatial :]
+    rows = math.prod(leading)
+    rows = rows // batch if rows % batch == 0 else rows
+    return dataclasses.replace(layer, input=(rows, *size), window=module.window(size[:-1]), execution=module.execution)
 
 
 def _marked(result: Array, number: int) -> Array:

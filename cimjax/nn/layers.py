@@ -244,20 +244,13 @@ class CIMConv(ArrayLayer):
                 f"`feature_group_count` is {self.feature_group_count}; grouped convolutions through arrays are not "
                 "supported: use one `CIMConv` per group, or `flax.linen.Conv` for this layer."
             )
-        kernel_size = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        kernel_size = self._kernel_size
         x, batch = _with_one_batch_axis(self.checked(x, len(kernel_size)), len(kernel_size) + 1)
         shape = _shape(x)
         if not self.has_variable("params", "kernel") and kernel_size[0] > 1:
             doubt_channels_first(self, shape)
         kernel = self.param("kernel", self.kernel_init, (*kernel_size, shape[-1], self.features), self.param_dtype)
-        window = window_lib.resolve(
-            shape[1:-1],
-            kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-        )
+        window = self.window(shape[1:-1])
         positions = window_lib.positions(shape[1:-1], kernel_size, window)
         y = self.through_arrays(
             x,
@@ -271,6 +264,22 @@ class CIMConv(ArrayLayer):
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.reshape(*batch, *y.shape[1:]).astype(self.dtype or _result_type(x, kernel))
+
+    @nn.nowrap
+    def window(self, input_size: tuple[int, ...]) -> Window:
+        """How the kernel moves over an input of this spatial shape."""
+        return window_lib.resolve(
+            input_size,
+            self._kernel_size,
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+        )
+
+    @property
+    def _kernel_size(self) -> tuple[int, ...]:
+        return (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
 
 
 class CIMDense(ArrayLayer):
@@ -298,7 +307,7 @@ class CIMDense(ArrayLayer):
         flat, _ = _with_one_batch_axis(x, 1)
         kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
         positions = math.prod(leading[1:])
-        window = Window((), (), (), ())
+        window = self.window(())
         y = self.through_arrays(
             flat,
             kernel,
@@ -311,6 +320,12 @@ class CIMDense(ArrayLayer):
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         return y.reshape(*leading, self.features).astype(self.dtype or _result_type(x, kernel))
+
+    @nn.nowrap
+    def window(self, input_size: tuple[int, ...]) -> Window:
+        """As `CIMConv.window`; without spatial axes nothing moves."""
+        del input_size
+        return Window((), (), (), ())
 
 
 def _shape(x: Array | Codes) -> tuple[int, ...]:

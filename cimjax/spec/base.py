@@ -20,6 +20,10 @@ LARGEST_COUNT = 2**31 - 1
 _ENDS = 60
 
 
+class Notice(UserWarning):
+    """A warning that says all in one line; a command prints that line, and nothing about its place in the code."""
+
+
 class Spec:
     """What every specification is: a frozen dataclass of keyword-only fields that refuses what it cannot be.
 

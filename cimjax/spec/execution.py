@@ -55,7 +55,8 @@ class Residuals(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution(Spec):
-    """How a layer is computed. `auto` is chosen for the platform that a program is lowered for.
+    """How a layer is computed. `auto` is what `cimjax tune` measured to be the fastest on this device; where it was not
+    asked to, it is chosen for the platform that a program is lowered for.
 
     Hashable, so that it can be a static argument of a jitted function.
     """

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from cimjax.core.programs.tuning import cache_folder
+
 # JAX's own setting: the seconds of compilation from which on a program is kept.
 KEPT_FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
@@ -23,15 +25,9 @@ def keep_compiled_programs(folder: str | os.PathLike[str] | None = None) -> None
         return
     # No home: no RuntimeError of `Path.home`, and no folder that others could fill with programs of theirs.
     with contextlib.suppress(OSError, RuntimeError):
-        chosen = Path(folder) if folder is not None else _caches() / "cimjax"
+        chosen = Path(folder) if folder is not None else cache_folder()
         chosen.mkdir(parents=True, exist_ok=True)
         if os.access(chosen, os.W_OK | os.X_OK):
             jax.config.update("jax_compilation_cache_dir", str(chosen))
             if KEPT_FROM not in os.environ:
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _caches() -> Path:
-    """The user's folder of caches; a relative `$XDG_CACHE_HOME` is none, as its specification says."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".cache"

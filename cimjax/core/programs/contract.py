@@ -2,11 +2,12 @@
 
 The definition is the program `reference`; every other row of the table gives the same values and gradients. This file
 is the only one that asks for a platform. Which rows suit it is decided where a program is lowered, so that one traced
-on a CPU host for a GPU is the GPU's.
+on a CPU host for a GPU is the GPU's; only what was measured on a device (`tuned`) is filled in while a layer is traced.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from jax.interpreters import batching, mlir
 from jax.typing import DTypeLike
 
 from cimjax.core.cells import StoredArrays
+from cimjax.core.programs import tuning
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling
 from cimjax.core.window import Window
-from cimjax.spec import CIMSpec, Execution, Operands, Program
+from cimjax.spec import CIMSpec, Execution, Operands, Product, Program, Residuals
 
 
 class Layer(NamedTuple):
@@ -60,8 +62,43 @@ PROGRAMS: dict[Program, str] = {
 }
 
 
+def built_in(spec: CIMSpec, *, cpu: bool) -> Execution:
+    """What `auto` is where no table says more: `joined`, by one convolution per tile, the fastest on CPU and on an
+    H100; in float32 on CPU, elsewhere in bfloat16 where that is exact."""
+    operands = Operands.BFLOAT16 if not cpu and exact_in(spec, Operands.BFLOAT16) else Operands.FLOAT32
+    return Execution(program=Program.JOINED, product=Product.CONV_PER_TILE, operands=operands)
+
+
+def tuned(layer: Layer, input_shape: tuple[int, ...]) -> Execution:
+    """The execution of a layer with what this device's table (`cimjax tune`) says in the fields that are `auto`.
+
+    An entry of another program than the one that is asked for says nothing, and a kernel is not chosen for who asks for
+    a product or for residuals, of which it knows none. The device is the first of JAX's default platform, as a table
+    cannot wait until a program is lowered.
+
+    Args:
+      input_shape: of the codes, (N, H, W, C).
+
+    Returns:
+      The layer's own execution where there is no table, or it has no such layer.
+    """
+    asked = layer.execution
+    table = tuning.table(jax.devices()[0].device_kind)
+    if table is None:
+        return asked
+    found = table.layers.get(tuning.key(layer.tiling, layer.window, layer.spec, input_shape))
+    if found is None or asked.program not in (Program.AUTO, found.program) or not exact_in(layer.spec, found.operands):
+        return asked
+    if found.program == Program.PALLAS and (
+        layer.spec.adc is None or asked.product != Product.AUTO or asked.residuals != Residuals.AUTO
+    ):
+        return asked
+    fields = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
+    return dataclasses.replace(found, **{name: value for name, value in fields.items() if value != "auto"})
+
+
 def choose(spec: CIMSpec, execution: Execution) -> ArrayProgram:
-    """The program for a layer; `auto` is `joined` on every platform.
+    """The program for a layer.
 
     Raises:
       ValueError: for operands that cannot hold the layer's integers, or `pallas` without an ADC.
@@ -96,11 +133,9 @@ def require_exact(spec: CIMSpec, operands: Operands) -> None:
 
 
 def operand_type(layer: Layer, *, cpu: bool) -> DTypeLike:
-    """The dtype that inputs and digits are multiplied in; `auto` is float32 on CPU, else bfloat16 where exact."""
+    """The dtype that inputs and digits are multiplied in."""
     operands = layer.execution.operands
-    if operands == Operands.AUTO:
-        operands = Operands.BFLOAT16 if not cpu and exact_in(layer.spec, Operands.BFLOAT16) else Operands.FLOAT32
-    return jnp.dtype(operands.value)
+    return jnp.dtype((built_in(layer.spec, cpu=cpu).operands if operands == Operands.AUTO else operands).value)
 
 
 def by_platform(default: Callable[..., Any], **rows: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from cimjax.core.convolution import convolution, sum_type
-from cimjax.core.programs.contract import Layer, by_platform, operand_type
+from cimjax.core.programs.contract import Layer, built_in, by_platform, operand_type
 from cimjax.core.programs.cpu import convolve as cpu_convolve
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
@@ -137,10 +137,10 @@ class _Row(NamedTuple):
 
 
 def _row(layer: Layer, *, cpu: bool) -> _Row:
-    """The product of an execution; `auto` is one convolution per tile, the fastest on CPU and on an H100."""
+    """The product of an execution."""
     product = layer.execution.product
     if product == Product.AUTO:
-        product = Product.CONV_PER_TILE
+        product = built_in(layer.spec, cpu=cpu).product
     convolve = cpu_convolve if cpu else convolution
     return _Row(PRODUCTS[product], convolve, operand_type(layer, cpu=cpu))
 

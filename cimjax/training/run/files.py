@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cimjax.spec.base import Notice
+
 
 class RunFolderError(ValueError):
     """What keeps a run folder from being used: one line that says what and how to go on."""
 
 
-class RunFolderWarning(UserWarning):
+class RunFolderWarning(Notice):
     """What a run goes on in spite of: one line that says what was found, and what is done about it."""
 
 
@@ -28,11 +30,11 @@ def warn(message: str) -> None:
 
 
 def show_in_one_line() -> None:
-    """Print each `RunFolderWarning` as one line from here on, without Python's own about its place: for a command."""
+    """Print each `Notice` as one line from here on, without Python's own about its place: for a command."""
     usual = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
-        ours = issubclass(category, RunFolderWarning)
+        ours = issubclass(category, Notice)
         return f"cimjax: {message}\n" if ours else usual(message, category, *where, **line)
 
     warnings.formatwarning = formatted

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cimjax.core.programs import contract
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import Column, TextTable, show
 from cimjax.spec.words import describe_specs
@@ -32,8 +33,18 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
             + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
+            **_programs(experiment),
         },
     }
+
+
+def _programs(experiment: Experiment) -> dict[str, str]:
+    """For how many layers of a training step a table of this device chooses the program; nothing where it does not."""
+    config, devices = experiment.config, experiment.devices
+    images = config.batch_size // devices.count // config.optimizer.accumulate
+    layers = [layer.behind_seam(images) for layer in experiment.layers if layer.spec is not None]
+    changed = sum(contract.tuned(layer, shape) != layer.execution for layer, shape in layers)
+    return {"programs": f"tuned for {devices.kind}, {changed} of {len(layers)} array layers"} if changed else {}
 
 
 def _counted(number: float, what: str) -> str:
