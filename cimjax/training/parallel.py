@@ -59,6 +59,13 @@ class Devices:
             return jax.device_put(tree, jax.devices()[0])
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
+    def split(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Copy a tree of the host's arrays to the devices, split as a program takes it."""
+        if self.mesh is None:
+            return jax.device_put(tree, jax.devices()[0])
+        # What `pmap` takes is cut when it is called.
+        return tree if self.way == "pmap" else jax.device_put(tree, NamedSharding(self.mesh, spec))
+
     def described(self, tree: Any) -> Any:
         """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
         place = (

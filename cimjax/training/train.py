@@ -13,7 +13,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from cimjax.data import Dataset
+from cimjax.data import Dataset, StreamedDataset
 from cimjax.training.config.fields import completed
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import build, default_workdir
@@ -55,7 +55,7 @@ def train(
     *,
     workdir: str | Path | None = None,
     model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
     variables: Mapping[str, Any] | Loaded | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -105,7 +105,8 @@ def train(
         teller = Teller(experiment, run, screen, writers, own=own)
         from cimjax.training.loop import Run
 
-        return Run(experiment, run, teller, stop, callbacks).run(variables)
+        with contextlib.closing(Run(experiment, run, teller, stop, callbacks)) as job:
+            return job.run(variables)
 
 
 def _as_today(plain: dict[str, Any]) -> dict[str, Any]:
