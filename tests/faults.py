@@ -762,15 +762,15 @@ TRAINING = [
     Fault(
         "a stream begins a batch too late where it goes on",
         "data/reading.py",
-        "first = step * (self.mine // self._part)",
-        "first = (step + (step > 0)) * (self.mine // self._part)",
+        "self._order.parts_from(step))",
+        "self._order.parts_from(step + (step > 0)))",
         ("test_streams.py::test_the_batch_of_a_step_is_a_function_of_seed_and_step",),
     ),
     Fault(
         "every process of several reads the first share of a batch",
         "data/reading.py",
-        "return (step * self.share.out_of + self.share.number) * mine + within",
-        "return step * self.share.out_of * mine + within",
+        "first = number * self.batch_size + self.share.number * mine",
+        "first = number * self.batch_size",
         ("test_streams.py::test_shares_put_together_are_the_whole_batch",),
     ),
     Fault(

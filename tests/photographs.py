@@ -58,11 +58,15 @@ def odd_ones(rng: np.random.Generator) -> dict[str, bytes]:
 def photographs(count: int, *, classes: int, mean: tuple[int, int], seed: int = 0) -> Iterator[tuple[str, bytes]]:
     """Class and file of `count` images, in which every tenth is an odd one."""
     rng = np.random.default_rng(seed)
-    odd = list(odd_ones(rng).values())
+    odd, largest = list(odd_ones(rng).values()), [round(1.3 * size) for size in mean]
+    # Windows of a few pictures: to draw noise takes much longer than to encode it.
+    pictures = [photograph(rng, *largest) for _ in range(min(count, 20))]
     for index in range(count):
-        width, height = (max(1, round(size * rng.uniform(0.75, 1.25))) for size in mean)
+        width, height = (round(size * rng.uniform(0.75, 1.25)) for size in mean)
+        left, top = rng.integers(largest[0] - width + 1), rng.integers(largest[1] - height + 1)
+        window = pictures[index % len(pictures)].crop((left, top, left + width, top + height))
         is_odd = index % 10 == 9 and index // 10 < len(odd)
-        yield CLASSES[index % classes], odd[index // 10] if is_odd else jpeg(photograph(rng, width, height))
+        yield CLASSES[index % classes], odd[index // 10] if is_odd else jpeg(window)
 
 
 def write_folder(root: Path, splits: Mapping[str, int], *, classes: int = 3, mean: tuple[int, int] = (60, 50)) -> None:
