@@ -441,15 +441,19 @@ print(hashlib.sha256(found.pixels.tobytes() + found.labels.tobytes()).hexdigest(
 
 
 @pytest.mark.full
-def test_a_stream_is_the_same_by_any_number_of_workers_and_in_a_fresh_process(folder: Path, imagenet: Path) -> None:
+def test_a_stream_is_the_same_by_any_number_of_workers_and_in_a_fresh_process(
+    folder: Path, imagenet: Path, tmp_path: Path
+) -> None:
+    """Also of a program that does not say `if __name__ == "__main__"`, which new processes would run again."""
     for split in (loaded(folder).train, cimjax.data.load("imagenet2012", imagenet, view=SMALL).train):
         want = batches(split, 3, 6)
         for workers in (1, 4):
             assert same(batches(split, 3, 6, workers), want)
         assert same(batches(split, 3, 6, 2, share=Share(0, 1)), want)
+    (tmp_path / "fresh.py").write_text(FRESH)
     runs = [
         subprocess.run(
-            [sys.executable, "-c", FRESH, str(Path(__file__).parent), str(folder), workers],
+            [sys.executable, str(tmp_path / "fresh.py"), str(Path(__file__).parent), str(folder), workers],
             capture_output=True,
             text=True,
             check=True,
@@ -560,6 +564,30 @@ def test_a_run_from_files_goes_on_within_an_epoch(
         cimjax.train(tiny(folder), workdir=tmp_path / "cut", model=Tiny(), display=Stopping(after=10))
     cimjax.train(tiny(folder), workdir=tmp_path / "cut", model=Tiny(), display=quiet())
     assert without_times(read_records(tmp_path / "cut")) == without_times(read_records(tmp_path / "whole"))
+
+
+DEVICES = """
+import os, sys
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=" + sys.argv[1]
+sys.path.insert(0, sys.argv[2])
+import jax
+from test_streams import *
+from test_streams import tiny
+assert len(jax.devices()) == int(sys.argv[1])
+config = tiny(Path(sys.argv[3]), epochs=1.0, steps_per_dispatch=3, parallel=sys.argv[5])
+result = cimjax.train(config, workdir=sys.argv[4], model=Tiny(), display=quiet())
+print(json.dumps([result.accuracy, result.loss, read_records(sys.argv[4])[0]["loss"]]))
+"""
+
+
+@pytest.mark.full
+def test_devices_share_batches_from_files(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for count, way in (("1", "shard_map"), ("2", "shard_map"), ("2", "pmap")):
+        words = [count, str(Path(__file__).parent), str(folder), str(tmp_path / f"{count}{way}"), way]
+        run = subprocess.run([sys.executable, "-c", DEVICES, *words], capture_output=True, text=True, check=True)
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_evaluation_from_files_is_that_of_arrays(folder: Path) -> None:
