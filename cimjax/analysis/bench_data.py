@@ -9,9 +9,11 @@ import dataclasses
 import itertools
 import json
 import math
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -31,13 +33,16 @@ class Rate:
 
     name: what was done.
     workers: processes; -1 where there was no pipeline.
-    images_per_second: the median over batches, or over images.
+    images_per_second: by the clock, so of what the machine has left beside whatever else it does.
+    core_milliseconds: of a processor core for an image, whatever else the machine does; of a pipeline all processes
+      together, with what they take to start.
     start_seconds: until the first batch was there.
     """
 
     name: str
     workers: int
     images_per_second: float
+    core_milliseconds: float
     start_seconds: float = 0.0
 
 
@@ -71,20 +76,18 @@ def _alone(split: StreamedSplit, seed: int, say: Say) -> list[Rate]:
     """Reading, then decoding and cropping what was read, image by image in one thread."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(split))[:_ALONE]
+    split[0]  # what reads records is imported now
     say(f"reading {len(chosen)} images")
-    start = time.perf_counter()
-    encoded = [split[index].image for index in chosen]
-    reading = time.perf_counter() - start
+    with _Clock() as reading:
+        encoded = [split[index].image for index in chosen]
     say(f"decoding {len(chosen)} images")
-    seconds = []
-    for image in encoded:
-        start = time.perf_counter()
-        random_crop(image, split.view, rng)
-        seconds.append(time.perf_counter() - start)
+    with _Clock() as decoding:
+        for image in encoded:
+            random_crop(image, split.view, rng)
     mean_kb = sum(map(len, encoded)) / len(encoded) / 1e3
     return [
-        Rate(f"read alone, {mean_kb:.0f} kB an image", -1, len(encoded) / reading),
-        Rate("decoded and cropped alone", -1, len(encoded) / sum(seconds)),
+        reading.rate(f"read alone, {mean_kb:.0f} kB an image", len(encoded)),
+        decoding.rate("decoded and cropped alone", len(encoded)),
     ]
 
 
@@ -92,28 +95,54 @@ def _pipeline(split: StreamedSplit, config: ConfigDict, workers: int, batches: i
     from cimjax.data.reading import TrainingStream
 
     size = min(config.batch_size, len(split))
-    say(f"reading {batches + 1} batches of {size} by {workers} workers" if workers else "reading by threads")
+    say(f"reading {batches + 1} batches of {size} by {f'{workers} workers' if workers else 'threads'}")
     stream = TrainingStream(split, seed=config.seed, batch_size=size, workers=workers)
-    start = time.perf_counter()
-    try:
-        stream.read(0)
-        first = time.perf_counter()
-        # What workers have ready before the clock starts is theirs to have ready at its end too.
-        for step in range(1, batches + 1):
-            stream.read(step)
-        seconds = time.perf_counter() - first
-    finally:
-        stream.close()
+    with _Clock() as whole:
+        start = time.perf_counter()
+        try:
+            stream.read(0)
+            first = time.perf_counter()
+            # What is ready before the clock starts is as much as what is ready at its end.
+            for step in range(1, batches + 1):
+                stream.read(step)
+            seconds = time.perf_counter() - first
+        finally:
+            stream.close()
     name = f"whole pipeline, {workers} worker{'s' if workers > 1 else ''}" if workers else "whole pipeline, threads"
-    return Rate(name, workers, batches * size / seconds, first - start)
+    return Rate(
+        name=name,
+        workers=workers,
+        images_per_second=batches * size / seconds,
+        core_milliseconds=1e3 * whole.core_seconds / ((batches + 1) * size),
+        start_seconds=first - start,
+    )
+
+
+class _Clock:
+    """Seconds by the clock, and of processor cores, this process's and those of processes that have ended."""
+
+    def __enter__(self) -> Self:
+        self._start, self._core_start = time.perf_counter(), _core_seconds()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds, self.core_seconds = time.perf_counter() - self._start, _core_seconds() - self._core_start
+
+    def rate(self, name: str, images: int) -> Rate:
+        return Rate(name, -1, images / self.seconds, 1e3 * self.core_seconds / images)
+
+
+def _core_seconds() -> float:
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def show(rates: Sequence[Rate]) -> str:
     """The table as text (Markdown)."""
-    rows = [["", "images/s", "ms an image", "first batch after, s"]]
+    rows = [["", "images/s", "ms of a core an image", "first batch after, s"]]
     for rate in rates:
         start = f"{rate.start_seconds:.1f}" if rate.workers >= 0 else ""
-        rows.append([rate.name, f"{rate.images_per_second:,.0f}", f"{1e3 / rate.images_per_second:.2f}", start])
+        rows.append([rate.name, f"{rate.images_per_second:,.0f}", f"{rate.core_milliseconds:.2f}", start])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = (
@@ -127,10 +156,11 @@ def show(rates: Sequence[Rate]) -> str:
 
 
 def cores_for(rates: Sequence[Rate], wanted: float) -> str:
-    """One line: how many cores feed `wanted` images/s, by the rate of one worker."""
-    of_one = next(rate.images_per_second for rate in rates if rate.workers == 1)
-    cores = math.ceil(wanted / of_one)
-    return f"{wanted:,.0f} images/s need {cores:,} core{'' if cores == 1 else 's'}, at {of_one:,.0f} images/s of one"
+    """One line: how many cores feed `wanted` images/s, by what one worker takes of a core."""
+    milliseconds = next(rate.core_milliseconds for rate in rates if rate.workers == 1)
+    cores = math.ceil(wanted * milliseconds / 1e3)
+    of_one = f"{milliseconds:.1f} ms of a core an image, {1e3 / milliseconds:,.0f} images/s of each"
+    return f"{wanted:,.0f} images/s need {cores:,} core{'' if cores == 1 else 's'} ({of_one})"
 
 
 def save(rates: Sequence[Rate], path: str | Path) -> None:
