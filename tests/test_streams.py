@@ -272,6 +272,7 @@ def test_records_hold_what_the_archives_held(imagenet: Path) -> None:
     made = photographs.photographs(60, classes=3, mean=(60, 50))
     assert stored == sorted((photographs.CLASSES.index(name), encoded) for name, encoded in made)
     label, name = data.train[7].label, data.train.name(7)
+    assert data.class_names == tuple(photographs.CLASSES)
     assert name.startswith(f"{photographs.CLASSES[label]}_") and "record 7 of" in name
     assert data.train.images[[0, 5]].shape == (2, 32, 32, 3)
 
@@ -338,10 +339,10 @@ def test_parts_and_held_out_images(folder: Path, imagenet: Path) -> None:
     data = loaded(folder)
     part = data.part(classes=2, images=10)
     assert (part.classes, len(part.train), len(part.class_names)) == (2, 10, 2)
-    assert set(part.train.classes()) == set(part.test.classes()) == {0, 1}
+    assert set(part.train.known_labels()) == set(part.test.known_labels()) == {0, 1}
     held = data.holding_out(0.1, seed=3)
     assert held.validation is not None
-    np.testing.assert_array_equal(np.bincount(held.validation.classes()), [2, 2, 2])
+    np.testing.assert_array_equal(np.bincount(held.validation.known_labels()), [2, 2, 2])
     assert len(np.union1d(held.validation.chosen, held.train.chosen)) == 60
     assert set(data.holding_out(0.1, seed=4).validation.chosen) != set(held.validation.chosen)
     records = cimjax.data.load("imagenet2012", imagenet)
@@ -502,7 +503,7 @@ def test_evaluation_has_every_image_once_in_order(folder: Path) -> None:
     for _ in range(2):
         passed = list(reader)
         assert [len(images.labels) for images in passed] == [8, 8, 5]
-        np.testing.assert_array_equal(np.concatenate([images.labels for images in passed]), split.classes())
+        np.testing.assert_array_equal(np.concatenate([images.labels for images in passed]), split.known_labels())
         np.testing.assert_array_equal(np.concatenate([i.pixels for i in passed]), split.images[np.arange(21)])
     next(iter(reader))  # broken off
     np.testing.assert_array_equal(next(iter(reader)).pixels, passed[0].pixels)
@@ -565,6 +566,7 @@ def test_a_run_from_files_goes_on_within_an_epoch(
         cimjax.train(tiny(folder), workdir=tmp_path / "cut", model=Tiny(), display=Stopping(after=10))
     cimjax.train(tiny(folder), workdir=tmp_path / "cut", model=Tiny(), display=quiet())
     assert without_times(read_records(tmp_path / "cut")) == without_times(read_records(tmp_path / "whole"))
+    assert cimjax.load(tmp_path / "cut", model=Tiny()).class_names == loaded(folder).class_names
 
 
 DEVICES = """
@@ -593,7 +595,7 @@ def test_devices_share_batches_from_files(folder: Path, tmp_path: Path) -> None:
 
 def test_evaluation_from_files_is_that_of_arrays(folder: Path) -> None:
     data = loaded(folder)
-    arrays = [(split.images[np.arange(len(split))], split.classes()) for split in (data.train, data.test)]
+    arrays = [(split.images[np.arange(len(split))], split.known_labels()) for split in (data.train, data.test)]
     resident = cimjax.data.Dataset.from_arrays(
         "arrays", *arrays[0], *arrays[1], classes=3, mean=data.mean, std=data.std
     )

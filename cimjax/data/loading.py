@@ -12,7 +12,7 @@ from cimjax.data.decoding import View
 from cimjax.data.folder import absent, is_there, require_folder_of_all, resolve
 from cimjax.data.image_folder import is_folder, read_folder
 from cimjax.data.preparation import prepare
-from cimjax.data.shards import stored_records
+from cimjax.data.shards import class_names, stored_records
 from cimjax.data.streams import StreamedDataset, StreamedSplit
 
 _VIEW = View()
@@ -83,4 +83,5 @@ def _folder(name: str, data_dir: str | os.PathLike[str] | None, view: View) -> S
 
 def _stream(source: Source, root: pathlib.Path, view: View) -> StreamedDataset:
     train, test = (StreamedSplit.of(stored_records(source, root, split), view) for split in ("train", "validation"))
-    return StreamedDataset(name=source.name, train=train, test=test, classes=source.classes)
+    names = class_names(source, root)
+    return StreamedDataset(name=source.name, train=train, test=test, classes=source.classes, class_names=names)

@@ -44,6 +44,15 @@ def stored_records(source: Source, root: pathlib.Path, split: str) -> Records:
     return Records(shards, lengths, prepare_command(source, root))
 
 
+def class_names(source: Source, root: pathlib.Path) -> tuple[str, ...]:
+    """The names that the prepared folder holds, in the order of the labels; none where it holds no such list."""
+    try:
+        names = tuple((folder_of(source, root) / "label.labels.txt").read_text().split())
+    except OSError:
+        return ()
+    return names if len(names) == source.classes else ()
+
+
 def _info(source: Source, root: pathlib.Path) -> dict[str, Any]:
     try:
         info = json.loads((folder_of(source, root) / "dataset_info.json").read_text())

@@ -66,7 +66,7 @@ class StreamedSplit:
         """A part of the split."""
         return dataclasses.replace(self, chosen=self.chosen[chosen])
 
-    def classes(self) -> npt.NDArray[np.int32] | None:
+    def known_labels(self) -> npt.NDArray[np.int32] | None:
         """(N,) labels of all images; None where only reading every image would tell."""
         return None if self.stored.labels is None else self.stored.labels[self.chosen]
 
@@ -94,7 +94,7 @@ class _Labels:
     split: StreamedSplit
 
     def __getitem__(self, indices: Sequence[int]) -> npt.NDArray[np.int32]:
-        known = self.split.classes()
+        known = self.split.known_labels()
         return np.array([self.split[i].label for i in indices], np.int32) if known is None else known[indices]
 
 
@@ -137,7 +137,7 @@ class StreamedDataset:
         if classes < self.classes:
             for field in ("train", "test", "validation"):
                 split = getattr(self, field)
-                labels = self.train.classes() if split is None else split.classes()
+                labels = self.train.known_labels() if split is None else split.known_labels()
                 if labels is None:
                     raise ValueError(
                         f"`subset.classes` is {classes}, but the records of {self.name} tell no classes before they "
@@ -168,7 +168,7 @@ class StreamedDataset:
             return self
         if self.validation is not None:
             raise ValueError(f"{len(self.validation)} images are held out already, as `val`; leave `validation` at 0.")
-        labels = self.train.classes()
+        labels = self.train.known_labels()
         groups = np.zeros(len(self.train), np.int32) if labels is None else labels
         rank = np.empty(len(self.train), np.int64)
         rank[_hashed_order(len(self.train), str(seed))] = np.arange(len(self.train))

@@ -177,6 +177,7 @@ class Loaded:
     specs: by path, always.
     average: the averaged parameters as variables; None for a run without.
     preparation: `preparation.normalise` makes of uint8 pixels what goes in.
+    class_names: in the order of the labels; empty where the data set does not tell them.
     chip: the random key of the run's chip; with `variation`, `apply(..., rngs={"variation": chip})`.
     config: the run's.
     """
@@ -187,6 +188,7 @@ class Loaded:
     specs: dict[str, CIMSpec]
     average: dict[str, Any] | None
     preparation: Preparation
+    class_names: tuple[str, ...]
     chip: Array
     config: ConfigDict
 
@@ -223,6 +225,7 @@ def load(
         specs=experiment.specs,
         average=average,
         preparation=experiment.preparation,
+        class_names=getattr(experiment.dataset, "class_names", ()),
         chip=chip_key(state.seed),
         config=experiment.config,
     )
