@@ -1,17 +1,17 @@
-"""ResNet-18 on ImageNet through arrays, with the settings of the paper's Table II.
+"""ResNet-18 on ImageNet, or on a folder of your own images, through arrays, with the settings of the paper's Table II.
 
-This version does not read ImageNet by itself: it trains on arrays of your own, with images of any size.
+    cimjax data prepare imagenet2012        # says what must be downloaded by hand, and how much room it needs
+    python train.py --config configs/resnet18_imagenet.py:weight=layer,psum=column
+    python train.py --config configs/resnet18_imagenet.py --config.dataset=folder:PATH  # of train/CLASS/*.jpg and val/
 
-    images = cimjax.data.Dataset.from_arrays("imagenet2012", train_images, train_labels, test_images, test_labels)
-    cimjax.train(load_config("configs/resnet18_imagenet.py:weight=layer,psum=column"), dataset=images)
-
-What needs no data runs as it is: `cimjax config show configs/resnet18_imagenet.py`, and the time of a step by
-`cimjax bench --config configs/resnet18_imagenet.py --config.batch_size=4 --runs 2`.
+Images are decoded by `--config.workers` processes: random crops of 8 % to 100 % of an image's area, 224 x 224
+(`--config.image_size`), and mirror images; in evaluation the middle of the image, whose shorter side is resized to 256.
+docs/scale.md says how many cores a GPU needs beside it, and the time of a step is told by
+`cimjax bench --config configs/resnet18_imagenet.py --config.batch_size=4 --runs 2`, which needs no data.
 
 3-bit activations and weights in 1-bit cells, arrays of 128 x 128, 2-bit partial sums, 90 epochs. The paper reports
 68.51 % for column/column and 69.13 % in full precision; no run of this file has been made yet. Options change layers
-as in every other file; `smoke` is a network of an eighth of the width. `load_config` is of
-`cimjax.training.config.file`.
+as in every other file; `smoke` is a network of an eighth of the width.
 
 Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
 `--config.ideal_share=0.0` is the paper's single stage.

@@ -781,6 +781,27 @@ TRAINING = [
         ("test_train_step.py::test_images_on_the_host_give_the_steps_of_images_on_the_device",),
     ),
     Fault(
+        "a stream begins a batch too late where it goes on",
+        "data/reading.py",
+        "self._order.parts_from(step))",
+        "self._order.parts_from(step + (step > 0)))",
+        ("test_streams.py::test_the_batch_of_a_step_is_a_function_of_seed_and_step",),
+    ),
+    Fault(
+        "every process of several reads the first share of a batch",
+        "data/reading.py",
+        "first = number * self.batch_size + self.share.number * mine",
+        "first = number * self.batch_size",
+        ("test_streams.py::test_shares_put_together_are_the_whole_batch",),
+    ),
+    Fault(
+        "random crops are as wide as high",
+        "data/decoding.py",
+        "math.exp(rng.uniform(low, high))",
+        "1.0",
+        ("test_streams.py::test_random_crops_are_as_published",),
+    ),
+    Fault(
         "a ladder by percentile covers everything",
         "core/calibration/ladder.py",
         "best = problem.covering(start, PERCENTILE)",

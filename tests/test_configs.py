@@ -154,6 +154,6 @@ def test_the_look_at_real_images_learns(tmp_path: Path) -> None:
     assert result.accuracy > 0.2
 
 
-def test_imagenet_is_asked_for_as_arrays() -> None:
-    with pytest.raises(ValueError, match=r"'imagenet2012' is not read by this version: give its images as arrays"):
-        build(loaded("resnet18_imagenet", ""))
+def test_imagenet_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"imagenet2012 is not prepared: .*cimjax data prepare imagenet2012"):
+        build(loaded("resnet18_imagenet", "", data_dir=str(tmp_path)))

@@ -429,10 +429,13 @@ def test_a_folder_that_cannot_be_written_has_no_cache(cifar_dir: pathlib.Path) -
 
 
 def test_unknown_names() -> None:
-    assert cimjax.data.names() == ("cifar10", "cifar100", "digits")
+    assert cimjax.data.names() == ("cifar10", "cifar100", "digits", "imagenet2012")
     for call in (cimjax.data.load, cimjax.data.prepare):
         assert "did you mean 'cifar100'?" in message_of(functools.partial(call, "CIFAR-100"), ValueError)
-    assert "known are cifar10, cifar100, digits" in message_of(lambda: cimjax.data.load("imagenet"), ValueError)
+    assert "known are cifar10, cifar100, digits, imagenet2012" in message_of(
+        lambda: cimjax.data.load("svhn"), ValueError
+    )
+    assert "did you mean 'imagenet2012'?" in message_of(lambda: cimjax.data.load("imagenet"), ValueError)
 
 
 def test_load_never_downloads(server: list[str], tmp_path: pathlib.Path) -> None:

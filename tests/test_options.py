@@ -264,6 +264,8 @@ USUAL: dict[str, Any] = {
     "seed": 0,
     "dataset": "",
     "data_dir": "",
+    "image_size": 224,
+    "workers": -1,
     "images_on": "device",
     "start": "random",
     "frozen": (),
@@ -294,7 +296,7 @@ USUAL: dict[str, Any] = {
     "validation": 0.0,
     "mixup": 0.0,
     "label_smoothing": 0.0,
-    "augment": {"shift": 0, "flip": False},
+    "augment": {"smallest_crop": 0.08, "shift": 0, "flip": False},
     "variation_draw": "chip",
     "fresh_chips": 0,
     "eval_batch_size": 500,
@@ -349,6 +351,8 @@ def test_schemes_are_granularities_and_a_way_of_training(file: pathlib.Path) -> 
 def older() -> dict[str, Any]:
     """The fields of a run of the first version, as `config.json` holds them."""
     new = (
+        "image_size",
+        "workers",
         "images_on",
         "start",
         "frozen",

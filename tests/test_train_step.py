@@ -21,7 +21,7 @@ from test_training import config, quiet
 import cimjax
 from cimjax.data import Dataset
 from cimjax.nn.transfer import choose, put_in
-from cimjax.training.batches import Resident, Streamed, batches_of, mix
+from cimjax.training.batches import FromMemory, Resident, batches_of, mix
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.optimizer import SCHEDULES, learning_rate
 from cimjax.training.programs import train_steps
@@ -138,8 +138,8 @@ def test_images_on_the_host_give_the_steps_of_images_on_the_device() -> None:
     """Over the end of an epoch as well, whose order is another."""
     experiment = tiny(augment={"shift": 1, "flip": True}, label_smoothing=0.1, mixup=0.4)
     streamed = tiny(augment={"shift": 1, "flip": True}, label_smoothing=0.1, mixup=0.4, images_on="host")
-    batches = batches_of(streamed.dataset.train, streamed.preparation, jax.device_put)
-    assert isinstance(batches, Streamed)
+    batches = batches_of(streamed.dataset.train, streamed.preparation, streamed.devices)
+    assert isinstance(batches, FromMemory)
     for step in (0, experiment.steps_per_epoch - 1, experiment.steps_per_epoch):
         feeds = [each.feed(step, 1) for each in (batches, resident(experiment))]
         state = experiment.first_state()[0].replace(step=jnp.int32(step))
@@ -243,7 +243,7 @@ def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
     chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=4.0, **fields)
     experiment = build(chosen, model=Plain(), dataset=images())
     assert experiment.devices.count == count and parallel.AXIS
-    batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices.put)
+    batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices)
     state, losses = experiment.devices.put(experiment.first_state()[0]), []
     programs = Programs(experiment, batches)
     gathered = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from typing import Any
 
 from cimjax.analysis.studies.commands import STUDIES
 from cimjax.analysis.tune.command import TUNE
@@ -60,14 +61,18 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.save:
         check_writable(arguments.save)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.of == "data":
+        _bench_data(arguments, config)
+        return
     if config.spec is None or arguments.runs < 1:
         raise ValueError(
             "`bench` compares with full precision: give a configuration with arrays, and at least one run."
         )
     from cimjax.analysis import bench, timing
     from cimjax.analysis.progress import Progress
-    from cimjax.data.catalog import images_of
+    from cimjax.data.loading import shape_and_classes
     from cimjax.spec import CIMSpec
+    from cimjax.training.experiment import view_of
 
     spec, runs = CIMSpec.from_dict(config.spec.to_dict()), arguments.runs
     with Progress() as progress:
@@ -75,7 +80,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             bench_layer = bench.bench_layers if arguments.of == "layers" else bench.bench_growth
             timings = bench_layer(spec, batch=config.batch_size, runs=runs, say=progress.doing)
         else:
-            image, classes = images_of(config.dataset)
+            image, classes = shape_and_classes(config.dataset, config.data_dir or None, view=view_of(config))
             programs = bench.variants(spec) if arguments.of == "steps" else bench.programs_of(spec)
             timings = bench.bench_steps(config, programs, image=image, classes=classes, runs=runs, say=progress.doing)
     about = timing.machine()
@@ -86,6 +91,27 @@ def _bench(arguments: argparse.Namespace) -> None:
         timing.save(timings, arguments.save)
     if arguments.plot:
         timing.plot(timings, arguments.plot)
+
+
+def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
+    if arguments.plot:
+        raise UsageError("--plot draws programs; of data give --save FILE for the figures as JSON.")
+    for flag, value in (("--runs", arguments.runs), ("--feed", arguments.feed)):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; give at least 1.")
+    from cimjax.analysis import bench_data, timing
+    from cimjax.analysis.progress import Progress
+
+    about = timing.machine()
+    with Progress() as progress:
+        rates = bench_data.bench_data(config, batches=arguments.runs, cores=about["cores"], say=progress.doing)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    size = config.image_size
+    print(f"{arguments.config}, {size} x {size} pixels, {arguments.runs} batches of {config.batch_size}\n")
+    print(bench_data.show(rates))
+    print(f"\n{bench_data.cores_for(rates, arguments.feed)}")
+    if arguments.save:
+        bench_data.save(rates, arguments.save)
 
 
 COMMANDS: dict[str, Command] = {
@@ -147,12 +173,23 @@ COMMANDS: dict[str, Command] = {
         {
             "--config": {"required": True, "metavar": A_CONFIG, "help": "the network and its batch size"},
             "--of": {
-                "choices": ("steps", "programs", "layers", "growth"),
+                "choices": ("steps", "programs", "layers", "growth", "data"),
                 "default": "steps",
                 "help": "steps of full precision and of every ADC; of every program; single layers; a layer of more "
-                "and more planes, row tiles and read groups",
+                "and more planes, row tiles and read groups; images from files, by number of workers",
             },
-            "--runs": {"type": int, "default": 10, "metavar": "N", "help": "runs of each program; 10 if not given"},
+            "--runs": {
+                "type": int,
+                "default": 10,
+                "metavar": "N",
+                "help": "runs of each program, or batches of images; 10 if not given",
+            },
+            "--feed": {
+                "type": int,
+                "default": 1000,
+                "metavar": "N",
+                "help": "of data: images/s for which to say how many cores are needed; 1000 if not given",
+            },
             "--save": {"metavar": "FILE", "type": path, "help": "write all figures as JSON"},
             "--plot": {"metavar": "FILE", "type": path, "help": "draw them into a PNG or SVG file"},
         },

@@ -23,6 +23,8 @@ class Source:
     downloads: bool
     # Means and standard deviations per channel, of training images divided by 255; None: measured when loaded.
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    # Whether images stay in their records and are decoded when they are needed, in the size that is asked for.
+    streamed: bool = False
 
 
 _SOURCES = (
@@ -56,6 +58,16 @@ _SOURCES = (
         image_shape=(8, 8, 1),
         downloads=False,
     ),
+    Source(
+        name="imagenet2012",
+        builder="cimjax.data.imagenet:Imagenet2012",
+        folder="imagenet2012",
+        version="5.1.0",
+        classes=1000,
+        image_shape=(224, 224, 3),
+        downloads=True,
+        streamed=True,
+    ),
 )
 
 
@@ -64,30 +76,13 @@ def names() -> tuple[str, ...]:
     return tuple(source.name for source in _SOURCES)
 
 
-# Data sets that configurations are for, but that come as arrays of the user's: (H, W, C) and classes.
-_AS_ARRAYS = {"imagenet2012": ((224, 224, 3), 1000)}
-
-
-def images_of(name: str) -> tuple[tuple[int, int, int], int]:
-    """The shape (H, W, C) of a data set's images and its number of classes, known without its data."""
-    if name in _AS_ARRAYS:
-        return _AS_ARRAYS[name]
-    source = find(name)
-    return source.image_shape, source.classes
-
-
 def find(name: str) -> Source:
     """The row of a name; `ValueError` with the nearest name for any other."""
     for source in _SOURCES:
         if source.name == name:
             return source
-    if name in _AS_ARRAYS:
-        raise ValueError(
-            f"dataset {name!r} is not read by this version: give its images as arrays, "
-            "`cimjax.train(config, dataset=cimjax.data.Dataset.from_arrays(...))`"
-        )
     hint = nearest(name.lower(), names(), otherwise_all=False) if isinstance(name, str) else ""
     raise ValueError(
         f"unknown dataset {shown(name)}{hint}: known are {', '.join(names())}; "
-        "your own arrays go in as `cimjax.data.Dataset.from_arrays(...)`"
+        "your own images go in as `folder:PATH`, your own arrays as `cimjax.data.Dataset.from_arrays(...)`"
     )

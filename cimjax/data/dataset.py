@@ -253,6 +253,7 @@ class Description:
     """A data set without its images: what a trained network must know of it; fields as of `Dataset`.
 
     images: how many of them a run trains on.
+    class_names: in the order of the labels, as of `StreamedDataset`; empty where they are not known.
     """
 
     name: str
@@ -261,9 +262,10 @@ class Description:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: int
+    class_names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Dataset) -> Description:
+    def of(cls, dataset: Any) -> Description:
         """Of a data set whose part it is already, and of whose images some may be held out."""
         return cls(
             name=dataset.name,
@@ -272,6 +274,7 @@ class Description:
             mean=dataset.mean,
             std=dataset.std,
             images=len(dataset.train),
+            class_names=getattr(dataset, "class_names", ()),
         )
 
     @classmethod

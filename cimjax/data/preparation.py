@@ -15,11 +15,14 @@ from cimjax.data.folder import (
     DataError,
     folder_of,
     is_there,
+    prepare_command,
     require_folder_of_all,
     resolve,
     unprepared,
     unreachable,
 )
+from cimjax.data.imagenet_archives import require_archives
+from cimjax.data.shards import stored_records
 
 
 def prepare(name: str, data_dir: str | os.PathLike[str] | None = None, *, progress: bool = False) -> pathlib.Path:
@@ -30,6 +33,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None, *, progre
 
     Args:
       name: one of `names()`. CIFAR is downloaded (160 MB, kept in `data_dir/downloads`), unless the archive lies there.
+        ImageNet's archives must lie in `data_dir/downloads/manual`, which is asked first; it then takes hours.
       data_dir: where data sets lie; tensorflow-datasets' default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`, when
         not given.
       progress: show tensorflow-datasets' bars on stderr; nothing is printed otherwise.
@@ -53,7 +57,7 @@ def prepare(name: str, data_dir: str | os.PathLike[str] | None = None, *, progre
     try:
         with quiet(progress):
             _build(source, root, staging)
-        cached_splits(source, staging)
+        _read_back(source, staging)
         _publish(source, root, staging)
     except DamagedDataError as error:
         raise unprepared(source, root, error.__cause__ or error) from error
@@ -72,7 +76,9 @@ def _build(source: Source, root: pathlib.Path, staging: pathlib.Path) -> None:
     """Lets tensorflow-datasets prepare under `staging`; downloads go to `root`, where they are kept."""
     builder = builder_of(source, staging, file_format="array_record")
     downloads = (root if source.downloads else staging) / "downloads"
-    if source.downloads and (reason := builder.unreachable(downloads)):
+    if source.streamed:
+        require_archives(root, prepare_command(source, root))
+    elif source.downloads and (reason := builder.unreachable(downloads)):
         raise unreachable(source, root, reason, builder.archive)
     staging.mkdir(parents=True)
     builder.download_and_prepare(download_dir=downloads)
@@ -93,12 +99,23 @@ def _publish(source: Source, root: pathlib.Path, staging: pathlib.Path) -> None:
             raise
 
 
+def _read_back(source: Source, root: pathlib.Path) -> None:
+    """Reads every example; of a stream, which fills a disk, the list of its files, the first and the last image."""
+    if not source.streamed:
+        cached_splits(source, root)
+        return
+    for split in ("train", "validation"):
+        records = stored_records(source, root, split)
+        for index in (0, len(records) - 1):
+            records[index]
+
+
 def _is_whole(source: Source, root: pathlib.Path) -> bool:
     """Whether every example can be read."""
     if not is_there(source, root):
         return False
     try:
-        cached_splits(source, root)
+        _read_back(source, root)
     except DamagedDataError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Where batches come from: images that lie on the device, or a stream from the host; the loop does not know which.
+"""Where batches come from: images that lie on the device, or on the host, or in files; the loop does not know which.
 
 A program of some steps is given a *feed*, made on the host before it starts, and takes the batch of each step from it.
 Which images are in a batch, and how they are augmented and mixed, is a function of (seed, step) in both.
@@ -7,8 +7,10 @@ Which images are in a batch, and how they are augmented and mixed, is a function
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +21,43 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from cimjax.data import Split
-from cimjax.training.parallel import AXIS
+from cimjax.data.streams import StreamedSplit
+from cimjax.training.parallel import AXIS, Devices
 from cimjax.training.state import Batch, TrainState
 
+# Bytes of a feed of decoded images, about: two of them lie on the devices at a time.
+_FEED_BYTES = 2**28
+# How many truncated images are named.
+_NAMED = 20
 
-class Batches(Protocol):
+
+class Batches:
     """Batches of a training split.
 
     spread: how a feed lies on several devices.
+    most: how many steps a feed is made for, at most.
     """
 
     spread: PartitionSpec
+    most = 2**31
 
     def feed(self, step: int, count: int) -> Any:
         """What a program of `count` steps from `step` on is given; all of one epoch."""
+        raise NotImplementedError
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         """Within a program: this device's share of the batch of its `index`-th step."""
+        raise NotImplementedError
+
+    def expect(self, step: int, count: int) -> None:
+        """Say which feed is wanted next, so that it is made while devices compute."""
+
+    def remarks(self) -> list[str]:
+        """What a person should know of the images since this was last asked, a line each."""
+        return []
+
+    def close(self) -> None:
+        """End what reads images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +94,7 @@ class Preparation:
         return mix(batch, key, config.mixup) if config.mixup else batch
 
 
-class Resident:
+class Resident(Batches):
     """A split that lies whole on every device, as uint8."""
 
     spread = PartitionSpec()
@@ -101,23 +123,20 @@ class Resident:
         return self.preparation.for_training(pixels[chosen], labels[chosen], key, keys)
 
 
-class Streamed:
-    """A split that stays on the host, which sends each batch: split over the devices, and never all in their memory."""
+class Streamed(Batches):
+    """Batches that the host sends, split over the devices, and never all in their memory."""
 
     spread = PartitionSpec(None, AXIS)
 
-    def __init__(self, split: Split, preparation: Preparation, seed: int) -> None:
-        self.split, self.preparation, self.size = split, preparation, preparation.config.batch_size
-        self.key = jax.random.key(seed)
-        self._epoch: tuple[int, Any] | None = None
+    def __init__(self, preparation: Preparation) -> None:
+        self.preparation, self.size = preparation, preparation.config.batch_size
+
+    def read(self, step: int, count: int) -> tuple[Any, Any]:
+        """The whole batches of `count` steps of one epoch: (count, B, H, W, C) uint8 pixels and (count, B) labels."""
+        raise NotImplementedError
 
     def feed(self, step: int, count: int) -> Any:
-        images = len(self.split)
-        epoch, position = divmod(step, images // self.size)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, np.asarray(order_of_epoch(self.key, epoch, images))
-        chosen = self._epoch[1][position * self.size : (position + count) * self.size].reshape(count, self.size)
-        return self.split.images[chosen], self.split.labels[chosen]
+        return self.read(step, count)
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         pixels, labels = (lax.dynamic_index_in_dim(each, index, keepdims=False) for each in feed)
@@ -126,16 +145,82 @@ class Streamed:
         return self.preparation.for_training(pixels, labels, key, keys)
 
 
-def batches_of(split: Split, preparation: Preparation, put: Callable[[Any], Any]) -> Batches:
-    """The batches of a split, which lies where `config.images_on` says; the same ones wherever that is.
+class FromMemory(Streamed):
+    """Batches of a split that stays on the host."""
 
-    Args:
-      put: copies arrays to every device.
-    """
+    def __init__(self, split: Split, preparation: Preparation) -> None:
+        super().__init__(preparation)
+        self.split, self.key = split, jax.random.key(preparation.config.seed)
+        self._epoch: tuple[int, Any] | None = None
+
+    def read(self, step: int, count: int) -> tuple[Any, Any]:
+        images = len(self.split)
+        epoch, position = divmod(step, images // self.size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, np.asarray(order_of_epoch(self.key, epoch, images))
+        chosen = self._epoch[1][position * self.size : (position + count) * self.size].reshape(count, self.size)
+        return self.split.images[chosen], self.split.labels[chosen]
+
+
+class FromFiles(Streamed):
+    """Batches decoded from files by other processes; a feed is read and sent to the devices during the one before."""
+
+    def __init__(self, split: StreamedSplit, preparation: Preparation, devices: Devices) -> None:
+        from cimjax.data.reading import TrainingStream
+
+        config = preparation.config
+        self.stream = TrainingStream(split, seed=config.seed, batch_size=config.batch_size, workers=workers_of(config))
+        super().__init__(preparation)
+        self.devices = devices
+        self.most = max(1, _FEED_BYTES // (self.size * math.prod(split.view.shape)))
+        # One thread: steps are read in their order.
+        self._thread = ThreadPoolExecutor(1)
+        self._expected: tuple[tuple[int, int], Future[Any]] | None = None
+        self._told = 0
+
+    def read(self, step: int, count: int) -> tuple[Any, Any]:
+        return self.stream.read(step, count)
+
+    def feed(self, step: int, count: int) -> Any:
+        self.expect(step, count)
+        assert self._expected is not None
+        return self._expected[1].result()
+
+    def expect(self, step: int, count: int) -> None:
+        if self._expected is None or self._expected[0] != (step, count):
+            self._expected = (step, count), self._thread.submit(self._made, step, count)
+
+    def remarks(self) -> list[str]:
+        new = self.stream.truncated[self._told : _NAMED]
+        lines = [f"{name} is truncated: what is there is decoded, and the rest of the image is grey" for name in new]
+        self._told += len(new)
+        if new and self._told == _NAMED:
+            lines.append(f"no more truncated images are named after these {_NAMED}")
+        return lines
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self.stream.close()
+
+    def _made(self, step: int, count: int) -> Any:
+        return self.devices.split(self.read(step, count), self.spread)
+
+
+def workers_of(config: ConfigDict) -> int:
+    """How many processes decode images."""
+    from cimjax.data.reading import usual_workers
+
+    return usual_workers() if config.workers < 0 else config.workers
+
+
+def batches_of(split: Split | StreamedSplit, preparation: Preparation, devices: Devices) -> Batches:
+    """The batches of a split, which lies in files, or where `config.images_on` says; the same ones wherever that is."""
     config = preparation.config
+    if isinstance(split, StreamedSplit):
+        return FromFiles(split, preparation, devices)
     if config.images_on == "host":
-        return Streamed(split, preparation, config.seed)
-    return Resident(split, preparation, config.seed, put)
+        return FromMemory(split, preparation)
+    return Resident(split, preparation, config.seed, devices.put)
 
 
 def _share(values: Array, axis_name: str | None) -> Array:

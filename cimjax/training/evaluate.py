@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from cimjax.core.programs.cpu import compiler_options
-from cimjax.data import Dataset, Split
+from cimjax.data import Dataset, Split, StreamedDataset, StreamedSplit
 from cimjax.data.dataset import Description
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.spec import CIMSpec
-from cimjax.training.batches import Preparation
+from cimjax.training.batches import Preparation, workers_of
 from cimjax.training.config.fields import completed
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
@@ -33,18 +34,24 @@ Which = Literal["last", "best"]
 
 
 class Evaluator:
-    """Evaluates states of one run on one split, which is padded to whole batches once."""
+    """Evaluates states of one run on one split, in whole batches of which the last is padded.
 
-    def __init__(self, experiment: Experiment, split: Split) -> None:
+    batches: an iterable of pixels, labels, and which of them are real; images of arrays lie on the device from the
+      start, those of files are decoded anew each time.
+    """
+
+    def __init__(self, experiment: Experiment, split: Split | StreamedSplit) -> None:
         devices, wanted = experiment.devices.count, min(experiment.config.eval_batch_size, len(split))
         size = -(-wanted // devices) * devices
         self.count, self.experiment = len(split), experiment
-        padding = -self.count % size
-        real = np.arange(self.count + padding) < self.count
-        images = np.concatenate([split.images, np.zeros((padding, *split.images.shape[1:]), np.uint8)])
-        labels = np.concatenate([split.labels, np.zeros(padding, np.int32)]).astype(np.int32)
-        parts = [slice(start, start + size) for start in range(0, len(images), size)]
-        self.batches = [tuple(jnp.asarray(values[part]) for values in (images, labels, real)) for part in parts]
+        self.batches: Iterable[tuple[Any, Any, Any]]
+        if isinstance(split, StreamedSplit):
+            self.batches = _Decoded(split, size, workers_of(experiment.config))
+        else:
+            parts = [slice(start, start + size) for start in range(0, self.count, size)]
+            self.batches = [
+                jax.tree.map(jnp.asarray, _padded(split.images[part], split.labels[part], size)) for part in parts
+            ]
         self.steps = {ideal: self._step(ideal) for ideal in (False, True)}
 
     def _step(self, ideal_adcs: bool) -> Any:
@@ -63,7 +70,12 @@ class Evaluator:
           chip: the random key of another chip than the run's.
         """
         key = jax.random.key_data(chip_key(state.seed) if chip is None else chip)
-        sums = [self.steps[ideal_adcs](state, key, *batch) for batch in self.batches]
+        sums: list[dict[str, Array]] = []
+        for batch in self.batches:
+            sums.append(self.steps[ideal_adcs](state, key, *batch))
+            # Two batches at a time: images that are decoded faster than devices compute would fill their memory.
+            if len(sums) > 1:
+                jax.block_until_ready(sums[-2])
         correct, loss = (sum(np.asarray(each[name], np.float64) for each in sums) for name in ("correct", "loss"))
         return {"loss": float(loss) / self.count, "accuracy": float(correct) / self.count}
 
@@ -82,6 +94,34 @@ class Evaluator:
         fresh, count = jax.random.fold_in(chip_key(state.seed), 2**31 - 1), self.experiment.config.fresh_chips
         found = [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
         return {"fresh_chips": float(np.mean(found)), "fresh_chips_spread": float(np.std(found))} if found else {}
+
+    def close(self) -> None:
+        """End what reads images."""
+        if isinstance(self.batches, _Decoded):
+            self.batches.stream.close()
+
+
+class _Decoded:
+    """Batches of a stream, all of one size."""
+
+    def __init__(self, split: StreamedSplit, size: int, workers: int) -> None:
+        from cimjax.data.reading import EvaluationStream
+
+        self.size, self.stream = size, EvaluationStream(split, batch_size=size, workers=workers)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        for images in self.stream:
+            yield _padded(*images, self.size)
+
+
+def _padded(pixels: Any, labels: Any, size: int) -> tuple[Any, Any, Any]:
+    """A batch of `size` images, labels, and which of them are real."""
+    count = len(labels)
+    real = np.arange(size) < count
+    if count < size:
+        pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), np.uint8)])
+        labels = np.concatenate([labels, np.zeros(size - count, np.int32)])
+    return pixels, np.asarray(labels, np.int32), real
 
 
 class Health:
@@ -108,7 +148,7 @@ def restore(
     *,
     which: Which = "last",
     model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
     images: bool = False,
 ) -> tuple[Experiment, TrainState, dict[str, Any]]:
     """The experiment of a run folder, one of its states without the optimizer's, and what was saved beside it.
@@ -126,7 +166,7 @@ def restore(
 
     checkpoints = Checkpoints(Path(run))
     known = checkpoints.beside(which).get("data")
-    about = Description.from_dict(known) if known and dataset is None and not images else dataset
+    about: Any = Description.from_dict(known) if known and dataset is None and not images else dataset
     experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
@@ -143,6 +183,7 @@ class Loaded:
     specs: by path, always.
     average: the averaged parameters as variables; None for a run without.
     preparation: `preparation.normalise` makes of uint8 pixels what goes in.
+    class_names: in the order of the labels; empty where the data set does not tell them.
     chip: the random key of the run's chip; with `variation`, `apply(..., rngs={"variation": chip})`.
     config: the run's.
     """
@@ -153,6 +194,7 @@ class Loaded:
     specs: dict[str, CIMSpec]
     average: dict[str, Any] | None
     preparation: Preparation
+    class_names: tuple[str, ...]
     chip: Array
     config: ConfigDict
 
@@ -166,7 +208,11 @@ class Loaded:
 
 
 def load(
-    run: str | Path, *, which: Which = "last", model: nn.Module | None = None, dataset: Dataset | None = None
+    run: str | Path,
+    *,
+    which: Which = "last",
+    model: nn.Module | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
 ) -> Loaded:
     """A trained run as a function: its network, its variables and its specification, and how images go in.
 
@@ -185,17 +231,22 @@ def load(
         specs=experiment.specs,
         average=average,
         preparation=experiment.preparation,
+        class_names=getattr(experiment.dataset, "class_names", ()),
         chip=chip_key(state.seed),
         config=experiment.config,
     )
 
 
 def evaluate(
-    run: str | Path, which: Which = "last", *, model: nn.Module | None = None, dataset: Dataset | None = None
+    run: str | Path,
+    which: Which = "last",
+    *,
+    model: nn.Module | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
 ) -> dict[str, Any]:
     """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}; with an average of the
     parameters also `average_accuracy`."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
-    evaluator = Evaluator(experiment, experiment.dataset.test)
-    found = evaluator.record(experiment.devices.put(state))
+    with contextlib.closing(Evaluator(experiment, experiment.dataset.test)) as evaluator:
+        found = evaluator.record(experiment.devices.put(state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}

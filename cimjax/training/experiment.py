@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.programs.cpu import compiler_options
-from cimjax.data import Dataset, load
+from cimjax.data import Dataset, StreamedDataset, load
 from cimjax.data.dataset import Description
+from cimjax.data.decoding import View
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
 from cimjax.nn.layers import ADC_STATISTICS
@@ -202,7 +203,7 @@ def build(
     config: ConfigDict,
     *,
     model: nn.Module | None = None,
-    dataset: Dataset | Description | None = None,
+    dataset: Dataset | StreamedDataset | Description | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
     to_train: bool = True,
@@ -222,8 +223,8 @@ def build(
     """
     check_config(config)
     if not isinstance(dataset, Description):
-        dataset = (dataset or load(config.dataset, config.data_dir or None)).part(**config.subset)
-        dataset = dataset.holding_out(config.validation, config.seed)
+        found = dataset or load(config.dataset, config.data_dir or None, view=view_of(config))
+        dataset = found.part(**config.subset).holding_out(config.validation, config.seed)
     spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
     devices = Devices(config.parallel)
     if to_train:
@@ -269,3 +270,8 @@ def build(
         preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
         schedule=schedule,
     )
+
+
+def view_of(config: ConfigDict) -> View:
+    """What of each image of a stream a network is given."""
+    return View(size=config.image_size, smallest_crop=config.augment.smallest_crop)

@@ -63,13 +63,20 @@ class Run:
         self.experiment, self.folder, self.tell, self.stop = experiment, run, teller, stop
         self.callbacks, self.checkpoints = callbacks, Checkpoints(run.path)
         data = experiment.dataset
-        self.batches = batches_of(data.train, experiment.preparation, experiment.devices.put)
+        self.batches = batches_of(data.train, experiment.preparation, experiment.devices)
         self.programs = Programs(experiment, self.batches)
         self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
         self.validation = Evaluator(experiment, data.validation) if data.validation else None
         self.recalibrated = jax.jit(experiment.recalibrated, compiler_options=compiler_options())
         # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
         self.best, self.seen = -1.0, {}  # type: float, dict[str, list[float]]
+
+    def close(self) -> None:
+        """End what reads images."""
+        self.batches.close()
+        self.test.close()
+        if self.validation:
+            self.validation.close()
 
     def run(self, variables: Any) -> Result:
         """All epochs that are still to do."""
@@ -155,6 +162,8 @@ class Run:
 
     def _take(self, pending: list[dict[str, jax.Array]], state: TrainState) -> None:
         """Wait for the metrics of the steps done, and stop the run where they are not finite."""
+        for line in self.batches.remarks():
+            self.tell.remark(line)
         for metrics in jax.device_get(pending):
             failed_at = int(metrics.pop("failed_at")[-1])
             if failed_at >= 0:

@@ -59,6 +59,13 @@ class Devices:
         """Copy a tree of arrays to every device."""
         return jax.device_put(tree, self._whole)
 
+    def split(self, tree: Any, spec: PartitionSpec) -> Any:
+        """Copy a tree of the host's arrays to the devices, split as a program takes it."""
+        if self.mesh is None:
+            return jax.device_put(tree, jax.devices()[0])
+        # What `pmap` takes is cut when it is called.
+        return tree if self.way == "pmap" else jax.device_put(tree, NamedSharding(self.mesh, spec))
+
     def described(self, tree: Any) -> Any:
         """Shapes, dtypes and places of a tree of arrays as `put` would copy it."""
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._whole), tree)

@@ -41,7 +41,7 @@ class Programs:
     def steps_from(self, step: int) -> int:
         """How many steps the program of a step does: all of one epoch."""
         per_epoch = self.experiment.steps_per_epoch
-        return min(self._most, per_epoch - step % per_epoch, self.experiment.total_steps - step)
+        return min(self._most, self.batches.most, per_epoch - step % per_epoch, self.experiment.total_steps - step)
 
     def compile_first(self, background: Executor, step: int) -> None:
         """Compile while the first state is made: two long tasks that need not wait for each other.
@@ -64,7 +64,10 @@ class Programs:
             self._compiled[key], self._first = self._first[1].result(), None
         if key not in self._compiled:
             self._compiled[key] = self._program(setup, count)
-        return self._compiled[key](state, self.batches.feed(step, count))
+        done = self._compiled[key](state, self.batches.feed(step, count))
+        if following := self.steps_from(step + count):
+            self.batches.expect(step + count, following)
+        return done
 
     def _program(self, setup: Setup, count: int) -> Any:
         def steps(state: TrainState, feed: Any) -> tuple[TrainState, dict[str, Array]]:

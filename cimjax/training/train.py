@@ -12,7 +12,8 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from cimjax.data import Dataset
+from cimjax.data import Dataset, StreamedDataset
+from cimjax.data.image_folder import is_folder, path_of
 from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
 from cimjax.training.evaluate import Loaded, load
@@ -32,7 +33,7 @@ def train(
     *,
     workdir: str | Path | None = None,
     model: nn.Module | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
     variables: Mapping[str, Any] | Loaded | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -72,7 +73,7 @@ def train(
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
     if teacher is not None:
         check_teacher(teacher, experiment)
-    folder = Path(workdir or Path("runs", f"{config.dataset}-{config.model.name}"))
+    folder = Path(workdir or default_workdir(config))
     if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
         raise ValueError(
             "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "
@@ -89,7 +90,15 @@ def train(
         for writer in writers:
             stack.callback(writer.close)
         teller = Teller(experiment, run, screen, writers, own=own)
-        return Run(experiment, run, teller, stop, callbacks).run(variables)
+        with contextlib.closing(Run(experiment, run, teller, stop, callbacks)) as job:
+            return job.run(variables)
+
+
+def default_workdir(config: ConfigDict) -> Path:
+    """Where a run goes when no folder is given."""
+    folder = is_folder(config.dataset)
+    data = path_of(config.dataset, config.data_dir or None).name if folder else config.dataset
+    return Path("runs", f"{data}-{config.model.name}")
 
 
 def _as_today(plain: dict[str, Any]) -> dict[str, Any]:

@@ -171,13 +171,13 @@ def described(config: str, fields: Sequence[str] = ()) -> Experiment:
     Raises:
       ValueError: in one line, for a config that cannot be built.
     """
-    from cimjax.data.catalog import images_of
     from cimjax.data.dataset import Description
+    from cimjax.data.loading import shape_and_classes
     from cimjax.training.config.file import load_config, take_overrides
-    from cimjax.training.experiment import build
+    from cimjax.training.experiment import build, view_of
 
     loaded = load_config(config, take_overrides(fields)[0])
-    shape, classes = images_of(loaded.dataset)
+    shape, classes = shape_and_classes(loaded.dataset, loaded.data_dir or None, view=view_of(loaded))
     zeros, ones = (0.0,) * shape[-1], (1.0,) * shape[-1]
     about = Description(
         name=loaded.dataset, classes=classes, image_shape=shape, mean=zeros, std=ones, images=loaded.batch_size

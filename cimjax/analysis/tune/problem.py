@@ -18,10 +18,10 @@ from cimjax.core.programs.joined import MOST_WRITTEN_OUT
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import output_size
-from cimjax.data.catalog import images_of
 from cimjax.data.dataset import Description
+from cimjax.data.loading import shape_and_classes
 from cimjax.spec import Execution, Operands, Program
-from cimjax.training.experiment import build
+from cimjax.training.experiment import build, view_of
 
 # How far results may be from those of the built-in choice, relative to the terms that they add up: as in the tests of
 # the contract.
@@ -64,7 +64,7 @@ def find_problems(config: ConfigDict, batch: int = 0) -> dict[str, Problem]:
       config: its data is not needed; with epochs of ideal ADCs each layer is there without its ADC, too.
       batch: images that a device computes at once; those of the configuration's training step if 0.
     """
-    image, classes = images_of(config.dataset)
+    image, classes = shape_and_classes(config.dataset, config.data_dir or None, view=view_of(config))
     grey = (0.5,) * image[-1]
     data = Description(
         name=config.dataset,

@@ -153,12 +153,15 @@ FROZEN = ("network", "activation", "weight", "psum")
 # By what they are about.
 SECTIONS: dict[str, tuple[Field, ...]] = {
     "data": (
-        Field("dataset", "", TEXT, "a name of `cimjax data list`"),
+        Field("dataset", "", TEXT, "a name of `cimjax data list`, or folder:PATH of class folders of images"),
         Field("data_dir", "", TEXT, "folder of data sets; empty: tensorflow-datasets' own"),
         Field("subset.classes", 0, _whole(), "only the first so many classes; 0: all"),
         Field("subset.images", 0, _whole(), "only so many training images of these; 0: all"),
-        Field("images_on", "device", _one_of("device", "host"), "where training images lie; a host sends each batch"),
+        Field("images_on", "device", _one_of("device", "host"), "where images of arrays lie; a host sends each batch"),
         Field("validation", 0.0, _PART, "part of the training images held out to choose the best state; 0: the last"),
+        Field("image_size", 224, _whole(1, 4096), "height and width of images that are read from files"),
+        Field("workers", -1, _whole(-1, 1024), "processes that decode files; 0: threads; -1: as many as cores allow"),
+        Field("augment.smallest_crop", 0.08, _number(0, 1, without=0), "of images from files: least area of a crop"),
         Field("augment.shift", 0, _whole(0, 1000), "random shifts by up to so many pixels"),
         Field("augment.flip", False, FLAG, "random mirror images"),
         Field("mixup", 0.0, _number(0, _LARGE), "alpha of the mixture of two images; 0: none"),

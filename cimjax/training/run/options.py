@@ -13,6 +13,7 @@ MAY_CHANGE = {
     "epochs": "a run may be made longer: the learning rate then follows the new length from there on",
     "data_dir": "where the same images lie",
     "images_on": "where the same images lie",
+    "workers": "how many processes read images, not which or in what order",
     "eval_batch_size": "how many images are evaluated at once, not which",
     "execution": "how layers are computed: no result depends on it",
     "steps_per_dispatch": "how many steps one program does: no result depends on it",

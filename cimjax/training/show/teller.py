@@ -68,6 +68,10 @@ class Teller:
     def adcs_on(self) -> None:
         self.display.note(advice.adcs_on(self.experiment.layers))
 
+    def remark(self, line: str) -> None:
+        """What is odd about the data."""
+        self.display.warn(line)
+
     def progress(self, step: int, seen: Mapping[str, Sequence[float]]) -> None:
         """The metrics of the steps up to `step` have been seen."""
         (before, first), now = self._looked, time.monotonic()
