@@ -698,9 +698,9 @@ TRAINING = [
     ),
     Fault(
         "a resumed run forgets what it saw of the epoch",
-        "training/loop.py",
-        'self.best, self.seen = extra["best"], extra["seen"]',
-        'self.best = extra["best"]',
+        "training/begin.py",
+        'extra["best"], extra["seen"]',
+        'extra["best"], {}',
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(

@@ -22,7 +22,7 @@ from rich.console import Console
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TIMES, count, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
-from cimjax.training.loop import Result
+from cimjax.training.result import Result
 from cimjax.training.show import bar as bar_lib
 from cimjax.training.show import display as display_lib
 from cimjax.training.show.display import Display

@@ -1,57 +1,32 @@
-"""The run: from the first state or a checkpoint to the last epoch, and what it comes to."""
+"""The run: from the first state or a checkpoint to the last epoch."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data.dataset import Description
-from cimjax.nn.parameters import stored_steps
-from cimjax.nn.transfer import choose, fits
 from cimjax.training.batches import batches_of
-from cimjax.training.evaluate import Evaluator, Health, Loaded
+from cimjax.training.begin import start
+from cimjax.training.evaluate import Evaluator, Health
 from cimjax.training.experiment import Experiment
-from cimjax.training.metrics import mean_movement, movement
+from cimjax.training.metrics import mean_movement
 from cimjax.training.programs import Programs
-from cimjax.training.run.checkpoint import BESIDE, Checkpoints
+from cimjax.training.result import Callback, Result, moved, training_record
+from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
-from cimjax.training.show.diagnosis import explain_failure
+from cimjax.training.show.diagnosis import require_finite
 from cimjax.training.show.teller import Teller
 from cimjax.training.state import TrainState
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5
-# `callback(epoch, state, records)` after every epoch, with its records by split; True ends the run there.
-Callback = Callable[[int, TrainState, dict[str, Any]], bool | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run came to.
-
-    accuracy, loss: on the test images, of the last state; the accuracy 0 to 1.
-    steps: optimizer steps of the whole run.
-    moved: how far each kind of step moved, mean `|log(s / s0)|`.
-    workdir: the run folder.
-    more: other accuracies by name, where the configuration asks for them: of the averaged parameters, of the state that
-      was best on the held-out images, on fresh chips (their mean and standard deviation).
-    """
-
-    accuracy: float
-    loss: float
-    steps: int
-    moved: dict[str, float]
-    workdir: Path
-    more: dict[str, float]
 
 
 class Run:
@@ -82,15 +57,7 @@ class Run:
         """All epochs that are still to do."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.tell.start()
-        saved = self.checkpoints.latest_step()
-        with ThreadPoolExecutor(1) as background:
-            if (saved or 0) < total:
-                self.tell.compiling("the training step")
-                self.programs.compile_first(background, saved or 0)
-            if saved is None:
-                state, step = self._begin(variables), 0
-            else:
-                state, step = self._resume()
+        state, step, self.best, self.seen = start(self.programs, self.folder, self.tell, self.checkpoints, variables)
         records: dict[str, Any] = {}
         while step < total:
             epoch = step // per_epoch
@@ -116,32 +83,6 @@ class Run:
             self._save(state, step, best=bool(self.validation) and not self.checkpoints.has("best"))
         return self._finish(state, step, records.get("test") or self.test(state))
 
-    def _begin(self, variables: Any) -> TrainState:
-        """The state before the first step, on every device: random or given weights, and steps calibrated on data."""
-        experiment, given = self.experiment, None
-        self.folder.forget_after(-1)
-        if variables is not None:
-            specs = variables.specs if isinstance(variables, Loaded) else experiment.specs
-            there = variables.variables if isinstance(variables, Loaded) else variables
-            given, facts = choose(there, experiment.abstract_state().variables, fits(specs, experiment.specs))
-            self.tell.taken(facts)
-        state, reports = experiment.first_state(given)
-        self.tell.calibrated(reports, 0)
-        return experiment.devices.put(state)
-
-    def _resume(self) -> tuple[TrainState, int]:
-        """The last saved state, on every device, and its step. Later records are forgotten."""
-        state, extra = self.checkpoints.restore(self.experiment.abstract_state(), holding=BESIDE)
-        step, marked, total = int(state.step), extra.get("metrics"), self.experiment.total_steps
-        if step > total:
-            raise ValueError(f"{self.folder.path} has done {step:,} steps, more than {total:,}; give more epochs.")
-        splits = [record.get("split") for record in self.folder.records.read()]
-        self.tell.finished = step == total and splits[-1:] == ["result"]
-        self.folder.records.check(marked) if self.tell.finished else self.folder.forget_after(step, marked)
-        self.tell.resumed(step)
-        self.best, self.seen = extra["best"], extra["seen"]
-        return self.experiment.devices.put(state), step
-
     def _epoch(self, state: TrainState, step: int, end: int) -> tuple[TrainState, int]:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here, but not after the last."""
         pending: list[dict[str, jax.Array]] = []
@@ -165,9 +106,7 @@ class Run:
         for line in self.batches.remarks():
             self.tell.remark(line)
         for metrics in jax.device_get(pending):
-            failed_at = int(metrics.pop("failed_at")[-1])
-            if failed_at >= 0:
-                raise ValueError(explain_failure(self.experiment, state, failed_at, self.batches))
+            require_finite(int(metrics.pop("failed_at")[-1]), self.experiment, state, self.batches)
             for name, values in metrics.items():
                 self.seen.setdefault(name, []).extend(float(value) for value in values)
         pending.clear()
@@ -176,9 +115,9 @@ class Run:
         """Evaluate, record and save; the records by split."""
         experiment = self.experiment
         ideal, final = epoch <= experiment.ideal_epochs, step == experiment.total_steps
-        records = {"train": self._training_record(state, step), "test": self.test.record(state, ideal_adcs=ideal)}
-        self.seen = {}
-        best = False
+        records = {"train": training_record(experiment, state, step, self.seen)}
+        records["test"] = self.test.record(state, ideal_adcs=ideal)
+        self.seen, best = {}, False
         if self.validation:
             records["validation"] = self.validation.record(state, ideal_adcs=ideal)
             best = records["validation"]["accuracy"] > self.best or not self.checkpoints.has("best")
@@ -193,19 +132,6 @@ class Run:
             self._save(state, step, best=best)
         return records
 
-    def _training_record(self, state: TrainState, step: int) -> dict[str, float]:
-        """The record of an epoch's training: means over its steps, the last learning rate, and how far steps moved."""
-        means = {name: float(np.mean(values)) for name, values in self.seen.items()}
-        # An optimizer of the caller's own has no schedule.
-        schedule = self.experiment.schedule
-        rate = {} if schedule is None else {"learning_rate": float(schedule(step - 1))}
-        return {**rate, **means, **mean_movement(self._moved(state))}
-
-    def _moved(self, state: TrainState) -> dict[str, dict[str, float]]:
-        """How far steps have moved since they were set, by kind and layer."""
-        first, now = jax.device_get((state.first_steps, stored_steps(state.params)))
-        return movement(first, now, self.experiment.specs, self.experiment.config.frozen)
-
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
         data = dataclasses.asdict(Description.of(self.experiment.dataset))
         extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.records.mark(), "data": data}
@@ -217,7 +143,7 @@ class Run:
         if self.validation:
             best, _ = self.checkpoints.restore(experiment.abstract_state(), which="best")
             more["best_accuracy"] = self.test(experiment.devices.put(best))["accuracy"]
-        more, distances = more | self.test.on_fresh_chips(state), self._moved(state)
+        more, distances = more | self.test.on_fresh_chips(state), moved(experiment, state)
         result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.path, more)
         self.tell.finish(result, distances, self.health(state))
         return result

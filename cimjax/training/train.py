@@ -18,7 +18,8 @@ from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
 from cimjax.training.evaluate import Loaded, load
 from cimjax.training.experiment import build
-from cimjax.training.loop import Callback, Result, Run
+from cimjax.training.loop import Run
+from cimjax.training.result import Callback, Result
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import stop_requests

@@ -14,6 +14,16 @@ from cimjax.training.state import Batch, TrainState
 from cimjax.training.train_step import Setup, gradients, step_rngs
 
 
+def require_finite(failed_at: int, experiment: Experiment, state: TrainState, batches: Batches) -> None:
+    """Stop a run whose loss was not finite at a step; `failed_at` is negative where all is well.
+
+    Raises:
+      ValueError: with `explain_failure`.
+    """
+    if failed_at >= 0:
+        raise ValueError(explain_failure(experiment, state, failed_at, batches))
+
+
 def explain_failure(experiment: Experiment, state: TrainState, step: int, batches: Batches) -> str:
     """One line on the step that failed.
 

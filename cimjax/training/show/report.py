@@ -13,7 +13,7 @@ from cimjax.spec.words import describe_specs
 from cimjax.training.experiment import Experiment
 
 if TYPE_CHECKING:
-    from cimjax.training.loop import Result
+    from cimjax.training.result import Result
 
 
 def describe_run(experiment: Experiment) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cimjax.training.show.display import Display
 from cimjax.training.show.report import describe_run, final_rows, step_table
 
 if TYPE_CHECKING:
-    from cimjax.training.loop import Result
+    from cimjax.training.result import Result
 
 
 class Teller:
