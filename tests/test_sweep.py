@@ -22,7 +22,7 @@ from cimjax.analysis.sweep_plan import parse_axes, plan
 from cimjax.analysis.sweep_table import show, table
 from cimjax.cli import main
 from cimjax.training.run.lock import give_back, take_lock
-from cimjax.training.run.records import epochs_done
+from cimjax.training.run.records import Records
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 PLAIN = f"{CONFIG}:smoke,weight=none"
@@ -116,7 +116,7 @@ def test_a_sweep_trains_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFi
         sweep(PLAIN, axes, tmp_path, fields=[*FIELDS, "--config.batch_size=9"])
     axes["config.optimizer.learning_rate"] = ["0.1"]
     (longer,) = sweep(PLAIN, axes, tmp_path, fields=FIELDS[1:])
-    assert epochs_done(Path(longer["workdir"]) / "metrics.jsonl") == 2
+    assert Records(Path(longer["workdir"]) / "metrics.jsonl").epochs_done() == 2
     with pytest.raises(ValueError, match=r"other options \(epochs: 2.0 -> 0.5\)"):
         sweep(PLAIN, axes, tmp_path, fields=FIELDS)
 
