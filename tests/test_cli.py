@@ -286,7 +286,7 @@ def test_commands_in_documents_can_run(file: pathlib.Path, calls: list[Any], tmp
     for line in re.findall(r"^ *python train\.py (--config .*)$", text, re.MULTILINE):
         calls.clear()
         assert main(["train", *shlex.split(line, comments=True), "--workdir", str(tmp_path)]) == 0
-        assert calls[0][0].dataset in cimjax.data.names()
+        assert calls[0][0].dataset in (*cimjax.data.names(), "folder:PATH")
     for line in re.findall(r"`cimjax (config show [^`]*)`", text):
         assert main(line.split()) == 0
 
