@@ -384,7 +384,7 @@ def test_a_device_is_tuned_and_trained_on(tmp_path: Path, user_tables: Path) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.read(file, KIND).layers.keys() == layers.keys()
-    run = ["train", *fields, "--workdir", str(tmp_path / "run"), "--config.subset.images=64"]
+    run = ["train", *fields, "--workdir", str(tmp_path / "run"), "--config.subset.images=80"]
     assert f"tuned for {KIND}, 1 of 1 array layers" in command(*run, "--config.epochs=1").stdout
     again = command(*run, "--config.epochs=2", **{tuning.SETTING: "off"})
-    assert "tuned" not in again.stdout and "resum" in again.stdout
+    assert "tuned for" not in again.stdout and "resumed after step 10" in again.stdout
