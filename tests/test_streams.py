@@ -604,7 +604,7 @@ def test_evaluation_from_files_is_that_of_arrays(folder: Path) -> None:
     for dataset in (data, resident):
         experiment = build(config, model=Tiny(), dataset=dataset)
         evaluator = Evaluator(experiment, experiment.dataset.test)
-        found.append(evaluator(experiment.first_state()))
+        found.append(evaluator(experiment.first_state()[0]))
         evaluator.close()
     # The random weights are the same: no step is set from images here.
     assert found[0] == found[1]

@@ -161,7 +161,7 @@ STUDIES: dict[str, Command] = {
     ),
     "study design": Command(
         "do one thing at a time otherwise than a config does: encodings, offsets, steps, tilings, stages",
-        "cimjax study design --config configs/digits.py:adc_bits=2 --workdir runs/design",
+        "cimjax study design --config configs/digits.py:adc_bits=2 --workdir runs/d",
         _RUNS
         | {
             "--questions": {
