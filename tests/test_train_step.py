@@ -334,3 +334,34 @@ def test_callbacks_see_every_epoch_and_may_end_the_run(tmp_path: Path) -> None:
     # The state at which it ended is saved, and a writer has every record.
     assert Checkpoints(tmp_path).latest_step() == 8
     assert writer.closed and writer.splits == ["train", "test", "train", "test", "result"]
+
+
+def epochs_on(count: int, folder: str, epochs: int) -> list[dict[str, Any]]:
+    """A run of one's own network on so many devices up to an epoch, and what it records by then."""
+    from cimjax.training.run.folder import read_records
+
+    devices = jax.devices()[:count]
+    jax.devices = lambda: devices
+    chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=3.0)
+    stop = [lambda epoch, state, records: epoch == epochs]
+    cimjax.train(chosen, workdir=folder, model=Plain(), dataset=images(), callbacks=stop, display=quiet())
+    return [record for record in read_records(folder) if "loss" in record]
+
+
+@pytest.mark.full
+def test_a_network_of_ones_own_goes_on_with_another_number_of_devices(tmp_path: Path) -> None:
+    run = MANY.replace("on_devices(int(sys.argv[2]), *sys.argv[3:])", "epochs_on(*map(json.loads, sys.argv[2:]))")
+
+    def records(count: int, folder: str, epochs: int) -> list[dict[str, Any]]:
+        words = [str(Path(__file__).parent), str(count), json.dumps(str(tmp_path / folder)), str(epochs)]
+        found = subprocess.run([sys.executable, "-c", run, *words], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout.splitlines()[-1])
+
+    whole = records(1, "whole", 3)
+    for count, epochs in ((1, 1), (4, 2), (2, 3)):
+        parts = records(count, "parts", epochs)
+    assert [(one["split"], one["step"]) for one in parts] == [(one["split"], one["step"]) for one in whole]
+    for one, other in zip(whole, parts, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["accuracy"] == pytest.approx(one["accuracy"], abs=1e-6)
