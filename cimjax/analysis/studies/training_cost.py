@@ -84,22 +84,22 @@ def _curve(runs: Sequence[Path]) -> Curve:
     return curve
 
 
-def _sentence(of: int, sooner: int, mark: str, curves: Sequence[Curve]) -> str:
+def _sentence(later: int, sooner: int, mark: str, curves: Sequence[Curve]) -> str:
     """When one case is first as accurate as another at its best."""
     names = [case.name.split()[0] for case in CASES]
-    if not (curves[of].best and curves[sooner].best):
-        return f"{mark} {names[sooner]} and {names[of]}: no run of one of them has ended."
-    accuracy = curves[of].best[-1]
-    own, other = curves[of].reaches(accuracy), curves[sooner].reaches(accuracy)
+    if not (curves[later].best and curves[sooner].best):
+        return f"{mark} {names[sooner]} and {names[later]}: no run of one of them has ended."
+    accuracy = curves[later].best[-1]
+    own, other = curves[later].reaches(accuracy), curves[sooner].reaches(accuracy)
     assert own is not None
     if other is None:
-        return f"{mark} {names[sooner]} never reaches the {percent(accuracy)} % of {names[of]}."
+        return f"{mark} {names[sooner]} never reaches the {percent(accuracy)} % of {names[later]}."
     seconds, steps = (
-        100 * (1 - getattr(curves[sooner], name)[other] / getattr(curves[of], name)[own])
+        100 * (1 - getattr(curves[sooner], name)[other] / getattr(curves[later], name)[own])
         for name in ("seconds", "steps")
     )
     return (
-        f"{mark} {names[sooner]} reaches the {percent(accuracy)} % of {names[of]} with {_less(seconds)} seconds and "
+        f"{mark} {names[sooner]} reaches the {percent(accuracy)} % of {names[later]} with {_less(seconds)} seconds and "
         f"{_less(steps)} steps."
     )
 
