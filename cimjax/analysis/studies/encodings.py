@@ -113,7 +113,8 @@ def _figure(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]], fro
         if front:
             axes.plot(*zip(*front, strict=True), color="0.85", linewidth=7, zorder=1, label="Pareto front")
         for index, (group, own) in enumerate(groups.items()):
-            where = [costs[one.case.name][cost] for one in own]
+            # Points of equal cost stand side by side.
+            where = [costs[one.case.name][cost] * 1.03 ** (index - (len(groups) - 1) / 2) for one in own]
             draw(axes, where, own, index, label=group.replace("_", " "), zorder=2)
             for x, one in zip(where, own, strict=True):
                 if one.accuracies:
