@@ -347,6 +347,9 @@ def test_parts_and_held_out_images(folder: Path, imagenet: Path) -> None:
     assert set(data.holding_out(0.1, seed=4).validation.chosen) != set(held.validation.chosen)
     records = cimjax.data.load("imagenet2012", imagenet)
     assert len(records.holding_out(0.1).validation) == 6 and len(records.part(images=7).train) == 7
+    for wrong in (1, -0.1):
+        with pytest.raises(ValueError, match="`part` is .*; give the part of the training images to hold out"):
+            data.holding_out(wrong)
     with pytest.raises(ValueError, match="tell no classes before they are read"):
         records.part(classes=10)
     with pytest.raises(ValueError, match=r"`subset\.images` is 61; give up to 60"):

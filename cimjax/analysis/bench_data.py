@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 from ml_collections import ConfigDict
 
+from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.timing import Say, machine, silent
 from cimjax.data import StreamedDataset, StreamedSplit, load
 from cimjax.data.decoding import random_crop
@@ -139,20 +140,12 @@ def _core_seconds() -> float:
 
 def show(rates: Sequence[Rate]) -> str:
     """The table as text (Markdown)."""
-    rows = [["", "images/s", "ms of a core an image", "first batch after, s"]]
+    head = ["", "images/s", "ms of a core an image", "first batch after, s"]
+    rows = []
     for rate in rates:
-        start = f"{rate.start_seconds:.1f}" if rate.workers >= 0 else ""
+        start = f"{rate.start_seconds:.1f}" if rate.workers >= 0 else "-"
         rows.append([rate.name, f"{rate.images_per_second:,.0f}", f"{rate.core_milliseconds:.2f}", start])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    lines = (
-        [
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, rows)
 
 
 def cores_for(rates: Sequence[Rate], wanted: float) -> str:

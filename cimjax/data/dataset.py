@@ -230,22 +230,52 @@ class Dataset:
         >>> Dataset.from_arrays("mine", images, labels, images, labels).holding_out(0.25).validation.labels
         array([0, 1], dtype=int32)
         """
-        if not is_number(part) or not 0 <= part < 1:
-            raise ValueError(
-                f"`part` is {shown(part)}; give the part of the training images to hold out, 0 to below 1."
-            )
+        require_part(part)
         if self.validation is not None:
             raise ValueError(f"{len(self.validation)} images are held out already; hold out all of them at once.")
         if part == 0:
             return self
-        hashes = [hashlib.sha256(f"{seed} {index}".encode()).digest() for index in range(len(self.train))]
-        held = np.zeros(len(self.train), bool)
-        for label in np.unique(self.train.labels):
-            of_label = np.flatnonzero(self.train.labels == label)
-            held[sorted(of_label, key=hashes.__getitem__)[: round(part * len(of_label))]] = True
-        if held.all() or not held.any():
-            raise ValueError(f"`part` is {part} of {len(self.train)} images, which leaves a split empty; give another.")
+        held = held_out(self.train.labels, part, seed)
         return dataclasses.replace(self, train=self.train._where(~held), validation=self.train._where(held))
+
+
+def require_part(part: float) -> None:
+    """Refuse what is no part of images to hold out.
+
+    Raises:
+      ValueError: in one line.
+    """
+    if not is_number(part) or not 0 <= part < 1:
+        raise ValueError(f"`part` is {shown(part)}; give the part of the training images to hold out, 0 to below 1.")
+
+
+def held_out(labels: npt.NDArray[np.integer], part: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which images are held out: of each class `round(part * n)` of its n, those that come first by `hashed_order`.
+
+    Args:
+      labels: (N,), of the images; all the same where classes are not known.
+
+    Returns:
+      (N,) bool.
+
+    Raises:
+      ValueError: for a part that leaves either side empty.
+    """
+    rank = np.empty(len(labels), np.int64)
+    rank[hashed_order(len(labels), str(seed))] = np.arange(len(labels))
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        of_label = np.flatnonzero(labels == label)
+        held[of_label[np.argsort(rank[of_label])][: round(part * len(of_label))]] = True
+    if held.all() or not held.any():
+        raise ValueError(f"`part` is {part} of {len(labels)} images, which leaves a split empty; give another.")
+    return held
+
+
+def hashed_order(count: int, seed: str) -> list[int]:
+    """The numbers below `count` in the order of a hash: the same under every version of Python and NumPy."""
+    hashes = [hashlib.sha256(f"{seed} {index}".encode()).digest() for index in range(count)]
+    return sorted(range(count), key=hashes.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cimjax.data.dataset import hashed_order, held_out, require_part
 from cimjax.data.decoding import UndecodableError, View, centre_crop
 from cimjax.data.folder import DataError
 from cimjax.data.stored import Encoded, Stored
@@ -149,7 +149,7 @@ class StreamedDataset:
             raise ValueError(f"`subset.images` is {images}; give up to {len(train)}, or 0 for all.")
         if images:
             chosen = np.zeros(len(train), bool)
-            chosen[_hashed_order(len(train), "subset")[:images]] = True
+            chosen[hashed_order(len(train), "subset")[:images]] = True
             train = train.where(chosen)
         return dataclasses.replace(self, **{**changed, "train": train})
 
@@ -164,29 +164,17 @@ class StreamedDataset:
         Raises:
           ValueError: a part that leaves either split empty, or images that were held out before.
         """
+        require_part(part)
         if part == 0:
             return self
         if self.validation is not None:
             raise ValueError(f"{len(self.validation)} images are held out already, as `val`; leave `validation` at 0.")
         labels = self.train.known_labels()
         groups = np.zeros(len(self.train), np.int32) if labels is None else labels
-        rank = np.empty(len(self.train), np.int64)
-        rank[_hashed_order(len(self.train), str(seed))] = np.arange(len(self.train))
-        held = np.zeros(len(self.train), bool)
-        for label in np.unique(groups):
-            of_label = np.flatnonzero(groups == label)
-            held[of_label[np.argsort(rank[of_label])][: round(part * len(of_label))]] = True
-        if held.all() or not held.any():
-            raise ValueError(f"`part` is {part} of {len(self.train)} images, which leaves a split empty; give another.")
+        held = held_out(groups, part, seed)
         return dataclasses.replace(self, train=self.train.where(~held), validation=self.train.where(held))
 
 
 def undecodable(split: StreamedSplit, index: int, reason: object) -> DataError:
     """An image of which nothing can be decoded."""
     return DataError(f"{split.name(index)} cannot be decoded ({reason}); put a whole image in its place.")
-
-
-def _hashed_order(count: int, seed: str) -> list[int]:
-    """The numbers below `count` in the order of a hash: the same under every version of Python and NumPy."""
-    hashes = [hashlib.sha256(f"{seed} {index}".encode()).digest() for index in range(count)]
-    return sorted(range(count), key=hashes.__getitem__)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from pathlib import Path
 
-from cimjax.command import A_CONFIG, Command, UsageError
+from cimjax.command import A_CONFIG, Command, UsageError, path
 
 
 def _tune(arguments: argparse.Namespace) -> None:
@@ -19,7 +18,7 @@ def _tune(arguments: argparse.Namespace) -> None:
         raise UsageError("`tune` times layers in arrays, and this configuration has none.")
     if arguments.runs < 1 or arguments.batch < 0:
         raise UsageError("`tune` takes at least one run, and a batch of at least one image.")
-    saved = Path(os.path.expanduser(arguments.save)) if arguments.save else None
+    saved = arguments.save
     if saved:
         check_writable(saved)
     # Processes that compile need some of a GPU's memory; before jax looks for one.
@@ -71,6 +70,7 @@ TUNE = Command(
         "--all": {"action": "store_true", "help": "time the definition too, which is slow"},
         "--save": {
             "metavar": "FILE",
+            "type": path,
             "help": "the table, to which layers are added; that of this device in the user's folder of caches if not "
             "given, which `auto` reads. CIMJAX_TUNING names another one, or is off",
         },
