@@ -348,7 +348,7 @@ def test_parts_and_held_out_images(folder: Path, imagenet: Path) -> None:
     records = cimjax.data.load("imagenet2012", imagenet)
     assert len(records.holding_out(0.1).validation) == 6 and len(records.part(images=7).train) == 7
     for wrong in (1, -0.1):
-        with pytest.raises(ValueError, match="`part` is .*; give the part of the training images to hold out"):
+        with pytest.raises(ValueError, match=r"`part` is .*; give the part of the training images to hold out"):
             data.holding_out(wrong)
     with pytest.raises(ValueError, match="tell no classes before they are read"):
         records.part(classes=10)

@@ -15,8 +15,7 @@ from cimjax.analysis.studies.runs import (
     Study,
     accuracy_cells,
     data_of,
-    failures,
-    save,
+    finished,
     train_cases,
 )
 from cimjax.spec import LadderStart
@@ -61,11 +60,9 @@ def study_adc_range(
     for one in outcomes:
         trains = "adc_step=learned" in one.case.options or "adc_step=power_of_two" in one.case.options
         rows.append([one.case.name, *accuracy_cells(one, len(runs.seeds)), "its steps" if trains else ""])
-    text = f"{markdown(head, rows)}{failures(outcomes)}"
+    text = markdown(head, rows)
     data = [data_of(one) for one in outcomes]
-    files = save(runs.workdir, "adc_range", text, data)
-    files += figures.save(_figure(outcomes, bits), runs.workdir, "adc_range")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    return finished(runs, "adc_range", text, data, outcomes, adc_range=_figure(outcomes, bits))
 
 
 def _figure(outcomes: Sequence[Outcome], bits: Sequence[str]) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cimjax.analysis import figures
 from cimjax.analysis.studies.bits_allocation import allocate, cheapest
 from cimjax.analysis.studies.bits_tables import Choice, Columns, data_of, figure_of, text_of
-from cimjax.analysis.studies.runs import Case, Runs, Study, described, failures, save, train_cases
+from cimjax.analysis.studies.runs import Case, Runs, Study, described, failures, finished, train_cases
 from cimjax.spec.base import shortened
 from cimjax.spec.codes import code_range
 
@@ -93,10 +93,9 @@ def study_bits(
     increases, chosen = _measured(runs, groups, options, allowed, ended)
     cases = base + [_case(choice, groups, runs) for choice in chosen]
     outcomes = train_cases(runs, cases)
-    text = text_of(groups, increases, chosen, outcomes, len(runs.seeds)) + failures(outcomes)
-    files = save(runs.workdir, "bits", text, {"budget": float(part), **data_of(groups, increases, chosen, outcomes)})
-    files += figures.save(figure_of(groups, increases, chosen), runs.workdir, "bits")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    text = text_of(groups, increases, chosen, outcomes, len(runs.seeds))
+    data = {"budget": float(part), **data_of(groups, increases, chosen, outcomes)}
+    return finished(runs, "bits", text, data, outcomes, bits=figure_of(groups, increases, chosen))
 
 
 def _groups(runs: Runs, options: Sequence[float], by: str) -> list[Columns]:

@@ -17,8 +17,7 @@ from cimjax.analysis.studies.runs import (
     accuracy_cells,
     costs_of,
     data_of,
-    failures,
-    save,
+    finished,
     train_cases,
 )
 from cimjax.spec.base import nearest, shortened
@@ -120,10 +119,8 @@ def study_design(runs: Runs, *, questions: Sequence[str] = tuple(QUESTIONS)) -> 
         "difference: to the config, in points, mean over seeds; error: its standard error over seeds (nan: one seed);\n"
         "conversions and energy (conversions x codes) per image"
     )
-    text = f"{markdown(head, rows)}\n\n{legend}{failures(outcomes)}"
-    files = save(runs.workdir, "design", text, [data_of(one, **costs[one.case.name]) for one in outcomes])
-    files += figures.save(_figure(against), runs.workdir, "design")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    text, data = f"{markdown(head, rows)}\n\n{legend}", [data_of(one, **costs[one.case.name]) for one in outcomes]
+    return finished(runs, "design", text, data, outcomes, design=_figure(against))
 
 
 def difference(one: Outcome, base: Outcome) -> tuple[float, float]:

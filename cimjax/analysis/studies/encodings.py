@@ -18,9 +18,8 @@ from cimjax.analysis.studies.runs import (
     accuracy_cells,
     costs_of,
     data_of,
-    failures,
+    finished,
     pareto,
-    save,
     train_cases,
 )
 from cimjax.spec.base import nearest
@@ -95,11 +94,9 @@ def study_encodings(
         "best for: no other is as accurate at as few conversions, or at as little energy (Pareto front);\n"
         "energy: a conversion counts as the codes of its ADC, 2^bits"
     )
-    text = f"{markdown(head, rows)}\n\n{legend}{failures(outcomes)}"
+    text = f"{markdown(head, rows)}\n\n{legend}"
     data = [data_of(one, **costs[one.case.name]) for one in outcomes]
-    files = save(runs.workdir, "encodings", text, data)
-    files += figures.save(_figure(outcomes, costs, fronts), runs.workdir, "encodings")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    return finished(runs, "encodings", text, data, outcomes, encodings=_figure(outcomes, costs, fronts))
 
 
 def _figure(outcomes: Sequence[Outcome], costs: dict[str, dict[str, float]], fronts: dict[str, list[str]]) -> Any:

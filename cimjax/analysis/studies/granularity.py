@@ -20,8 +20,7 @@ from cimjax.analysis.studies.runs import (
     accuracy_cells,
     costs_of,
     data_of,
-    failures,
-    save,
+    finished,
     train_cases,
 )
 from cimjax.spec import Granularity
@@ -70,12 +69,10 @@ def study_granularity(
     same = [
         f"{one} is {other} here: they differ in what the paper's Table I leaves out." for one, other in _SAME.items()
     ]
-    text = "\n".join([table, "", *same]) + failures(outcomes)
+    text = "\n".join([table, "", *same])
     data = [data_of(one, **costs[one.case.name]) for one in outcomes]
-    files = save(runs.workdir, "granularity", text, data)
-    files += figures.save(_accuracies(outcomes), runs.workdir, "granularity")
-    files += figures.save(_overhead(outcomes, costs), runs.workdir, "overhead")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    drawn = {"granularity": _accuracies(outcomes), "overhead": _overhead(outcomes, costs)}
+    return finished(runs, "granularity", text, data, outcomes, **drawn)
 
 
 def _counts(costs: dict[str, dict[str, float]], outcome: Outcome) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cimjax.analysis import figures
 from cimjax.analysis.studies.output import create_folder, write_text
 from cimjax.analysis.sweep_plan import PlannedRun, checked
 from cimjax.spec.base import shortened
@@ -242,6 +243,20 @@ def failures(outcomes: Sequence[Outcome]) -> str:
 def data_of(outcome: Outcome, **more: Any) -> dict[str, Any]:
     """What is kept of an outcome in a study's JSON."""
     return {"case": outcome.case.name, "accuracies": outcome.accuracies, "failed": outcome.failed, **more}
+
+
+def finished(runs: Runs, name: str, text: str, data: Any, outcomes: Sequence[Outcome], **drawn: Any) -> Study:
+    """A study of which all is known: its table with the failures below, its data and its figures are written.
+
+    Args:
+      name: of table and data.
+      **drawn: matplotlib figures by name.
+    """
+    text += failures(outcomes)
+    files = save(runs.workdir, name, text, data)
+    for figure, one in drawn.items():
+        files += figures.save(one, runs.workdir, figure)
+    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
 
 
 def save(folder: str | Path, name: str, table: str, data: Any) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cimjax.analysis import figures
 from cimjax.analysis.studies.output import markdown
-from cimjax.analysis.studies.runs import Case, Runs, Study, data_of, failures, percent, save, train_cases
+from cimjax.analysis.studies.runs import Case, Runs, Study, data_of, finished, percent, train_cases
 from cimjax.training.run.folder import read_records
 
 # The four cases of Fig. 9, weight/psum.
@@ -61,11 +61,9 @@ def study_training_cost(
         cost = [f"{curve.seconds[-1]:.1f}", f"{curve.steps[-1]:,}"] if curve.best else ["-", "-"]
         rows.append([one.case.name, percent(one.mean), percent(max(curve.best, default=float("nan"))), *cost])
     text = markdown(["weight/psum", "accuracy %", "best %", "seconds", "steps"], rows)
-    text += "\n\n" + "\n".join(_sentence(*pair, curves) for pair in CROSSINGS) + failures(outcomes)
+    text += "\n\n" + "\n".join(_sentence(*pair, curves) for pair in CROSSINGS)
     data = [data_of(one, **curve._asdict()) for one, curve in zip(outcomes, curves, strict=True)]
-    files = save(runs.workdir, "training_cost", text, data)
-    files += figures.save(_figure(curves), runs.workdir, "training_cost")
-    return Study(text, files, sum(len(outcome.failed) for outcome in outcomes))
+    return finished(runs, "training_cost", text, data, outcomes, training_cost=_figure(curves))
 
 
 def _curve(runs: Sequence[Path]) -> Curve:
