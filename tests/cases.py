@@ -118,6 +118,12 @@ ADCS: dict[str, dict[str, Any]] = {
     "by-plane-offset": {"plane_bits": (3, 1), "offset": True},
     "2-margin-2-offset": {"bits": 2, "gradient_margin": 2, "offset": True},
     "1-signed-offset": {"bits": 1, "range": "signed", "offset": True},
+    "1-bumps": {"bits": 1, "gradient_bumps": 0.5},
+    "2-bumps-offset": {"bits": 2, "gradient_bumps": 0.3, "offset": True},
+    "3-gain": {"digital_gain": True},
+    "2-gain-offset": {"bits": 2, "digital_gain": True, "offset": True},
+    "3-gain-fixed-layer": {"granularity": "layer", "step": "fixed", "full_scale": 7.0, "digital_gain": True},
+    "3-gain-array": {"granularity": "array", "digital_gain": True, "offset": True},
 }
 GRANULARITIES = ("layer", "array", "column")
 
@@ -212,7 +218,8 @@ def kinds(case: Case) -> dict[str, Any]:
         "ties": case.ties,
         "tiling": (s.array.tiling, s.array.active_rows is not None),
         "psum": adc and adc.granularity,
-        "adc": adc and (width(adc.bits), adc.offset, adc.range, adc.gradient_margin > 0, adc.step),
+        "adc": adc and (width(adc.bits), adc.offset, adc.range, adc.step),
+        "gradient": adc and (adc.gradient_margin > 0, adc.gradient_bumps > 0, adc.digital_gain),
     }
 
 
@@ -298,7 +305,8 @@ def draw(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, StepSizes]:
         # Partial sums are integers.
         psum, reference = power_of_two(psum), None if reference is None else power_of_two(reference)
         offset, reference_offset = (None if z is None else np.rint(z) for z in (offset, reference_offset))
-    return x, kernel, steps._replace(psum=psum, offset=offset, reference=reference, reference_offset=reference_offset)
+    steps = steps._replace(psum=psum, offset=offset, reference=reference, reference_offset=reference_offset)
+    return x, kernel, steps._replace(gain=near(shapes.gain, 1.0))
 
 
 def power_of_two(step: np.ndarray) -> np.ndarray:

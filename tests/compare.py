@@ -88,7 +88,12 @@ def terms(forward: oracle.Forward, cotangent: np.ndarray) -> StepSizes:
         psum, offset = (np.sum(to_read * part, axis=(0, 1, 2, 3)) for part in (codes, 2 * np.ones_like(codes)))
     if steps.reference is not None:
         to_reference = np.sum(reference * (np.abs(forward.reference_codes) * 2 + 1), axis=(0, 1, 2, 3))
-    return StepSizes(2 * activation, 2 * of_weight, psum, offset, to_reference, to_reference)
+    gain = None
+    if steps.gain is not None:
+        activation, of_weight = (np.max(steps.gain) * part for part in (activation, of_weight))
+        psum, offset = (np.max(steps.gain) * part for part in (psum, offset))
+        gain = 2 * of_weight * weight_step
+    return StepSizes(2 * activation, 2 * of_weight, psum, offset, to_reference, to_reference, gain)
 
 
 def assert_near(got: Any, want: np.ndarray, what: str, scale: Any = None) -> None:

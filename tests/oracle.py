@@ -37,6 +37,7 @@ class StepSizes:
     offset: np.ndarray | None = None
     reference: np.ndarray | None = None
     reference_offset: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
 
 class Codes(NamedTuple):
@@ -132,6 +133,7 @@ class Grads:
     offset: np.ndarray | None = None
     reference: np.ndarray | None = None
     reference_offset: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
 
 # 3.0 Code ranges.
@@ -192,12 +194,21 @@ def round_up(x: np.ndarray, step: np.ndarray, zero: np.ndarray, codes: Codes) ->
 
 
 def quantizer_gradient(
-    to_code: np.ndarray, u: np.ndarray, step: np.ndarray, codes: Codes, margin: float = 0.0
+    to_code: np.ndarray, u: np.ndarray, step: np.ndarray, codes: Codes, margin: float = 0.0, bumps: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """From dL/dcode: dL/dx (dL/dzero is its negative) and dL/dstep, both elementwise; the ends count as inside.
 
-    An ADC passes gradients for `margin` steps beyond its outer codes; signs do not.
+    An ADC passes gradients for `margin` steps beyond its outer codes; signs do not. Or it passes them in `bumps` of a
+    normal density of that deviation around the nearest of its thresholds, as high as its stair is there.
     """
+    if bumps:
+        u = u.astype(np.float64)
+        stairs = [(0.0, 2.0)] if codes.sign else [(code + 0.5, 1.0) for code in range(codes.low, codes.high)]
+        nearest = np.argmin([np.abs(u - threshold) for threshold, _ in stairs], axis=0)
+        thresholds, heights = np.transpose(stairs)
+        density = np.exp(-((u - thresholds[nearest]) ** 2) / (2 * bumps**2)) / np.sqrt(2 * np.pi * bumps**2)
+        to_x = to_code * heights[nearest] * density / np.float64(step)
+        return to_x, np.zeros_like(to_x) if codes.sign else -to_x * u
     reach = 0.0 if codes.sign else margin
     inside = (codes.low - reach <= u) & (u <= codes.high + reach)
     to_x = np.where(inside, to_code, 0.0) / np.float64(step)
@@ -342,6 +353,7 @@ def step_shapes(geo: Geometry) -> dict[str, tuple[int, ...] | None]:
         "offset": psum[adc.granularity] if adc is not None and adc.offset else None,
         "reference": (geo.R,) if has_reference else None,
         "reference_offset": (geo.R,) if has_reference and adc.offset else None,
+        "gain": psum[adc.granularity] if adc is not None and adc.digital_gain else None,
     }
 
 
@@ -508,11 +520,16 @@ def add_columns(read: np.ndarray, references: np.ndarray | None, steps: StepSize
         a, g = geo.array_of_group[r], geo.slices[t].significance
         for k in range(geo.K):
             factor = g * geo.planes[k].significance * np.float64(steps.weight[weight_place(geo, a, k, o)])
-            total[..., o] += factor * read[t, ..., r, k, o]
+            total[..., o] += factor * gain_of(steps, geo, r, k, o) * read[t, ..., r, k, o]
         if references is not None:
             factor = g * constant(geo.spec.weight) * np.float64(steps.weight[weight_place(geo, a, geo.K - 1, o)])
             total[..., o] += factor * references[t, ..., r]
     return total
+
+
+def gain_of(steps: StepSizes, geo: Geometry, r: int, k: int, o: int) -> float:
+    """What is multiplied to what a column's ADC gives."""
+    return 1.0 if steps.gain is None else np.float64(steps.gain[psum_place(geo, geo.spec.adc, r, k, o)])
 
 
 def forward(
@@ -585,8 +602,12 @@ def add_backward(f: Forward, to_total: np.ndarray, grads: Grads) -> tuple[np.nda
         a, g = geo.array_of_group[r], geo.slices[t].significance
         for k in range(geo.K):
             place, to_product = weight_place(geo, a, k, o), g * geo.planes[k].significance * to_total[..., o]
-            to_read[t, ..., r, k, o] = to_product * np.float64(steps.weight[place])
-            grads.weight[place] += np.sum(to_product * f.psums_read[t, ..., r, k, o])
+            gain = gain_of(steps, geo, r, k, o)
+            to_read[t, ..., r, k, o] = to_product * np.float64(steps.weight[place]) * gain
+            grads.weight[place] += np.sum(to_product * gain * f.psums_read[t, ..., r, k, o])
+            if grads.gain is not None:
+                to_gain = to_product * np.float64(steps.weight[place]) * f.psums_read[t, ..., r, k, o]
+                grads.gain[psum_place(geo, geo.spec.adc, r, k, o)] += np.sum(to_gain)
         if to_references is not None:
             place, to_product = weight_place(geo, a, geo.K - 1, o), g * constant(geo.spec.weight) * to_total[..., o]
             to_references[t, ..., r] += to_product * np.float64(steps.weight[place])
@@ -600,13 +621,15 @@ def convert_backward(
     u: np.ndarray,
     steps: np.ndarray,
     conversions: list[Conversion],
-    margin: float,
+    adc: ADCSpec,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Through 3.6: from dL/dP^ to dL/dP, dL/ds_p and dL/dz (for a z as shared as the step)."""
     to_sums, to_steps, to_zeros = np.zeros(to_read.shape), np.zeros(steps.shape), np.zeros(steps.shape)
     for at, place, code_range in conversions:
         to_code = to_read[at] * np.float64(steps[place])
-        to_sums[at], to_step = quantizer_gradient(to_code, u[at], steps[place], code_range, margin)
+        to_sums[at], to_step = quantizer_gradient(
+            to_code, u[at], steps[place], code_range, adc.gradient_margin, adc.gradient_bumps
+        )
         to_steps[place] += np.sum(to_read[at] * codes[at] + to_step)
         to_zeros[place] += np.sum(to_read[at] - to_sums[at])
     return to_sums, to_steps, to_zeros
@@ -681,18 +704,18 @@ def backward(forward_result: Forward, cotangent: np.ndarray) -> Grads:
         kernel=np.zeros(f.digits.shape[1:]),
         activation=np.sum(cotangent * f.y / s_a),
         weight=np.zeros(steps.weight.shape),
+        gain=None if steps.gain is None else np.zeros(steps.gain.shape),
     )
     to_psums, to_sums = add_backward(f, cotangent * s_a, grads)
     if geo.spec.adc is not None:
-        margin = geo.spec.adc.gradient_margin
         to_psums, grads.psum, to_zeros = convert_backward(
-            to_psums, f.adc_codes, f.adc_u, steps.psum, column_conversions(geo, geo.spec.adc), margin
+            to_psums, f.adc_codes, f.adc_u, steps.psum, column_conversions(geo, geo.spec.adc), geo.spec.adc
         )
         grads.offset = None if steps.offset is None else to_zeros
         if steps.reference is not None:
             conversions = reference_conversions(geo, geo.spec.adc)
             to_sums, grads.reference, to_zeros = convert_backward(
-                to_sums, f.reference_codes, f.reference_u, steps.reference, conversions, margin
+                to_sums, f.reference_codes, f.reference_u, steps.reference, conversions, geo.spec.adc
             )
             grads.reference_offset = None if steps.reference_offset is None else to_zeros
     to_slices, to_digits = product_backward(f, to_psums, to_sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import chex
@@ -153,6 +154,32 @@ def test_a_margin_reaches_beyond_codes_but_not_of_a_sign(codes: CodeRange) -> No
     beyond = (codes.q_max + 0.4, codes.q_max + 0.6, codes.q_min - 0.4, codes.q_min - 0.6)
     slopes = [float(jax.grad(code)(0.5 * u)) for u in beyond]
     assert slopes == ([0, 0, 0, 0] if codes.binary else [2, 0, 2, 0])
+
+
+@settings
+@hypothesis.given(reals(20), steps, reals(5), ranges, st.floats(0.05, 2.0))
+def test_bumps_pass_gradients_around_thresholds(
+    x: float, step: float, offset: float, codes: CodeRange, bumps: float
+) -> None:
+    def value(x: jax.Array, step: jax.Array, offset: jax.Array) -> jax.Array:
+        return lsq.fake_quantize(x, step, codes, offset, half_up=True, bumps=bumps)
+
+    to_x, to_step, to_offset = jax.grad(value, argnums=(0, 1, 2))(x, step, offset)
+    u = float((np.float32(x) - np.float32(offset)) * (np.float32(1) / np.float32(step)))
+    code = float(lsq.quantize(x, step, codes, offset, half_up=True))
+    stairs = [(0.0, 2)] if codes.binary else [(low + 0.5, 1) for low in range(int(codes.q_min), int(codes.q_max))]
+    threshold, height = min(stairs, key=lambda stair: abs(u - stair[0]))
+    passed = height * statistics.NormalDist(threshold, bumps).pdf(u)
+    expected = (passed, code - (0 if codes.binary else u * passed), 1 - passed)
+    np.testing.assert_allclose((to_x, to_step, to_offset), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bumps", [0.05, 0.3, 1.0])
+def test_bumps_pass_as_much_as_the_stair_is_high(bumps: float) -> None:
+    """Of one threshold: the gradient's integral is the stair."""
+    x = jnp.linspace(-12.0, 12.0, 24_001)
+    slopes = jax.vmap(jax.grad(lambda x: lsq.quantize(x, 2.0, CodeRange(0, 1, 2), half_up=True, bumps=bumps)))(x)
+    np.testing.assert_allclose(np.sum(slopes) * 1e-3, 1.0, rtol=1e-4)
 
 
 @settings

@@ -49,8 +49,7 @@ def adc_codes(
     """
     assert spec.adc is not None
     step, offset = _of_columns(steps, tiling)
-    margin = spec.adc.gradient_margin
-    return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=True, margin=margin)
+    return lsq.quantize(psums, step, psum_ranges(spec), offset, half_up=True, **_gradient(spec))
 
 
 def convert_reference(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSpec) -> Float[Array, "T M R"]:
@@ -62,8 +61,13 @@ def convert_reference(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSp
     """
     if spec.adc is None or spec.weight.reference != Reference.ADC:
         return sums
-    code_range, margin = reference_ranges(spec), spec.adc.gradient_margin
-    return lsq.fake_quantize(sums, steps.reference, code_range, steps.reference_offset, half_up=True, margin=margin)
+    code_range, offset = reference_ranges(spec), steps.reference_offset
+    return lsq.fake_quantize(sums, steps.reference, code_range, offset, half_up=True, **_gradient(spec))
+
+
+def _gradient(spec: CIMSpec) -> dict[str, float]:
+    """Where an ADC passes gradients, as `lsq.quantize` takes it."""
+    return {} if spec.adc is None else {"margin": spec.adc.gradient_margin, "bumps": spec.adc.gradient_bumps}
 
 
 def psum_ranges(spec: CIMSpec) -> CodeRange:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ def quantize(
     *,
     half_up: bool = False,
     margin: float = 0.0,
+    bumps: float = 0.0,
 ) -> Array:
     """Codes of `x`: `clip(round(u), q_min, q_max)` with `u = (x - offset) * (1 / step)` in float32.
 
@@ -61,6 +63,10 @@ def quantize(
     `q_min - margin <= u <= q_max + margin`, `d code/dx = 1/step`, `d/dstep = -u/step`, `d/doffset = -1/step`; outside
     all are 0. For `{-1, +1}`: `1/step` and `-1/step` where `|u| <= 1`, and no gradient to the step. With `dequantize`
     this is LSQ (Esser et al. 2020, eq. 3).
+
+    With `bumps`, gradients pass everywhere, each multiplied by `h N(u - t)` instead of by 1 or 0: `t` is the threshold
+    between codes that is nearest to `u`, `N` the density of a normal distribution of that deviation, and `h` the height
+    of the stair at `t`, 1, or 2 of `{-1, +1}`. (hpic-lab/BNN_IGA, "impulse gradient approximation".)
 
     Deviation: activations and weights round ties to even, as the paper's `round` does in its code; an ADC rounds them
     up (`half_up`), so that its thresholds are a uniform ladder.
@@ -74,6 +80,7 @@ def quantize(
       half_up: round ties up (an ADC's uniform ladder) instead of to even.
       margin: how far beyond its codes a quantizer passes gradients, in steps; 0 is LSQ's, 1/2 reaches as far as values
         are rounded to the outer codes by no more than half a step.
+      bumps: standard deviation of the bumps, in steps; 0 is LSQ's window.
 
     Returns:
       Codes, float32, the shape of `x`; NaN where `x` or the offset is.
@@ -81,7 +88,7 @@ def quantize(
     >>> print(quantize(jnp.array([-1.0, 0.6, 9.0]), 0.5, CodeRange(0, 7, 8)))
     [0. 1. 7.]
     """
-    bounds = Bounds.of(code_range, margin)
+    bounds = Bounds.of(code_range, margin, bumps)
     x, step = jnp.asarray(x, jnp.float32), jnp.asarray(step, jnp.float32)
     offset = None if offset is None else jnp.asarray(offset, jnp.float32)
     return _quantize(half_up, x, step, offset, bounds)
@@ -93,6 +100,7 @@ class Bounds(NamedTuple):
     q_min, q_max: the lowest and the highest code, float32.
     sign: bool, where the code is a sign; None where there is no such part, so that others pay nothing for it.
     low, high: the `u` between which gradients pass, ends included, float32.
+    bumps: standard deviation in steps of bumps at thresholds in which gradients pass instead; None where none are.
     """
 
     q_min: Any
@@ -100,14 +108,16 @@ class Bounds(NamedTuple):
     sign: Any
     low: Any
     high: Any
+    bumps: Any = None
 
     @classmethod
-    def of(cls, code_range: CodeRange, margin: float) -> Bounds:
+    def of(cls, code_range: CodeRange, margin: float, bumps: float = 0.0) -> Bounds:
         """The bounds of a code range, passing gradients `margin` beyond its codes; a sign only up to them."""
         q_min, q_max, size = (np.asarray(entry, np.float32) for entry in code_range)
         sign = CodeRange(q_min, q_max, size).binary
         reach = np.where(sign, np.float32(0), np.float32(margin))
-        return cls(q_min, q_max, sign if sign.any() else None, q_min - reach, q_max + reach)
+        deviation = np.float32(bumps) if bumps else None
+        return cls(q_min, q_max, sign if sign.any() else None, q_min - reach, q_max + reach, deviation)
 
 
 def in_steps(x: Array, of_step: Array, offset: Array | None) -> Array:
@@ -137,19 +147,24 @@ def _from_offset(x: Array, offset: Array | None) -> Array:
     return x if offset is None else x - offset
 
 
-def passes(u: Array, bounds: Bounds) -> tuple[Array, Array]:
-    """LSQ's one gradient, from which all others follow: where a quantizer passes gradients, and the `u` that counts.
+def passed(gradient: Array, u: Array, bounds: Bounds) -> Array:
+    """What of a gradient passes a quantizer: all that follows from it is LSQ's (Esser et al. 2020, eq. 3).
 
-    With `g` the gradient to `P^ = step code + offset` and `inside, rest` the result (Esser et al. 2020, eq. 3): `inside
-    g` goes to `x`, `(code - rest) g` to the step, and what does not go to `x` to the offset.
+    With `g` the gradient to `P^ = step code + offset` and `g'` what passes of it: `g'` goes to `x`, `code g - u g'` to
+    the step (`code g` where the code is a sign), and `g - g'` to the offset.
 
-    Returns:
-      bool, and float32: `u` inside, 0 outside and where the code is a sign.
+    Args:
+      gradient: broadcastable to `u`.
+      u: as `in_steps` gives it.
     """
-    inside = jnp.logical_and(bounds.low <= u, u <= bounds.high)
-    # The operand is selected too: a huge `u` outside must not meet a zero gradient as inf * 0.
-    counts = inside if bounds.sign is None else jnp.logical_and(inside, jnp.logical_not(bounds.sign))
-    return inside, jnp.where(counts, u, 0.0)
+    if bounds.bumps is None:
+        return jnp.where(jnp.logical_and(bounds.low <= u, u <= bounds.high), gradient, 0.0)
+    threshold = jnp.clip(jnp.floor(u) + 0.5, bounds.q_min + 0.5, bounds.q_max - 0.5)
+    if bounds.sign is not None:
+        threshold = jnp.where(bounds.sign, 0.0, threshold)
+        gradient = jnp.where(bounds.sign, 2.0, 1.0) * gradient
+    density = jnp.exp(-0.5 * jnp.square((u - threshold) / bounds.bumps)) / (bounds.bumps * math.sqrt(2 * math.pi))
+    return jnp.where(jnp.isfinite(u), gradient * density, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,8 +179,11 @@ def _quantize_forward(half_up: bool, *operands: Any) -> tuple[Array, tuple[Any, 
 def _quantize_backward(half_up: bool, residuals: tuple[Any, ...], gradient: Array) -> tuple[Any, ...]:
     x, step, offset, bounds = residuals
     of_step = reciprocal(step)
-    inside, rest = passes(in_steps(x, of_step, offset), bounds)
-    to_x = jnp.where(inside, gradient, 0.0) * of_step
+    u = in_steps(x, of_step, offset)
+    to_x = passed(gradient, u, bounds) * of_step
+    # The operand is selected too: a huge `u` must not meet a zero gradient as inf * 0.
+    counts = to_x != 0 if bounds.sign is None else jnp.logical_and(to_x != 0, jnp.logical_not(bounds.sign))
+    rest = jnp.where(counts, u, 0.0)
     to_offset = None if offset is None else sum_to_shape(-to_x, offset.shape)
     return sum_to_shape(to_x, x.shape), sum_to_shape(-rest * to_x, step.shape), to_offset, None
 
@@ -198,13 +216,15 @@ def fake_quantize(
     *,
     half_up: bool = False,
     margin: float = 0.0,
+    bumps: float = 0.0,
 ) -> Array:
     """`dequantize(quantize(x))`: `x` rounded to the nearest representable value.
 
     Gradients follow: inside `d/dx = 1`, `d/dstep = code - u`, `d/doffset = 0`; outside `0`, `code`, `1` (Esser et al.
     2020, eq. 3, with an offset). Arguments as for `quantize`.
     """
-    return dequantize(quantize(x, step, code_range, offset, half_up=half_up, margin=margin), step, offset)
+    codes = quantize(x, step, code_range, offset, half_up=half_up, margin=margin, bumps=bumps)
+    return dequantize(codes, step, offset)
 
 
 def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: ActivationSpec) -> Codes:

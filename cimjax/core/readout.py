@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cimjax.core.array_mac import PartialSums
 from cimjax.core.numerics import spread
-from cimjax.core.step_sizes import StepSizes, expand_weight
+from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
 
@@ -19,7 +19,7 @@ def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec
 
     Args:
       read: digitised partial sums `P^`, (T, M, R, K, O), and the reference's, (T, M, R).
-      steps: `weight` is used, > 0.
+      steps: `weight` and `gain` are used, > 0.
 
     Returns:
       (M, O) float32, not yet multiplied by the activation's step.
@@ -48,9 +48,10 @@ def add_reference(read: Float[Array, "T M R"], steps: StepSizes, tiling: Tiling,
 
 
 def output_scale(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
-    """What a digitised partial sum counts, but for its slice: `f_k s_w`, broadcastable to (R, K, O)."""
+    """What a digitised partial sum counts, but for its slice: `f_k s_w`, and its gain; broadcastable to (R, K, O)."""
     planes = np.asarray([plane.significance for plane in spec.weight.planes], np.float32)
-    return expand_weight(steps.weight, tiling) * planes[:, None]
+    scale = expand_weight(steps.weight, tiling) * planes[:, None]
+    return scale if steps.gain is None else scale * expand_outputs(steps.gain, tiling)
 
 
 def slice_significances(spec: CIMSpec) -> np.ndarray:

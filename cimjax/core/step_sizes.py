@@ -30,6 +30,7 @@ class StepSizes(NamedTuple):
     psum: `layer` (1, 1, 1), `array` (R, 1, Ct), `column` (R, K, O).
     offset: the psum of ADC code 0, the shape of `psum`; stored as the middle of the ladder (`real_steps`).
     reference, reference_offset: (R,), of the ADC behind the dummy column of `reference="adc"`.
+    gain: what is multiplied to what each ADC gives, the shape of `psum`; with `ADCSpec.digital_gain`.
     """
 
     activation: Any = None
@@ -38,6 +39,7 @@ class StepSizes(NamedTuple):
     offset: Any = None
     reference: Any = None
     reference_offset: Any = None
+    gain: Any = None
 
 
 def shapes(tiling: Tiling, spec: CIMSpec) -> StepSizes:
@@ -65,6 +67,7 @@ def shapes(tiling: Tiling, spec: CIMSpec) -> StepSizes:
         offset=psum if spec.adc.offset else None,
         reference=reference,
         reference_offset=reference if spec.adc.offset else None,
+        gain=psum if spec.adc.digital_gain else None,
     )
 
 
@@ -159,6 +162,7 @@ def gradient_factors(tiling: Tiling, spec: CIMSpec, input_size: int, output_size
         offset=psum if spec.adc.offset else None,
         reference=reference,
         reference_offset=reference if spec.adc.offset else None,
+        gain=psum if spec.adc.digital_gain else None,
     )
 
 
@@ -223,10 +227,10 @@ def offset_units(tiling: Tiling, spec: CIMSpec) -> StepSizes:
 def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CIMSpec) -> StepSizes:
     """Real steps and offsets of stored parameters, with their gradient factors and kinds applied.
 
-    Stored are logarithms of steps, `s = exp(clip(log_step, -25, 25))`, and for an offset the middle of its ladder in
-    fixed units, `z = zeta unit - s (q_min + q_max) / 2`, so that a step that moves widens the ladder around its middle.
-    `fixed` steps are computed from `full_scale` and need no stored value; neither they nor `calibrated` ones receive a
-    gradient.
+    Stored are logarithms of steps and gains, `s = exp(clip(log_step, -25, 25))`, and for an offset the middle of its
+    ladder in fixed units, `z = zeta unit - s (q_min + q_max) / 2`, so that a step that moves widens the ladder around
+    its middle. `fixed` steps are computed from `full_scale` and need no stored value; neither they nor `calibrated`
+    ones receive a gradient.
 
     Args:
       stored: logarithms of steps, and middles of ladders in units.
@@ -248,6 +252,8 @@ def real_steps(stored: StepSizes, factors: StepSizes, units: StepSizes, spec: CI
         stored_pair, middle = (stored.reference, stored.reference_offset), middle_of_reference(spec)
         psum, offset = _adc_steps(*stored_pair, factors.reference, units.reference_offset, middle, spec)
         steps = steps._replace(reference=psum, reference_offset=offset)
+    if spec.adc.digital_gain:
+        steps = steps._replace(gain=lsq.step_from_log(lsq.scale_gradient(stored.gain, factors.gain)))
     return steps
 
 

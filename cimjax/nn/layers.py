@@ -37,6 +37,7 @@ PARAMETERS = StepSizes(
     offset="psum_offset",
     reference="reference_log_step",
     reference_offset="reference_offset",
+    gain="psum_log_gain",
 )
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
@@ -206,8 +207,8 @@ class CIMConv(ArrayLayer):
     `kernel` (kh, kw, C, features) and `bias` (features,) are `Conv`'s, so that pretrained weights drop in. Steps are
     stored as logarithms, offsets in fixed units (`core.step_sizes.real_steps`): `activation_log_step` () unless the
     input is `Codes`, `weight_log_step`, and with an ADC `psum_log_step`, `psum_offset`, `reference_log_step`,
-    `reference_offset` as the specification has them (shapes: `core.step_sizes.StepSizes`). `init` sets them from its
-    input.
+    `reference_offset`, `psum_log_gain` as the specification has them (shapes: `core.step_sizes.StepSizes`). `init` sets
+    them from its input.
 
     features, kernel_size, strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, kernel_init,
       bias_init: as for `flax.linen.Conv`. `padding` is 'SAME', 'VALID', an integer or pairs.

@@ -18,6 +18,7 @@ STEP_KINDS = {
     PARAMETERS.reference: "psum",
     PARAMETERS.offset: "offset",
     PARAMETERS.reference_offset: "offset",
+    PARAMETERS.gain: "gain",
 }
 
 # "params/conv1/psum_log_step", or the path of a leaf in a tree of parameters or of what an optimizer keeps of them.
@@ -38,9 +39,10 @@ def kind_of(path: tuple[Any, ...]) -> str:
 
 
 def trained_as(path: Path) -> str:
-    """What a parameter is trained or frozen with: "network", or the kind of its step; offsets go with psums."""
+    """What a parameter is trained or frozen with: "network", or the kind of its step; offsets and gains go with
+    psums."""
     kind = kind_of_step(path) or "network"
-    return "psum" if kind == "offset" else kind
+    return "psum" if kind in ("offset", "gain") else kind
 
 
 def stored_steps(params: Any) -> dict[str, Array]:

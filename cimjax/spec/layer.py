@@ -19,6 +19,8 @@ from cimjax.spec.codes import CodeRange, Plane
 _GRADIENT_FACTORS = (1e-6, 1_000_000)
 # In units of one psum, of which float32 counts 2^24; far beyond, the step or its reciprocal leaves float32.
 _FULL_SCALES = (1e-6, 1_000_000_000)
+# In steps; narrower ones are too high where they are not 0.
+_NARROWEST_BUMP = 0.01
 # At 2 one cell in a thousand holds more than 480 times its value: beyond any device, and still far from the end of
 # float32, also where calibration squares it.
 _LARGEST_SIGMA = 2
@@ -343,6 +345,12 @@ class ADCSpec(Spec):
     # How far beyond the outer codes a partial sum still passes its gradient, in steps; 0 is LSQ's rule. At 1/2 all that
     # are rounded by no more than half a step do.
     gradient_margin: float = 0.0
+    # Standard deviation, in steps, of Gaussian bumps at the ladder's thresholds through which gradients pass, instead
+    # of LSQ's window over its codes; 0 is the window.
+    gradient_bumps: float = 0.0
+    # Whether what a code counts is learned apart from the step that converts: a digital factor behind each ADC, shared
+    # as steps are. It is multiplied into a factor that is there anyway; a dummy column has none.
+    digital_gain: bool = False
 
     def __post_init__(self) -> None:
         self._bits("bits", 1, 16, half=True)
@@ -353,6 +361,9 @@ class ADCSpec(Spec):
         self._enum("range", ADCRange)
         self._number("gradient_factor", *_GRADIENT_FACTORS)
         self._number("gradient_margin", 0, 1_000_000)
+        self._number("gradient_bumps", 0, 100)
+        self._flag("digital_gain")
+        self._check_bumps_and_gain()
         _check_full_scale(self, "psums that the ADC covers")
         if self.plane_bits is not None:
             self._several_bits("plane_bits", 1, 16)
@@ -361,6 +372,24 @@ class ADCSpec(Spec):
                     f"`plane_bits` is {self.plane_bits} with `granularity` {self.granularity!s} and `step` "
                     f"{self.step!s}; ADCs of different bits need 'column', and a step that is not 'fixed'."
                 )
+
+    def _check_bumps_and_gain(self) -> None:
+        """Refuse bumps too narrow to meet a partial sum or beside a margin, and a gain that undoes its step."""
+        if 0 < self.gradient_bumps < _NARROWEST_BUMP:
+            raise ValueError(
+                f"`gradient_bumps` is {shown(self.gradient_bumps)}, too narrow to pass anything; give 0, or "
+                f"{_NARROWEST_BUMP} to 100."
+            )
+        if self.gradient_bumps and self.gradient_margin:
+            raise ValueError(
+                f"`gradient_bumps` is {shown(self.gradient_bumps)} with `gradient_margin` "
+                f"{shown(self.gradient_margin)}, which widens the window that bumps replace; leave one of them at 0."
+            )
+        if self.digital_gain and self.step == StepKind.POWER_OF_TWO:
+            raise ValueError(
+                "`digital_gain` is True with `step` 'power_of_two', whose codes are shifted, not multiplied; give "
+                "'learned', or no gain."
+            )
 
     @property
     def trainable(self) -> bool:

@@ -125,6 +125,7 @@ def draw(problem: Problem) -> tuple[Any, ...]:
         offset=psum / 2,
         reference=2 * psum / digit,
         reference_offset=psum / digit,
+        gain=1.0,
     )
     steps = StepSizes(
         *(

@@ -118,7 +118,8 @@ class SliceADC(NamedTuple):
         entries = [np.repeat(entry[:, :, 0, :, 0], features, axis=-1) for entry in adc.psum_ranges(spec)]
         same = all(np.all(entry == entry.flat[0]) for entry in entries)
         code_range = CodeRange(*(entry.flat[0] if same else entry for entry in entries))
-        return cls(lsq.Bounds.of(code_range, spec.adc.gradient_margin), significances[:, None, None], features)
+        bounds = lsq.Bounds.of(code_range, spec.adc.gradient_margin, spec.adc.gradient_bumps)
+        return cls(bounds, significances[:, None, None], features)
 
     def read(self, psums: Array, ladders: Ladders) -> Array:
         """`sum_{t,k} g_t output_scale P^`: (T, positions, K O) to (positions, O), all float32."""
@@ -134,7 +135,7 @@ class SliceADC(NamedTuple):
         return total + self._add(jnp.broadcast_to(constant, (len(self.significances), 1, psums.shape[-1])))
 
     def gradients(self, psums: Array, ladders: Ladders, gradient: Array) -> tuple[Array, ColumnScales]:
-        """Of `read`, with LSQ's for the ADC (`lsq.passes`): to partial sums, (T, positions, K O), and to ladders.
+        """Of `read`, with LSQ's for the ADC (`lsq.passed`): to partial sums, (T, positions, K O), and to ladders.
 
         Args:
           psums: (T, positions, K O), float32 or small integers.
@@ -158,7 +159,10 @@ class SliceADC(NamedTuple):
         to_codes = (to_step + sum_over_positions(distance) * ladders.reciprocal) / ladders.output_scale
         if ladders.offset is None:
             return to_psums, ColumnScales(to_step, None, ladders.step * to_codes)
-        to_offset = ladders.output_scale * sum_over_positions(jnp.where(to_psums == 0, to_columns, 0.0))
+        if self.bounds.bumps is None:
+            to_offset = ladders.output_scale * sum_over_positions(jnp.where(to_psums == 0, to_columns, 0.0))
+        else:
+            to_offset = sum_over_positions(to_columns * ladders.output_scale - to_psums)
         to_scale = ladders.step * to_codes + ladders.offset * sum_over_positions(to_columns)
         return to_psums, ColumnScales(to_step, to_offset, to_scale)
 
@@ -170,7 +174,7 @@ class SliceADC(NamedTuple):
         assert self.bounds is not None
         u = lsq.in_steps(psums.astype(jnp.float32), ladders.reciprocal, ladders.offset)
         to_columns = self._to_columns(gradient, psums.shape[-1])
-        return jnp.where(lsq.passes(u, self.bounds)[0], to_columns * ladders.output_scale, 0.0)
+        return lsq.passed(to_columns * ladders.output_scale, u, self.bounds)
 
     def _add(self, values: Array) -> Array:
         """The sum over slices and planes."""

@@ -246,6 +246,8 @@ _SPEC_MEANINGS = {option.field: option.help for option in CIM_OPTIONS if option.
     "weight.plane_shares": "of each plane in a weight's gradient",
     "adc.range": "auto, or signed: signed codes everywhere",
     "adc.gradient_margin": "steps beyond the codes that still learn",
+    "adc.gradient_bumps": "deviation of Gaussians at thresholds that pass gradients; 0: none",
+    "adc.digital_gain": "a learned factor behind each ADC",
     "adc": "None: an ideal ADC",
     "variation": "of cells, as {'sigma': 0.1}; None: none",
     "variation.sigma": "of the logarithm of what a cell holds",
