@@ -114,8 +114,11 @@ class Experiment:
 
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
-        key = jax.random.fold_in(self.key, 4)
-        count = min(self.config.calibration_images, len(self.dataset.train))
+        return self.training_images(self.config.calibration_images)
+
+    def training_images(self, count: int) -> Array:
+        """So many of the training images, or all: always the same ones of a seed, not augmented, (n, H, W, C)."""
+        key, count = jax.random.fold_in(self.key, 4), min(count, len(self.dataset.train))
         chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
         return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 

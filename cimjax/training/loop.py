@@ -11,6 +11,7 @@ import jax
 
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data.dataset import Description
+from cimjax.training.batch_norm import reestimated
 from cimjax.training.batches import batches_of
 from cimjax.training.begin import start
 from cimjax.training.evaluate import Evaluator, Health
@@ -72,6 +73,8 @@ class Run:
                     self.best = -1.0
                     self.tell.adcs_on()
             state, step = self._epoch(state, step, min(total, (epoch + 1) * per_epoch))
+            if step == total:
+                state = experiment.devices.put(reestimated(experiment, state))
             records = self._after_epoch(state, step, epoch + 1)
             ended = any([callback(epoch + 1, state, records) for callback in self.callbacks])
             if self.stop.requested and step < total:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset, StreamedDataset
 from cimjax.data.image_folder import is_folder, path_of
+from cimjax.training.batch_norm import check_statistics
 from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
 from cimjax.training.evaluate import Loaded, load
@@ -72,6 +73,7 @@ def train(
         teacher = load(config.teacher)
         loss_fn = taught_by(teacher, config.teacher_weight, config.teacher_temperature)
     experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
+    check_statistics(experiment)
     if teacher is not None:
         check_teacher(teacher, experiment)
     folder = Path(workdir or default_workdir(config))

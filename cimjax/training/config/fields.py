@@ -219,6 +219,12 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field(f"{_OPTIONS}.decay_rate", 0.1, _number(0, 1, without=0), "factor of exponential, or at each boundary"),
         Field(f"{_OPTIONS}.boundaries", (0.5, 0.75), _BOUNDS, "of piecewise_constant, as parts of the run"),
         Field(f"{_OPTIONS}.cycles", 1, _whole(1, 1000), "equally long cycles of sgdr"),
+        Field(
+            "batch_norm_images",
+            0,
+            _whole(),
+            "training images that statistics of batch normalisation are taken of after the last epoch; 0: running ones",
+        ),
         Field("ema", 0.0, _PART, "decay of the average of weights; 0: none"),
         Field("teacher", "", TEXT, "a trained run whose probabilities are learned as well; empty: none"),
         Field("teacher_weight", 0.9, _number(0, 1), "part of the loss that is the teacher's"),
