@@ -87,18 +87,46 @@ def test_a_difference_is_of_runs_of_the_same_seed() -> None:
 
 def test_every_answer_is_another_network_than_the_config() -> None:
     base = Runs(f"{DIGITS}:adc_bits=2", "", fields=["--config.epochs=3"])
-    own, *others = design.cases(base, list(design.QUESTIONS))
+    own, *others = design.cases(base, design.DESIGN, list(design.DESIGN))
     names = {case.name for case in others}
     assert own == Case(design.BASE, "") and len(names) == len(others) >= 18
     assert "offset before the ADC: none" in names and "offset before the ADC: one in every column" not in names
     assert "rows read at once: half" in names and "active_rows=32" in [case.options for case in others]
     # Those that a config gives itself are another's.
-    other = design.cases(base._replace(config=f"{DIGITS}:adc_bits=2,training=two_stage,offset=false"), ["stages"])
+    two_stages = base._replace(config=f"{DIGITS}:adc_bits=2,training=two_stage,offset=false")
+    other = design.cases(two_stages, design.DESIGN, ["stages"])
     assert [case.name for case in other] == [design.BASE, "stages: one"]
     with pytest.raises(ValueError, match=r"^--questions names 'tilling' \(did you mean 'tiling'"):
-        design.cases(base, ["tilling"])
+        design.cases(base, design.DESIGN, ["tilling"])
     with pytest.raises(ValueError, match="weight=none has no layer in arrays"):
-        design.cases(Runs(f"{DIGITS}:weight=none", ""), ["tiling"])
+        design.cases(Runs(f"{DIGITS}:weight=none", ""), design.DESIGN, ["tiling"])
+
+
+def test_every_recipe_is_another_training_and_brings_the_runs_that_it_needs() -> None:
+    base = Runs(f"{DIGITS}:adc_bits=2", "", fields=["--config.epochs=3"])
+    _, *others = design.cases(base, design.RECIPE, list(design.RECIPE))
+    cases = {case.name: case for case in others}
+    assert len(cases) == len(others) and "ADCs ideal at first: half of the epochs" in cases
+    assert "ADCs ideal at first: never" not in cases  # the config's own answer
+    assert cases["second half starts from a run: with one more bit"].start == "half as long with one more bit"
+    assert cases["half as long with one more bit"].options == "adc_bits=3"
+    assert cases["half as long with one more bit"].fields == ("--config.epochs=1.5",)
+    assert {case.start for case in others} | {case.teacher for case in others} == {*design.BEFORE, None}
+    assert cases["full precision, twice as wide"].fields == ("--config.model.width=32",)
+    few = {case.name for case in design.cases(base, design.RECIPE, ["weight decay"])}
+    assert few == {design.BASE, "weight decay: half", "weight decay: twice"}
+
+
+def test_a_recipe_is_trained_after_its_teacher_and_compared(tmp_path: Path) -> None:
+    fields = ["--config.epochs=1", "--config.subset.images=256"]
+    runs = Runs(f"{DIGITS}:smoke,adc_bits=2", tmp_path, [0], fields, jobs=2)
+    found = design.study_recipe(runs, questions=["teacher"])
+    assert found.failed == 0, found.table
+    rows = {line.split("|")[1].strip(): line for line in found.table.splitlines() if line.startswith("|")}
+    assert {"the config", "teacher: full precision", "full precision"} <= set(rows)
+    config = json.loads((runs.folder("teacher: full precision", 0) / "config.json").read_text())
+    assert config["teacher"] == str(runs.folder("full precision", 0))
+    assert (tmp_path / "recipe.svg").exists()
 
 
 def test_the_study_of_granularity_has_every_pair_and_every_scheme() -> None:

@@ -135,11 +135,11 @@ def _train(
     try:
         while running or (waiting and not asked):
             free = jobs - len(running) if not asked else 0
-            ready = [index for index in waiting if _has_its_start(runs[index])][:free] if free else []
+            ready = [index for index in waiting if not _missing(runs[index])][:free] if free else []
             if not (ready or running or asked):
-                # What they start from has failed.
+                # What they start or learn from has failed.
                 for index in waiting:
-                    rows[index] = _row(runs[index], failed=f"{runs[index].start}, which it starts from, has not ended")
+                    rows[index] = _row(runs[index], failed=_missing(runs[index]))
                 break
             for index in ready:
                 waiting.remove(index)
@@ -167,9 +167,12 @@ def _train(
     return whole
 
 
-def _has_its_start(run: PlannedRun) -> bool:
-    """Whether the run that a run starts from has ended."""
-    return run.start is None or any(record.get("split") == "result" for record in read_records(run.start))
+def _missing(run: PlannedRun) -> str:
+    """Which run has not ended that a run starts or learns from; empty where nothing is missing."""
+    for before, use in ((run.start, "starts"), (run.teacher, "learns")):
+        if before is not None and not any(record.get("split") == "result" for record in read_records(before)):
+            return f"{before}, which it {use} from, has not ended"
+    return ""
 
 
 def _terminate(running: Mapping[int, tuple[subprocess.Popen[bytes], float]]) -> None:

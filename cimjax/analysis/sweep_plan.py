@@ -26,8 +26,8 @@ _LONGEST = 200
 
 
 class PlannedRun(NamedTuple):
-    """One combination: its values as typed, the config and fields of its run, its epochs, its folder, and the folder of
-    the run that it starts from, which must have ended before."""
+    """One combination: its values as typed, the config and fields of its run, its epochs, its folder, and the folders
+    of the runs that it starts and learns from, which must have ended before."""
 
     values: dict[str, str]
     config: str
@@ -35,6 +35,7 @@ class PlannedRun(NamedTuple):
     epochs: float
     folder: Path
     start: Path | None = None
+    teacher: Path | None = None
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.values.items()) or self.config

@@ -107,10 +107,15 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _questions(text: str | None) -> list[str]:
-    from cimjax.analysis.studies.design import QUESTIONS
+def _questions(table: str) -> Callable[[str | None], list[str]]:
+    """Names of questions as typed; all of a table of `studies.design` where none are."""
 
-    return list(QUESTIONS) if text is None else _words(text)
+    def read(text: str | None) -> list[str]:
+        from cimjax.analysis.studies import design
+
+        return list(getattr(design, table)) if text is None else _words(text)
+
+    return read
 
 
 _RUNS: dict[str, dict[str, Any]] = {
@@ -169,7 +174,19 @@ STUDIES: dict[str, Command] = {
                 "help": "what to do otherwise, as 'encoding,tiling'; everything if not given",
             }
         },
-        _training("design:study_design", questions=_questions),
+        _training("design:study_design", questions=_questions("DESIGN")),
+    ),
+    "study recipe": Command(
+        "train otherwise than a config does, one thing at a time: teachers, stages, gradients of the ADC, rates",
+        "cimjax study recipe --config configs/digits.py:adc_bits=2 --workdir runs/recipe",
+        _RUNS
+        | {
+            "--questions": {
+                "metavar": "NAME,...",
+                "help": "what to do otherwise, as 'teacher,length'; everything if not given",
+            }
+        },
+        _training("design:study_recipe", questions=_questions("RECIPE")),
     ),
     "study adc-range": Command(
         "set the ADCs of a trained network by every rule, without training and with it",

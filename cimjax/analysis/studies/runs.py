@@ -27,6 +27,7 @@ class Case(NamedTuple):
     start: the name of the case whose run of the same seed it starts from.
     fields: further arguments of its runs, such as `--config.epochs=5`, after those of the study.
     replaces: whether its options take the place of those that the config file is given; else both are an error.
+    teacher: the name of the case whose run of the same seed it learns from.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     start: str | None = None
     fields: tuple[str, ...] = ()
     replaces: bool = False
+    teacher: str | None = None
 
     def of_config(self, config: str) -> str:
         """The config of a study with the options of this case."""
@@ -144,13 +146,15 @@ def train_cases(runs: Runs, cases: Sequence[Case]) -> list[Outcome]:
     planned: list[PlannedRun] = []
     for case in cases:
         for seed in runs.seeds:
+            teacher = None if case.teacher is None else runs.folder(case.teacher, seed)
             run = PlannedRun(
-                {"case": case.name, "seed": str(seed)},
-                with_options(case.of_config(runs.config), f"seed={seed}"),
-                [*runs.fields, *case.fields],
-                0.0,
-                runs.folder(case.name, seed),
-                None if case.start is None else runs.folder(case.start, seed),
+                values={"case": case.name, "seed": str(seed)},
+                config=with_options(case.of_config(runs.config), f"seed={seed}"),
+                fields=[*runs.fields, *case.fields, *([] if teacher is None else [f"--config.teacher={teacher}"])],
+                epochs=0.0,
+                folder=runs.folder(case.name, seed),
+                start=None if case.start is None else runs.folder(case.start, seed),
+                teacher=teacher,
             )
             try:
                 planned.append(checked(run, set()))
