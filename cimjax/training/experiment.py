@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ from cimjax.spec import CIMSpec, Execution
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
 from cimjax.training.optimizer import learning_rate, make_optimizer, steps_per_epoch, total_steps
+from cimjax.training.oscillation import freeze_oscillating
 from cimjax.training.parallel import Devices
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import LossFunction, Setup, cross_entropy, step_rngs
@@ -258,6 +260,9 @@ def build(
         axis_name=devices.axis_name,
     )
     layers = layers_of(model, images)
+    if config.optimizer.freeze_oscillating:
+        optimizer = _freezing(optimizer, config, layers, len(dataset.train))
+        setup = dataclasses.replace(setup, optimizer=optimizer)
     varies = any(layer.spec is not None and layer.spec.variation for layer in layers)
     for field in ("fresh_chips", "variation_draw"):
         if config[field] not in (0, "chip") and not varies:
@@ -273,6 +278,19 @@ def build(
         preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
         schedule=schedule,
     )
+
+
+def _freezing(
+    optimizer: optax.GradientTransformation, config: ConfigDict, layers: Sequence[Layer], images: int
+) -> optax.GradientTransformation:
+    """The optimizer, with `config.optimizer.freeze_oscillating`."""
+    threshold, specs = config.optimizer.freeze_oscillating, {x.name: x.spec for x in layers if x.spec is not None}
+    if any(spec.weight.step_per_plane for spec in specs.values()):
+        raise ValueError(
+            f"`config.optimizer.freeze_oscillating` is {threshold}, but with a step for each plane a weight has no one "
+            "code; give 0, or one step."
+        )
+    return freeze_oscillating(optimizer, specs, threshold, total_steps(config, images))
 
 
 def view_of(config: ConfigDict) -> View:

@@ -13,6 +13,7 @@ import numpy as np
 from cimjax.nn.parameters import stored_steps
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement, movement
+from cimjax.training.oscillation import frozen_part
 from cimjax.training.state import TrainState
 
 # `callback(epoch, state, records)` after every epoch, with its records by split; True ends the run there.
@@ -42,11 +43,14 @@ class Result:
 def training_record(
     experiment: Experiment, state: TrainState, step: int, seen: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """The record of an epoch's training: means over its steps, the last learning rate, and how far steps moved."""
+    """The record of an epoch's training: means over its steps, the last learning rate, the part of the weights that is
+    frozen where `optimizer.freeze_oscillating` asks for it, and how far steps moved."""
     means = {name: float(np.mean(values)) for name, values in seen.items()}
     # An optimizer of the caller's own has no schedule.
     rate = {} if experiment.schedule is None else {"learning_rate": float(experiment.schedule(step - 1))}
-    return {**rate, **means, **mean_movement(moved(experiment, state))}
+    part = frozen_part(state.opt_state)
+    frozen = {} if part is None else {"frozen": part}
+    return {**rate, **means, **frozen, **mean_movement(moved(experiment, state))}
 
 
 def moved(experiment: Experiment, state: TrainState) -> dict[str, dict[str, float]]:

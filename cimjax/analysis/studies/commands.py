@@ -178,7 +178,7 @@ STUDIES: dict[str, Command] = {
     ),
     "study recipe": Command(
         "train otherwise than a config does, one thing at a time: teachers, stages, gradients of the ADC, rates",
-        "cimjax study recipe --config configs/digits.py:adc_bits=2 --workdir runs/recipe",
+        "cimjax study recipe --config configs/digits.py:adc_bits=2 --workdir runs/r",
         _RUNS
         | {
             "--questions": {

@@ -120,6 +120,7 @@ RECIPE: Questions = {
         "half": Answer(fields=("--config.optimizer.weight_decay={half_of_decay}",)),
         "twice": Answer(fields=("--config.optimizer.weight_decay={twice_the_decay}",)),
     },
+    "oscillating weights": {"frozen": Answer(fields=("--config.optimizer.freeze_oscillating=0.01",))},
     "batch normalisation": {"statistics taken anew": Answer(fields=("--config.batch_norm_images=5000",))},
     "length": {"twice the epochs": Answer(fields=("--config.epochs={twice_the_epochs}",))},
 }

@@ -212,6 +212,12 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("optimizer.weight_decay", 5e-4, _number(0, _LARGE), "weight decay, of kernels only"),
         Field("optimizer.step_factor", 1.0, _number(0, _LARGE), "factor of the rate of quantization steps and offsets"),
         Field("optimizer.clip_norm", 0.0, _number(0, _LARGE), "longest gradient, over all parameters; 0: any"),
+        Field(
+            "optimizer.freeze_oscillating",
+            0.0,
+            _PART,
+            "part of steps in which a weight's code turns back before it is frozen, as 0.01; 0: none is",
+        ),
         Field("optimizer.accumulate", 1, _whole(1), "parts of a batch, computed one after the other"),
         Field("optimizer.schedule", "cosine", _one_of(*SCHEDULES), "the learning rate after the warm-up"),
         Field(f"{_OPTIONS}.alpha", 0.0, _number(0, 1), "last rate / highest, of cosine, linear, polynomial and sgdr"),
