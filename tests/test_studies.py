@@ -102,6 +102,16 @@ def test_every_answer_is_another_network_than_the_config() -> None:
         design.cases(Runs(f"{DIGITS}:weight=none", ""), design.DESIGN, ["tiling"])
 
 
+def test_a_case_may_count_another_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_runs(
+        monkeypatch, ENDS.replace('"accuracy": 0.5, "moved"', '"accuracy": 0.5, "average_accuracy": 0.75, "moved"')
+    )
+    cases = [Case("last", ""), Case("averaged", "", fields=("--config.ema=0.9",), measure="average_accuracy")]
+    found = runs.train_cases(Runs(DIGITS, tmp_path, [0], jobs=2), cases)
+    assert [one.accuracies for one in found] == [[0.5], [0.75]]
+    assert design.difference(found[1], found[0])[0] == pytest.approx(25)
+
+
 def test_every_recipe_is_another_training_and_brings_the_runs_that_it_needs() -> None:
     base = Runs(f"{DIGITS}:adc_bits=2", "", fields=["--config.epochs=3"])
     _, *others = design.cases(base, design.RECIPE, list(design.RECIPE))

@@ -37,12 +37,14 @@ class Answer(NamedTuple):
     Numbers that follow from the config (`numbers_of`) are put in, as in "{half_of_rows}".
 
     start, teacher: the run that it starts or learns from, of `BEFORE`.
+    measure: as of a `Case`.
     """
 
     options: str = ""
     fields: tuple[str, ...] = ()
     start: str | None = None
     teacher: str | None = None
+    measure: str = "accuracy"
 
 
 Questions = Mapping[str, Mapping[str, Answer]]
@@ -120,6 +122,9 @@ RECIPE: Questions = {
         "half": Answer(fields=("--config.optimizer.weight_decay={half_of_decay}",)),
         "twice": Answer(fields=("--config.optimizer.weight_decay={twice_the_decay}",)),
     },
+    "average of weights": {
+        "over 1,000 steps": Answer(fields=("--config.ema=0.999",), measure="average_accuracy"),
+    },
     "oscillating weights": {"frozen": Answer(fields=("--config.optimizer.freeze_oscillating=0.01",))},
     "batch normalisation": {"statistics taken anew": Answer(fields=("--config.batch_norm_images=5000",))},
     "length": {"twice the epochs": Answer(fields=("--config.epochs={twice_the_epochs}",))},
@@ -159,7 +164,15 @@ def cases(runs: Runs, table: Questions, questions: Sequence[str]) -> list[Case]:
 
     def case(name: str, answer: Answer) -> Case:
         fields = tuple(field.format(**numbers) for field in answer.fields)
-        return Case(name, answer.options.format(**numbers), answer.start, fields, replaces=True, teacher=answer.teacher)
+        return Case(
+            name,
+            answer.options.format(**numbers),
+            answer.start,
+            fields,
+            replaces=True,
+            teacher=answer.teacher,
+            measure=answer.measure,
+        )
 
     found, before = [Case(BASE, "")], dict[str, Case]()
     for question in questions:

@@ -28,6 +28,7 @@ class Case(NamedTuple):
     fields: further arguments of its runs, such as `--config.epochs=5`, after those of the study.
     replaces: whether its options take the place of those that the config file is given; else both are an error.
     teacher: the name of the case whose run of the same seed it learns from.
+    measure: which accuracy of its results counts; `average_accuracy` is that of averaged weights.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     fields: tuple[str, ...] = ()
     replaces: bool = False
     teacher: str | None = None
+    measure: str = "accuracy"
 
     def of_config(self, config: str) -> str:
         """The config of a study with the options of this case."""
@@ -165,6 +167,7 @@ def train_cases(runs: Runs, cases: Sequence[Case]) -> list[Outcome]:
 
 
 def _outcome(case: Case, rows: list[dict[str, Any]]) -> Outcome:
+    rows = [row | {"accuracy": row[case.measure]} if "accuracy" in row else row for row in rows]
     accuracies = [row["accuracy"] for row in rows if "accuracy" in row]
     failed = {int(row["seed"]): str(row["failed"]) for row in rows if "failed" in row}
     return Outcome(case, accuracies, failed, rows)
