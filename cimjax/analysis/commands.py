@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
+from cimjax.analysis.executor_flags import EXECUTOR_FLAGS, executor_of
 from cimjax.analysis.studies.commands import STUDIES
 from cimjax.analysis.tune.command import TUNE
 from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c, path
@@ -18,9 +19,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     axes = parse_axes(arguments.over)
     workdir, fields = checked_folder(arguments.workdir), [str(override) for override in arguments.overrides]
-    stop = None
+    executor, stop = executor_of(arguments, workdir), None
     try:
-        rows = sweep(arguments.config, axes, workdir, jobs=arguments.jobs, fields=fields, retry=arguments.retry)
+        rows = sweep(arguments.config, axes, workdir, executor=executor, fields=fields, retry=arguments.retry)
     except Stopped as stopped:
         rows, stop = stopped.rows, stopped
     print(show(table(rows, axes), axes))
@@ -127,8 +128,7 @@ COMMANDS: dict[str, Command] = {
                 "help": "an option, or a field as config.NAME, and its values",
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
-            "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
-            "--retry": {"action": "store_true", "help": "try runs again that failed before"},
+            **EXECUTOR_FLAGS,
         },
         _sweep,
     ),
