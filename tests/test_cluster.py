@@ -27,6 +27,7 @@ from cimjax.analysis.sweep import FAILED, sweep
 from cimjax.analysis.sweep_plan import JOB, PlannedRun
 from cimjax.cli import main
 from cimjax.training.run.folder import read_records
+from cimjax.training.run.records import METRICS
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 PLAIN = f"{CONFIG}:smoke,weight=none"
@@ -85,6 +86,13 @@ def meanwhile(happens: Callable[[], bool], then: Callable[[], None]) -> Iterator
 
 def printed(folder: Path) -> str:
     return (folder / OUTPUT).read_text() if (folder / OUTPUT).exists() else ""
+
+
+def logged(folder: Path) -> bytes:
+    """What a run has recorded, whose file may just be replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / METRICS).read_bytes()
+    return b""
 
 
 def warn_of_preemption(job: str) -> None:
@@ -272,7 +280,7 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("slurm")
 def test_jobs_have_the_records_of_processes_also_when_one_is_preempted(kind: str, tmp_path: Path) -> None:
     axes = {"psum": ["layer", "column"], "weight": ["layer", "column"]}
-    fields, here, there = ["--config.epochs=3", "--config.model.width=2"], tmp_path / "here", tmp_path / "there"
+    fields, here, there = ["--config.epochs=40", "--config.model.width=2"], tmp_path / "here", tmp_path / "there"
     config = f"{CONFIG}:smoke"
     preempted = there / "psum=layer-weight=layer"
 
@@ -282,9 +290,7 @@ def test_jobs_have_the_records_of_processes_also_when_one_is_preempted(kind: str
         warn_of_preemption(json.loads((preempted / JOB).read_text())["job"])
 
     expected = sweep(config, axes, here, fields=fields, executor=Processes(2))
-    with meanwhile(
-        lambda: "epoch" in (preempted / "metrics.jsonl").read_text() if preempted.exists() else False, preempt
-    ):
+    with meanwhile(lambda: logged(preempted).count(b"\n") > 4, preempt):
         found = sweep(config, axes, there, fields=fields, executor=jobs_on(kind, there, jobs=2))
     assert "stopped after step" in printed(preempted)
     for one, other in zip(expected, found, strict=True):
