@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -33,12 +34,26 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def run_folder(text: str) -> Path:
+    """The folder of a run as it was typed, a copy of it where it is in a bucket: the `type` of an argument."""
+    from cimjax.training.run.remote import is_remote, local_copy
+
+    if not is_remote(text):
+        return path(text)
+    try:
+        return local_copy(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
 # The argument of commands that look at runs.
-RUN: dict[str, Any] = {"metavar": "RUN", "type": path, "help": "the folder of a run"}
+RUN: dict[str, Any] = {"metavar": "RUN", "type": run_folder, "help": "the folder of a run, or gs://BUCKET/RUN"}
 
 
 def checked_folder(workdir: str) -> Path:
     """The folder that `--workdir` names; refused at once is what can never become one."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
+        raise UsageError(f"--workdir {workdir}: only single runs train in a bucket; give a folder on this machine.")
     if not workdir:
         raise UsageError("--workdir is empty; give a folder, or leave it out for a new one in runs/.")
     folder = path(workdir).absolute()

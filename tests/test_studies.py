@@ -15,6 +15,7 @@ import pytest
 from test_sweep import fake_runs
 
 from cimjax.analysis import sweep as sweep_module
+from cimjax.analysis.executors import Processes
 from cimjax.analysis.studies import adc_range, design, encodings, granularity, runs, training_cost
 from cimjax.analysis.studies.output import markdown
 from cimjax.analysis.studies.runs import Case, Outcome, Runs
@@ -225,7 +226,7 @@ def test_runs_wait_for_what_they_start_from(tmp_path: Path, monkeypatch: pytest.
         Case("third", "training=post_training,adc_bits=2", "bad"),
         Case("bad", "weight=none"),
     ]
-    found = {one.case.name: one for one in runs.train_cases(Runs(DIGITS, tmp_path, [0], jobs=2), cases)}
+    found = {one.case.name: one for one in runs.train_cases(Runs(DIGITS, tmp_path, [0], executor=Processes(2)), cases)}
     assert found["second"].accuracies == found["first"].accuracies == [0.5]
     assert found["second"].rows[0]["start"] == str(tmp_path / "first" / "seed=0")
     assert found["bad"].failed == {0: "out of luck"} and math.isnan(found["bad"].mean)

@@ -16,8 +16,9 @@ from typing import IO, Any
 
 import pytest
 
+from cimjax.analysis.executors import OUTPUT, Processes
 from cimjax.analysis.progress import Progress
-from cimjax.analysis.sweep import FAILED, OUTPUT, sweep
+from cimjax.analysis.sweep import FAILED, sweep
 from cimjax.analysis.sweep_plan import parse_axes, plan
 from cimjax.analysis.sweep_table import show, table
 from cimjax.cli import main
@@ -166,7 +167,7 @@ def test_whatever_ends_a_run_the_others_go_on(tmp_path: Path, monkeypatch: pytes
         if "--config.seed=3" in sys.argv: os._exit(1)
     """
     fake_runs(monkeypatch, code)
-    rows = sweep(PLAIN, {"config.seed": ["0", "1", "2", "3"]}, tmp_path, jobs=2)
+    rows = sweep(PLAIN, {"config.seed": ["0", "1", "2", "3"]}, tmp_path, executor=Processes(2))
     assert [row["failed"] for row in rows] == [
         "killed by SIGKILL, as by a system without memory left; it printed last: last words",
         "MemoryError: no room for an array",

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
+from cimjax.analysis.executor_flags import EXECUTOR_FLAGS, executor_of
 from cimjax.analysis.studies.commands import STUDIES
 from cimjax.analysis.tune.command import TUNE
 from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c, path
@@ -18,9 +19,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
     axes = parse_axes(arguments.over)
     workdir, fields = checked_folder(arguments.workdir), [str(override) for override in arguments.overrides]
-    stop = None
+    executor, stop = executor_of(arguments, workdir), None
     try:
-        rows = sweep(arguments.config, axes, workdir, jobs=arguments.jobs, fields=fields, retry=arguments.retry)
+        rows = sweep(arguments.config, axes, workdir, executor=executor, fields=fields, retry=arguments.retry)
     except Stopped as stopped:
         rows, stop = stopped.rows, stopped
     print(show(table(rows, axes), axes))
@@ -61,8 +62,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.save:
         check_writable(arguments.save)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.of == "data":
-        _bench_data(arguments, config)
+    if arguments.of in ("data", "paper"):
+        (_bench_data if arguments.of == "data" else _bench_paper)(arguments, config)
         return
     if config.spec is None or arguments.runs < 1:
         raise ValueError(
@@ -94,8 +95,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
-    if arguments.plot:
-        raise UsageError("--plot draws programs; of data give --save FILE for the figures as JSON.")
+    _refuse_plot(arguments)
     for flag, value in (("--runs", arguments.runs), ("--feed", arguments.feed)):
         if value < 1:
             raise UsageError(f"{flag} is {value}; give at least 1.")
@@ -114,6 +114,33 @@ def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
         bench_data.save(rates, arguments.save)
 
 
+def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
+    _refuse_plot(arguments)
+    from cimjax.analysis import bench_paper
+    from cimjax.analysis.studies.runs import described, with_options
+    from cimjax.data.catalog import find
+    from cimjax.data.image_folder import is_folder
+
+    fields = [str(override) for override in arguments.overrides]
+    networks = {"full precision": with_options(arguments.config, "weight=none")}
+    networks |= {} if config.spec is None else {"arrays": arguments.config}
+    steps = [
+        bench_paper.step_of(name, described(file, fields).layers, config.batch_size) for name, file in networks.items()
+    ]
+    print(f"{arguments.config}, {config.batch_size} images on each device, on paper: nothing is computed")
+    print(f"{bench_paper.assumptions(bench_paper.H100)}\n")
+    print(bench_paper.show_steps(steps, bench_paper.H100), end="\n\n")
+    from_files = is_folder(config.dataset) or find(config.dataset).streamed
+    print(bench_paper.show_devices(steps, bench_paper.H100, (1, 8, 64), from_files=from_files))
+    if arguments.save:
+        bench_paper.save(steps, bench_paper.H100, arguments.save)
+
+
+def _refuse_plot(arguments: argparse.Namespace) -> None:
+    if arguments.plot:
+        raise UsageError(f"--plot draws programs; of {arguments.of} give --save FILE for the figures as JSON.")
+
+
 COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "train every combination of some options, and print the table of accuracies",
@@ -127,8 +154,7 @@ COMMANDS: dict[str, Command] = {
                 "help": "an option, or a field as config.NAME, and its values",
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
-            "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
-            "--retry": {"action": "store_true", "help": "try runs again that failed before"},
+            **EXECUTOR_FLAGS,
         },
         _sweep,
     ),
@@ -173,10 +199,11 @@ COMMANDS: dict[str, Command] = {
         {
             "--config": {"required": True, "metavar": A_CONFIG, "help": "the network and its batch size"},
             "--of": {
-                "choices": ("steps", "programs", "layers", "growth", "data"),
+                "choices": ("steps", "programs", "layers", "growth", "data", "paper"),
                 "default": "steps",
                 "help": "steps of full precision and of every ADC; of every program; single layers; a layer of more "
-                "and more planes, row tiles and read groups; images from files, by number of workers",
+                "and more planes, row tiles and read groups; images from files, by number of workers; what a training "
+                "step takes at least on 1, 8 and 64 H100, on paper",
             },
             "--runs": {
                 "type": int,

@@ -1,24 +1,21 @@
-"""Runs over all combinations of options, each in a run folder and a process of its own.
+"""Runs over all combinations of options, each in a run folder and a process of its own, here or in a cluster.
 
 A run that is finished is not repeated, nor is one that failed unless asked for, so a sweep that was stopped goes on
-where it was. Combinations are planned by `cimjax.analysis.sweep_plan`, and what they came to is tabulated by
-`cimjax.analysis.sweep_table`.
+where it was. Combinations are planned by `cimjax.analysis.sweep_plan` and trained by one of
+`cimjax.analysis.executors`, and what they came to is tabulated by `cimjax.analysis.sweep_table`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cimjax.analysis.executors import OUTPUT, End, Executor, Job, Processes, last_words
 from cimjax.analysis.sweep_plan import PlannedRun, plan
 from cimjax.training.run.files import in_one_line, parsed, write_json
 from cimjax.training.run.folder import LOCK, read_records
@@ -28,10 +25,8 @@ from cimjax.training.run.records import METRICS, Records
 if TYPE_CHECKING:
     from cimjax.analysis.progress import Progress
 
-# In the folder of a run, beside its own files: what its process printed, and why it failed.
-OUTPUT, FAILED = "output.log", "failed.json"
-# Seconds between looks at the processes.
-_LOOK_EVERY = 0.1
+# In the folder of a run, beside its own files: why it failed.
+FAILED = "failed.json"
 
 
 class Stopped(KeyboardInterrupt):
@@ -48,7 +43,7 @@ def sweep(
     axes: Mapping[str, Sequence[str]],
     workdir: str | Path,
     *,
-    jobs: int = 1,
+    executor: Executor | None = None,
     fields: Sequence[str] = (),
     retry: bool = False,
 ) -> list[dict[str, Any]]:
@@ -58,7 +53,7 @@ def sweep(
       config: a config file with its options, `configs/digits.py:adc_bits=2`.
       axes: options of the config file, or fields of the config as `config.optimizer.name`, and the values of each.
       workdir: a folder for all runs; one inside for each.
-      jobs: runs at a time.
+      executor: what trains the runs; processes on this machine, one at a time, if not given.
       fields: further arguments of every run, such as `--config.epochs=5`.
       retry: whether runs that failed are tried again.
 
@@ -71,15 +66,13 @@ def sweep(
       ValueError: before any run starts, where a combination cannot be trained or a folder cannot be used.
       Stopped: after Ctrl-C or SIGTERM, when all runs have saved their states and ended.
     """
-    return train_all(plan(config, axes, workdir, fields), workdir, jobs=jobs, retry=retry)
+    return train_all(plan(config, axes, workdir, fields), workdir, executor=executor, retry=retry)
 
 
 def train_all(
-    runs: Sequence[PlannedRun], workdir: str | Path, *, jobs: int = 1, retry: bool = False
+    runs: Sequence[PlannedRun], workdir: str | Path, *, executor: Executor | None = None, retry: bool = False
 ) -> list[dict[str, Any]]:
     """Train planned runs, each once the run that it starts from has ended; all else as of `sweep`."""
-    if jobs < 1:
-        raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
     workdir = Path(workdir)
     from cimjax.analysis.progress import Progress  # imports jax, which nobody waits for before a refusal
 
@@ -88,7 +81,8 @@ def train_all(
     lock = take_lock(workdir / LOCK)
     try:
         with Progress() as progress, _requests_to_stop() as asked:
-            return _train(runs, [_known(run, retry) for run in runs], jobs, progress, asked)
+            rows = [_known(run, retry) for run in runs]
+            return _train(runs, rows, executor or Processes(), progress, asked)
     finally:
         give_back(lock)
 
@@ -120,7 +114,7 @@ def _result(run: PlannedRun) -> dict[str, Any] | None:
 def _train(
     runs: Sequence[PlannedRun],
     rows: list[dict[str, Any] | None],
-    jobs: int,
+    executor: Executor,
     progress: Progress,
     asked: list[int],
 ) -> list[dict[str, Any]]:
@@ -130,11 +124,11 @@ def _train(
     failed = f", {before} failed before (--retry tries them again)" if before else ""
     finished = len(runs) - len(waiting) - before
     progress.note(f"{len(runs)} runs: {finished} finished{failed}, {len(waiting)} to train")
-    running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-    sent = 0
+    running: dict[int, tuple[Job, float]] = {}
+    at_once, sent = executor.jobs or len(runs), 0
     try:
         while running or (waiting and not asked):
-            free = jobs - len(running) if not asked else 0
+            free = at_once - len(running) if not asked else 0
             ready = [index for index in waiting if not _missing(runs[index])][:free] if free else []
             if not (ready or running or asked):
                 # What they start or learn from has failed.
@@ -142,25 +136,27 @@ def _train(
                     rows[index] = _row(runs[index], failed=_missing(runs[index]))
                 break
             for index in ready:
+                running[index] = _start(runs[index], executor), time.monotonic()
                 waiting.remove(index)
-                running[index] = _start(runs[index], jobs), time.monotonic()
-            progress.doing(*(f"training {index + 1} of {len(runs)}: {runs[index]}" for index in running))
-            for index, (process, since) in list(running.items()):
-                if process.poll() is not None:
+            progress.doing(
+                *(f"{job.name} {index + 1} of {len(runs)}: {runs[index]}" for index, (job, _) in running.items())
+            )
+            for index, (job, since) in list(running.items()):
+                if (end := job.ended()) is not None:
                     del running[index]
                     seconds = time.monotonic() - since
-                    rows[index] = _ended(runs[index], process.returncode, seconds, stopped=bool(asked))
+                    rows[index] = _ended(runs[index], end, seconds, stopped=bool(asked))
                     progress.note(f"{index + 1} of {len(runs)}: {runs[index]}: {_outcome(rows[index])}")
             # Every request is passed on: a run saves its state at the first one, and ends at once at the second.
             while sent < len(asked):
                 sent += 1
-                progress.note("stopping as soon as all states are saved; the same once more stops at once.")
-                _terminate(running)
-            time.sleep(_LOOK_EVERY if running else 0)
+                progress.note(executor.stopping)
+                _stop(running)
+            time.sleep(executor.look_every if running else 0)
     finally:
-        _terminate(running)
-        for process, _ in running.values():
-            process.wait()
+        _stop(running)
+        while any(job.ended() is None for job, _ in running.values()):
+            time.sleep(executor.look_every)
     whole = [row or _row(run, stopped=True) for run, row in zip(runs, rows, strict=True)]
     if asked:
         raise Stopped(whole)
@@ -175,53 +171,32 @@ def _missing(run: PlannedRun) -> str:
     return ""
 
 
-def _terminate(running: Mapping[int, tuple[subprocess.Popen[bytes], float]]) -> None:
-    for process, _ in running.values():
-        process.terminate()
+def _stop(running: Mapping[int, tuple[Job, float]]) -> None:
+    for job, _ in running.values():
+        job.stop()
 
 
-def _start(run: PlannedRun, jobs: int) -> subprocess.Popen[bytes]:
-    """Its process, in a session of its own: what is typed at the terminal reaches it through the sweep only."""
-    command = [sys.executable, "-m", "cimjax", "train", "--config", run.config, "--workdir", str(run.folder)]
-    command += [] if run.start is None else ["--from", str(run.start)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # lines in the order in which they were printed
-    if jobs > 1:
-        # Each process of jax takes three quarters of a GPU's memory unless told otherwise.
-        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.3f}")
+def _start(run: PlannedRun, executor: Executor) -> Job:
     with in_one_line("write", run.folder):
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / FAILED).unlink(missing_ok=True)
-        with (run.folder / OUTPUT).open("wb") as output:
-            return subprocess.Popen(
-                [*command, *run.fields],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+    return executor.start(run)
 
 
-def _ended(run: PlannedRun, code: int, seconds: float, *, stopped: bool) -> dict[str, Any]:
-    """The row of a run whose process has ended; a failure is kept in its folder."""
+def _ended(run: PlannedRun, end: End, seconds: float, *, stopped: bool) -> dict[str, Any]:
+    """The row of a run whose training has ended; a failure is kept in its folder."""
     if (result := _result(run)) is not None:
         return _row(run, **result)
     if stopped:
         return _row(run, stopped=True)
-    failed = _last_words(run.folder / OUTPUT)
-    if code < 0:
-        memory = ", as by a system without memory left" if -code == signal.SIGKILL else ""
-        failed = f"killed by {signal.Signals(-code).name}{memory}; it printed last: {failed}"
-    about = {"failed": failed, "config": run.config, "fields": run.fields, "returncode": code}
+    output = run.folder / OUTPUT
+    text = output.read_text(errors="replace") if output.exists() else ""
+    failed = last_words(text) or f"nothing was printed in {output}"
+    if end.reason:
+        failed = f"{end.reason}; it printed last: {failed}"
+    about = {"failed": failed, "config": run.config, "fields": run.fields, "returncode": end.code}
     write_json(run.folder / FAILED, about)
     return _row(run, failed=failed, seconds=round(seconds, 2))
-
-
-def _last_words(file: Path) -> str:
-    """The last line that tells of an error, else the last line."""
-    lines = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"cimjax: |[\w.]*(Error|Exception)\b", line)]
-    return [f"nothing was printed in {file}", *lines, *errors[-1:]][-1].removeprefix("cimjax: ")
 
 
 def _outcome(row: Mapping[str, Any] | None) -> str:

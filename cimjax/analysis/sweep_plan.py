@@ -21,6 +21,8 @@ from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
 from cimjax.training.run.records import METRICS, Records
 
+# In the folder of a run: the job of a cluster that trains it, while it waits or runs.
+JOB = "job.json"
 # Bytes of a folder's name; file systems take 255.
 _LONGEST = 200
 
@@ -133,6 +135,6 @@ def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
         old, new = (json.loads(one.to_json_best_effort()) for one in (completed(read_config(run.folder)), config))
         if found := list(differences(old, new, may_change)):
             raise ValueError(f"{run.folder} holds a run of other options ({in_a_line(found)}); give another --workdir.")
-    if (run.folder / LOCK).exists():
+    if (run.folder / LOCK).exists() and not (run.folder / JOB).exists():
         give_back(take_lock(run.folder / LOCK))
     return run._replace(epochs=config.epochs)

@@ -42,8 +42,8 @@ class Layer:
     spec: None for full precision.
     use_bias: whether it has a bias.
     copies: layers with parameters of their own, as `nn.scan` and `nn.vmap` stack them; 1 otherwise.
-    input, window, execution: of a layer in arrays: what an image brings to its first call, (n, H, W, C) or (n, C)
-      with n of 1 but for merged axes; how the kernel moves over it; and how it is computed.
+    input: what an image brings to its first call, (n, H, W, C) or (n, C) with n of 1 but for merged axes.
+    window, execution: of a layer in arrays: how the kernel moves over its input, and how it is computed.
     """
 
     name: str
@@ -104,10 +104,12 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         batched = result.ndim > len(kernel) - 1
         output, spec = result.shape[1:-1] if batched else result.shape[:-1], getattr(module, "spec", None)
         name = "/".join(module.path)
-        layer = Layer(name, kernel, output, spec, module.use_bias)
+        x = next(iter((*given, *named.values())))
+        size = _of_image(jnp.shape(x.codes if isinstance(x, Codes) else x), len(kernel) - 2, batch)
+        layer = Layer(name, kernel, output, spec, module.use_bias, input=size)
         if isinstance(module, CIMConv | CIMDense):
-            x = next(iter((*given, *named.values())))
-            layer = _in_arrays(layer, module, jnp.shape(x.codes if isinstance(x, Codes) else x), batch)
+            window = module.window(size[1:-1])
+            layer = dataclasses.replace(layer, window=window, execution=module.execution)
         found.setdefault(name, layer)
         return _marked(result, list(found).index(name))
 
@@ -125,13 +127,11 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
     return [_counted(layer, total, variables) for layer, total in zip(layers, positions, strict=True)]
 
 
-def _in_arrays(layer: Layer, module: CIMConv | CIMDense, shape: tuple[int, ...], batch: int) -> Layer:
-    """A layer with what is known of its call on an input of a shape."""
-    spatial = len(layer.kernel) - 2
+def _of_image(shape: tuple[int, ...], spatial: int, batch: int) -> tuple[int, ...]:
+    """What an image brings to a call on an input of a shape, (n, H, W, C) or (n, C)."""
     leading, size = shape[: len(shape) - 1 - spatial], shape[len(shape) - 1 - spatial :]
     rows = math.prod(leading)
-    rows = rows // batch if rows % batch == 0 else rows
-    return dataclasses.replace(layer, input=(rows, *size), window=module.window(size[:-1]), execution=module.execution)
+    return (rows // batch if rows % batch == 0 else rows, *size)
 
 
 def _marked(result: Array, number: int) -> Array:

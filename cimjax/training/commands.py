@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -17,9 +18,12 @@ from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, e
 
 def _train(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.file import load_config
+    from cimjax.training.run.remote import is_remote
 
     config = load_config(arguments.config, arguments.overrides)
-    given = None if arguments.workdir is None else checked_folder(arguments.workdir)
+    given: str | Path | None = arguments.workdir
+    if given is not None and not is_remote(given):
+        given = checked_folder(arguments.workdir)
     with ended_by_ctrl_c():
         from cimjax.core.programs.cache import keep_compiled_programs
         from cimjax.training.evaluate import load
@@ -27,14 +31,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     variables = None if arguments.start is None else load(arguments.start)
-    workdir = given or _new_folder(arguments.config)
+    workdir: str | Path = given or _new_folder(arguments.config)
     try:
         print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
         train(config, workdir=workdir, variables=variables)
     finally:
         if not given:
             with contextlib.suppress(OSError):
-                workdir.rmdir()  # only where nothing was written
+                os.rmdir(workdir)  # only where nothing was written
 
 
 def _new_folder(config: str, number: int = 1) -> Path:
@@ -102,7 +106,7 @@ COMMANDS: dict[str, Command] = {
                 "metavar": A_CONFIG,
                 "help": "what to train: Python, or JSON of `cimjax config resolve`",
             },
-            "--workdir": {"metavar": "DIR", "help": "the run folder; a new one in runs/ if not given"},
+            "--workdir": {"metavar": "DIR", "help": "the run folder, also gs://BUCKET/RUN; new in runs/ if not given"},
             "--from": {**RUN, "dest": "start", "help": "a trained run whose weights to start from"},
         },
         _train,

@@ -27,6 +27,7 @@ from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.parallel import AXIS
 from cimjax.training.run.folder import read_config
+from cimjax.training.run.remote import local_copy
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import eval_step
 
@@ -164,7 +165,8 @@ def restore(
     """
     from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 
-    checkpoints = Checkpoints(Path(run))
+    run = local_copy(run)
+    checkpoints = Checkpoints(run)
     known = checkpoints.beside(which).get("data")
     about: Any = Description.from_dict(known) if known and dataset is None and not images else dataset
     experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)

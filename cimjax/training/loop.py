@@ -78,7 +78,7 @@ class Run:
             records = self._after_epoch(state, step, epoch + 1)
             ended = any([callback(epoch + 1, state, records) for callback in self.callbacks])
             if self.stop.requested and step < total:
-                self.stop.leave(step, total, self.folder.path)
+                self.stop.leave(step, total, self.folder.address)
             if ended:
                 break
         if self.checkpoints.latest_step() != step:
@@ -101,7 +101,7 @@ class Run:
                 looked = time.monotonic()
             if self.stop.requested and step < end:
                 self._save(state, step)
-                self.stop.leave(step, self.experiment.total_steps, self.folder.path)
+                self.stop.leave(step, self.experiment.total_steps, self.folder.address)
         return state, step
 
     def _take(self, pending: list[dict[str, jax.Array]], state: TrainState) -> None:
@@ -147,6 +147,6 @@ class Run:
             best, _ = self.checkpoints.restore(experiment.abstract_state(), which="best")
             more["best_accuracy"] = self.test(experiment.devices.put(best))["accuracy"]
         more, distances = more | self.test.on_fresh_chips(state), moved(experiment, state)
-        result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.path, more)
+        result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.address, more)
         self.tell.finish(result, distances, self.health(state))
         return result

@@ -27,7 +27,7 @@ class Result:
     accuracy, loss: on the test images, of the last state; the accuracy 0 to 1.
     steps: optimizer steps of the whole run.
     moved: how far each kind of step moved, mean `|log(s / s0)|`.
-    workdir: the run folder.
+    workdir: the run folder; an address where it is in a bucket.
     more: other accuracies by name, where the configuration asks for them: of the averaged parameters, of the state that
       was best on the held-out images, on fresh chips (their mean and standard deviation).
     """
@@ -36,7 +36,7 @@ class Result:
     loss: float
     steps: int
     moved: dict[str, float]
-    workdir: Path
+    workdir: Path | str
     more: dict[str, float]
 
 

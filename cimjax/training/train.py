@@ -23,6 +23,7 @@ from cimjax.training.loop import Run
 from cimjax.training.result import Callback, Result
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
+from cimjax.training.run.remote import Mirror, is_remote
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
@@ -33,7 +34,7 @@ from cimjax.training.train_step import LossFunction
 def train(
     config: ConfigDict,
     *,
-    workdir: str | Path | None = None,
+    workdir: str | Path | Mirror | None = None,
     model: nn.Module | None = None,
     dataset: Dataset | StreamedDataset | None = None,
     variables: Mapping[str, Any] | Loaded | None = None,
@@ -50,7 +51,7 @@ def train(
 
     Args:
       config: as the files in `configs/` give it.
-      workdir: the run folder; `runs/DATASET-MODEL` if not given.
+      workdir: the run folder, also one in a bucket, `gs://BUCKET/RUN`; `runs/DATASET-MODEL` if not given.
       model: a network of your own, called as `model(images, train=...)` or `model(images)`; else `config.model`.
       dataset: images of your own; else `config.dataset` names some.
       variables: what to start from, instead of random weights: what fits is taken, steps that it lacks are calibrated.
@@ -66,6 +67,20 @@ def train(
       ValueError: for what cannot be trained: a field of the configuration, missing data, a folder in use or of another
         run (`RunFolderError`), a loss that is not finite.
     """
+    if isinstance(workdir, str | Path) and is_remote(workdir):
+        with Mirror(workdir) as mirror:
+            return train(
+                config,
+                workdir=mirror,
+                model=model,
+                dataset=dataset,
+                variables=variables,
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                writers=writers,
+                callbacks=[*callbacks, mirror.after_epoch],
+                display=display,
+            )
     teacher = None
     if config.get("teacher"):
         if loss_fn is not None:
@@ -76,7 +91,7 @@ def train(
     check_statistics(experiment)
     if teacher is not None:
         check_teacher(teacher, experiment)
-    folder = Path(workdir or default_workdir(config))
+    folder = workdir if isinstance(workdir, Mirror) else Path(workdir or default_workdir(config))
     if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
         raise ValueError(
             "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cimjax.analysis.executor_flags import EXECUTOR_FLAGS, executor_of
 from cimjax.command import A_CONFIG, RUN, Command, UsageError, path
 from cimjax.spec.base import shown
 
@@ -92,7 +93,8 @@ def _training(study: str, **arguments: Callable[[Any], Any]) -> Callable[[argpar
         module, function = study.split(":")
         more = {name: read(getattr(given, name)) for name, read in arguments.items()}
         fields = [str(override) for override in given.overrides]
-        runs = Runs(given.config, given.workdir, parse_seeds(given.seeds), fields, given.jobs, given.retry)
+        executor = executor_of(given, given.workdir)
+        runs = Runs(given.config, given.workdir, parse_seeds(given.seeds), fields, executor, given.retry)
         call = getattr(importlib.import_module(f"cimjax.analysis.studies.{module}"), function)
         found = call(runs, **more)
         print(found.table, flush=True)
@@ -127,8 +129,7 @@ _RUNS: dict[str, dict[str, Any]] = {
         "help": "a folder for runs, tables and figures; runs are kept",
     },
     "--seeds": {"default": "0,1,2", "metavar": "N,...", "help": "a run of everything for each; 0,1,2 if not given"},
-    "--jobs": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time; 1 if not given"},
-    "--retry": {"action": "store_true", "help": "try runs again that failed before"},
+    **EXECUTOR_FLAGS,
 }
 
 STUDIES: dict[str, Command] = {

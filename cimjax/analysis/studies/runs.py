@@ -16,6 +16,7 @@ from cimjax.training.config.options import field_of
 from cimjax.training.run.files import write_json
 
 if TYPE_CHECKING:
+    from cimjax.analysis.executors import Executor
     from cimjax.training.experiment import Experiment
 
 
@@ -74,7 +75,7 @@ class Runs(NamedTuple):
     workdir: a folder for the runs, `WORKDIR/CASE/seed=0`, and for what the study writes; finished runs are kept.
     seeds: a run of every case for each.
     fields: further arguments of every run, such as `--config.epochs=5`.
-    jobs: runs at a time.
+    executor: what trains them; processes on this machine, one at a time, if not given.
     retry: whether runs that failed are tried again.
     """
 
@@ -82,7 +83,7 @@ class Runs(NamedTuple):
     workdir: str | Path
     seeds: Sequence[int] = (0, 1, 2)
     fields: Sequence[str] = ()
-    jobs: int = 1
+    executor: Executor | None = None
     retry: bool = False
 
     def folder(self, case: str, seed: int) -> Path:
@@ -162,7 +163,7 @@ def train_cases(runs: Runs, cases: Sequence[Case]) -> list[Outcome]:
                 planned.append(checked(run, set()))
             except ValueError as error:
                 raise ValueError(f"{case.name}: {error}") from error
-    rows = train_all(planned, runs.workdir, jobs=runs.jobs, retry=runs.retry)
+    rows = train_all(planned, runs.workdir, executor=runs.executor, retry=runs.retry)
     return [_outcome(case, [row for row in rows if row["case"] == case.name]) for case in cases]
 
 

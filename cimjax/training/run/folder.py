@@ -89,6 +89,8 @@ class RunFolder:
           RunFolderError: where the folder is in use, holds a run of other options or more epochs, or cannot be written.
         """
         self.path = _writable(path)
+        # As it is shown: a folder that stands for one in a bucket shows that.
+        self.address = self.path if isinstance(path, str | Path) else str(path)
         self.records = Records(self.path / METRICS)
         self._formats = formats
         self._writers: list[writers.Writer] | None = None

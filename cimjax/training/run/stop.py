@@ -23,7 +23,7 @@ class Stop:
         """Whether a signal has come."""
         return self.signal is not None
 
-    def leave(self, step: int, total: int, folder: Path) -> None:
+    def leave(self, step: int, total: int, folder: Path | str) -> None:
         """End the run, whose state was saved."""
         where = shlex.quote(str(folder))
         message = f"stopped after step {step:,} of {total:,}; saved: the same command with --workdir {where} goes on."
