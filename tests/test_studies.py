@@ -108,7 +108,7 @@ def test_a_case_may_count_another_accuracy(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch, ENDS.replace('"accuracy": 0.5, "moved"', '"accuracy": 0.5, "average_accuracy": 0.75, "moved"')
     )
     cases = [Case("last", ""), Case("averaged", "", fields=("--config.ema=0.9",), measure="average_accuracy")]
-    found = runs.train_cases(Runs(DIGITS, tmp_path, [0], jobs=2), cases)
+    found = runs.train_cases(Runs(DIGITS, tmp_path, [0], executor=Processes(2)), cases)
     assert [one.accuracies for one in found] == [[0.5], [0.75]]
     assert design.difference(found[1], found[0])[0] == pytest.approx(25)
 
@@ -131,7 +131,7 @@ def test_every_recipe_is_another_training_and_brings_the_runs_that_it_needs() ->
 @pytest.mark.full
 def test_a_recipe_is_trained_after_its_teacher_and_compared(tmp_path: Path) -> None:
     fields = ["--config.epochs=1", "--config.subset.images=260"]
-    runs = Runs(f"{DIGITS}:smoke,adc_bits=2", tmp_path, [0], fields, jobs=2)
+    runs = Runs(f"{DIGITS}:smoke,adc_bits=2", tmp_path, [0], fields, Processes(2))
     found = design.study_recipe(runs, questions=["teacher"])
     assert found.failed == 0, found.table
     rows = {line.split("|")[1].strip(): line for line in found.table.splitlines() if line.startswith("|")}
