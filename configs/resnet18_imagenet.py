@@ -13,6 +13,16 @@ docs/scale.md says how many cores a GPU needs beside it, and the time of a step 
 68.51 % for column/column and 69.13 % in full precision; no run of this file has been made yet. Options change layers
 as in every other file; `smoke` is a network of an eighth of the width.
 
+The recipe of 90 epochs by which ResNet-18 is usually quantized starts from full precision (Esser et al., "Learned step
+size quantization", 2020, section 3: a tenth of the rate, half of the weight decay for 3 bits, a quarter for 2):
+
+    python train.py --config configs/resnet18_imagenet.py:weight=none --workdir runs/full
+    python train.py --config configs/resnet18_imagenet.py:start=run --from runs/full --workdir runs/arrays
+
+Memory follows the images that are computed at a time; `--config.optimizer.accumulate=8` computes a batch in 8 parts.
+Numbers are float32 throughout (weights, optimizer, batch normalisation and its statistics, losses, partial sums after
+the product); only the products of codes have bfloat16 operands, on GPUs and TPUs, where these hold every code exactly.
+
 Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
 `--config.ideal_share=0.0` is the paper's single stage.
 """
@@ -22,13 +32,17 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from cimjax.training.config.defaults import IDEAL_SHARE, RECIPE, default_config, finished
-from cimjax.training.config.options import parse_options
+from cimjax.training.config.options import Option, parse_options
+
+START = Option("start", ("random", "run"), "random", "random weights, or a run of full precision by --from")
+# By bits of a weight, what the weight decay is multiplied by where training starts from full precision.
+DECAY = {2: 0.25, 3: 0.5}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """The fields of a training run; `cimjax config show` says what each means."""
     cells = {"act_bits": 3, "weight_bits": 3, "cell_bits": 1, "rows": 128, "columns": 128}
-    options = parse_options(argument, **cells, adc_bits=2, **RECIPE)
+    options = parse_options(argument, START, **cells, adc_bits=2, **RECIPE)
     config = default_config(options)
     config.dataset = "imagenet2012"
     config.model = ConfigDict({"name": "resnet18", "width": 0.125 if options.smoke else 1.0})
@@ -38,4 +52,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.ideal_share = IDEAL_SHARE
     config.optimizer.weight_decay = 1e-4
     config.augment = ConfigDict({"shift": 0, "flip": True})
+    if options.start == "run":
+        config.start, config.warmup_epochs = "run", 0.0
+        config.optimizer.learning_rate = 0.01
+        config.optimizer.weight_decay *= DECAY.get(options.weight_bits, 1.0)
     return finished(config, options)

@@ -154,6 +154,14 @@ def test_the_look_at_real_images_learns(tmp_path: Path) -> None:
     assert result.accuracy > 0.2
 
 
+def test_imagenet_may_start_from_full_precision_at_the_published_rate() -> None:
+    decays = {bits: loaded("resnet18_imagenet", f"start=run,weight_bits={bits}").optimizer for bits in (2, 3, 4)}
+    assert {bits: optimizer.weight_decay for bits, optimizer in decays.items()} == {2: 0.25e-4, 3: 0.5e-4, 4: 1e-4}
+    config = loaded("resnet18_imagenet", "start=run")
+    assert (config.start, config.warmup_epochs, config.optimizer.learning_rate, config.epochs) == ("run", 0, 0.01, 90)
+    assert loaded("resnet18_imagenet", "").start == "random"
+
+
 def test_imagenet_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"imagenet2012 is not prepared: .*cimjax data prepare imagenet2012"):
         build(loaded("resnet18_imagenet", "", data_dir=str(tmp_path)))
