@@ -273,6 +273,7 @@ def test_a_job_that_outlives_its_sweep_is_taken_up(
     with meanwhile(lambda: "began" in printed(folder), lambda: warn_of_preemption(job)):
         (row,) = sweep(PLAIN, {"seed": ["0"]}, tmp_path, executor=jobs_on("slurm", tmp_path))
     assert row["accuracy"] == 0.5 and [path.name for path in slurm.iterdir()] == [job]
+    assert printed(folder) == "began\nsaved\nwent on\n"
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
