@@ -845,6 +845,44 @@ TRAINING = [
     ),
 ]
 
+SCALE = [
+    Fault(
+        "a run that is preempted is asked twice to save, and loses its state",
+        "analysis/cluster.py",
+        "and not (once and self._asked)",
+        "",
+        ("test_cluster.py::test_a_job_that_outlives_its_sweep_is_taken_up",),
+    ),
+    Fault(
+        "a job that goes on is submitted again",
+        "analysis/cluster.py",
+        "return self._shown(job, run) if waits_or_runs else None",
+        "return None",
+        ("test_cluster.py::test_a_job_that_outlives_its_sweep_is_taken_up",),
+    ),
+    Fault(
+        "half a save counts in a bucket",
+        "training/run/remote.py",
+        "and save in (whole or [save]))",
+        ")",
+        ("test_remote.py::test_a_save_that_is_half_there_does_not_count",),
+    ),
+    Fault(
+        "a run that was taken for dead copies on",
+        "training/run/remote.py",
+        'return None if there.get("id") == self._id else str(there.get("owner"))',
+        "return None",
+        ("test_remote.py::test_a_run_that_lives_keeps_others_out_and_one_that_was_killed_does_not_for_long",),
+    ),
+    Fault(
+        "layers of many read groups keep their partial sums on paper",
+        "analysis/bench_paper.py",
+        "(execution.residuals == Residuals.AUTO and many)",
+        "(execution.residuals == Residuals.AUTO and not many)",
+        ("test_bench_paper.py::test_partial_sums_are_the_conversions_and_their_traffic_follows_them",),
+    ),
+]
+
 FAULTS = [
     *QUANTIZER,
     *ENCODING,
@@ -857,4 +895,5 @@ FAULTS = [
     *HARDWARE,
     *LAYERS,
     *TRAINING,
+    *SCALE,
 ]

@@ -32,11 +32,15 @@ from cimjax.training.run.records import METRICS
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 PLAIN = f"{CONFIG}:smoke,weight=none"
 
-# Saves when asked to, goes on when started again, and then ends with the figures of a run.
+# Saves when asked to, is lost when asked twice, goes on when started again, and then ends with the figures of a run.
 SAVES = """if 1:
     import json, os, signal, sys, time
     folder = sys.argv[sys.argv.index("--workdir") + 1]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))
+    def save(*_):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+        time.sleep(0.5)
+        sys.exit("saved")
+    signal.signal(signal.SIGTERM, save)
     print("went on" if os.path.exists(folder + "/saved") else "began", flush=True)
     if not os.path.exists(folder + "/saved"):
         open(folder + "/saved", "w").close()
@@ -96,7 +100,8 @@ def logged(folder: Path) -> bytes:
 
 
 def warn_of_preemption(job: str) -> None:
-    subprocess.run(["scancel", job, "--signal", "USR2"], check=True)
+    for name in ("TERM", "USR2"):
+        subprocess.run(["scancel", job, "--signal", name], check=True)
 
 
 def task_of(folder: Path) -> int:
@@ -268,6 +273,7 @@ def test_a_job_that_outlives_its_sweep_is_taken_up(
     with meanwhile(lambda: "began" in printed(folder), lambda: warn_of_preemption(job)):
         (row,) = sweep(PLAIN, {"seed": ["0"]}, tmp_path, executor=jobs_on("slurm", tmp_path))
     assert row["accuracy"] == 0.5 and [path.name for path in slurm.iterdir()] == [job]
+    assert printed(folder) == "began\nsaved\nwent on\n"
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import jax
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -144,6 +145,12 @@ def test_what_cannot_be_is_refused_in_one_line(
         assert main(command) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="a folder that all see, not in a bucket"):
+        train(load_config(f"{CONFIG}:smoke", []), workdir=URL)
 
 
 @pytest.mark.full

@@ -130,13 +130,12 @@ class Cluster:
         if cluster == "slurm" and (missing := [name for name in _COMMANDS if shutil.which(name) is None]):
             raise UsageError(f"--cluster slurm: this machine has no {missing[0]}; type it where jobs are submitted.")
         self.jobs = jobs or (None if cluster == "slurm" else 1)
-        self._cluster, self._options = cluster, dict(options)
-        delay = min(_TO_SAVE, int(60 * _PART_TO_SAVE * self._options["timeout_min"]))
-        self._options = {"slurm_signal_delay_s": delay, **self._options}
+        self._cluster = cluster
+        delay = min(_TO_SAVE, int(60 * _PART_TO_SAVE * options["timeout_min"]))
         several = {f"{cluster}_max_num_timeout": _TIMEOUTS}
         try:
             self._submitit = submitit.AutoExecutor(Path(workdir) / JOBS, cluster=cluster, **several)
-            self._submitit.update_parameters(**self._options)
+            self._submitit.update_parameters(**{"slurm_signal_delay_s": delay, **options})
         except (RuntimeError, NameError, AssertionError, OSError) as error:
             raise UsageError(f"--cluster {cluster}: {' '.join(str(error).split())}") from error
 
@@ -229,7 +228,7 @@ class Training:
             self._process.terminate()
         self._wait()
         code = self._process.wait()
-        if self._asked and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if self._asked and _on_slurm():
             # SLURM ends a cancelled job next. It also ends one that it takes the machine from, and queues it again;
             # but not one that has ended by itself. Or SIGUSR2 follows.
             time.sleep(_WAIT_FOR_CLUSTER)
@@ -239,21 +238,31 @@ class Training:
         """Have the run save its state and end; what goes on with it."""
         from submitit.helpers import DelayedSubmission
 
-        if self._process is not None and self._process.returncode is None:
-            os.kill(self._process.pid, signal.SIGTERM)
+        self._end(once=True)
+        if self._process is not None:
             self._wait()
         return DelayedSubmission(Training(self.command, self.output))
 
     def _pass_on(self, number: int, frame: Any) -> None:
-        del frame
+        del number, frame
+        self._end(once=_on_slurm())
+
+    def _end(self, *, once: bool) -> None:
+        """Ask the run to save its state and to end. At a second time it would end at once and lose it, and SLURM sends
+        SIGTERM before or after SIGUSR2."""
+        if self._process is not None and self._process.returncode is None and not (once and self._asked):
+            os.kill(self._process.pid, signal.SIGTERM)
         self._asked = True
-        if self._process is not None and self._process.returncode is None:
-            os.kill(self._process.pid, number)
 
     def _wait(self) -> None:
         """Wait without taking the exit code: a signal's handler may do so while the program below does."""
         assert self._process is not None
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        if self._process.returncode is None:
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def _on_slurm() -> bool:
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
 def require_submitit() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -68,6 +69,8 @@ def train(
         run (`RunFolderError`), a loss that is not finite.
     """
     if isinstance(workdir, str | Path) and is_remote(workdir):
+        if jax.process_count() > 1:
+            raise ValueError("a run of several processes trains in a folder that all see, not in a bucket; give one.")
         with Mirror(workdir) as mirror:
             return train(
                 config,

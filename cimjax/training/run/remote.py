@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -145,6 +146,7 @@ class _Bucket:
             )
         import fsspec
 
+        logging.getLogger(_PACKAGES[scheme]).setLevel(logging.CRITICAL + 1)  # what matters is raised
         try:
             self._system, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except ImportError as error:
