@@ -33,7 +33,8 @@ from cimjax.data import DamagedDataError, StreamedDataset, StreamedSplit, imagen
 from cimjax.data.catalog import find
 from cimjax.data.decoding import UndecodableError, View, central_box, centre_crop, random_box, random_crop
 from cimjax.data.image_folder import read_folder
-from cimjax.data.reading import EvaluationStream, Images, Share, TrainingStream
+from cimjax.data.reading import EvaluationStream, Images, TrainingStream
+from cimjax.data.share import Share
 from cimjax.data.stored import Encoded
 from cimjax.training import loop
 from cimjax.training.config.file import load_config
