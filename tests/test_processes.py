@@ -25,6 +25,7 @@ import pytest
 from test_training import ROOT, RULES, config, quiet
 
 import cimjax
+from cimjax.cli import main
 from cimjax.training.processes.agreement import Agreement
 from cimjax.training.processes.group import Group
 from cimjax.training.processes.launch import supervise
@@ -44,9 +45,9 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
-def started(command: Sequence[str], devices: int = 1) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=environment(devices))
+def started(command: Sequence[str], devices: int = 1, **more: str) -> subprocess.Popen[str]:
+    pipe, variables = subprocess.PIPE, {**environment(devices), **more}
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=variables)
 
 
 def launch(folder: Path, count: int, *fields: str, devices: int = 1) -> subprocess.Popen[str]:
@@ -139,6 +140,22 @@ def test_processes_equal_one_from_calibration_on(alone: Path, tmp_path: Path, co
         fields = [*STAGES, f"--config.images_on={place}", "--config.eval_batch_size=100"]
         require_ended_well(launch(folder, count, *fields, devices=devices))
         require_equal(numbers(folder), numbers(alone))
+
+
+@pytest.mark.full
+def test_what_slurm_tells_is_enough(tmp_path: Path) -> None:
+    words = [sys.executable, "train.py", *SMALL, "--config.epochs=1.0", "--workdir", str(tmp_path), "--distributed"]
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    both = [started(words, 1, **job, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)) for index in range(2)]
+    assert [require_ended_well(process).count("test accuracy") for process in both] == [1, 0]
+
+
+def test_what_comes_together_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--num_processes", "2"]) == 2
+    assert "are of --distributed; give it too" in capsys.readouterr().err
+    assert main(["launch", "--num_processes", "0"]) == 2
+    assert main(["launch", "--num_processes", "2", "--config", "x.py"]) == 2
+    assert "unknown flag --config" in capsys.readouterr().err
 
 
 # ---- ends

@@ -514,6 +514,20 @@ def test_evaluation_has_every_image_once_in_order(folder: Path) -> None:
     reader.close()
 
 
+@pytest.mark.parametrize("out_of", [2, 4, 8])
+def test_shares_of_evaluation_are_the_whole_batches(folder: Path, out_of: int) -> None:
+    """21 images in batches of 8: of the last one some shares are empty, but all have as many batches."""
+    split = loaded(folder).test
+    whole = list(EvaluationStream(split, batch_size=8, workers=0))
+    readers = [EvaluationStream(split, batch_size=8, workers=0, share=Share(n, out_of)) for n in range(out_of)]
+    for _ in range(2):
+        for batch, *shares in zip(whole, *readers, strict=True):
+            np.testing.assert_array_equal(np.concatenate([share.pixels for share in shares]), batch.pixels)
+            np.testing.assert_array_equal(np.concatenate([share.labels for share in shares]), batch.labels)
+    for reader in readers:
+        reader.close()
+
+
 KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

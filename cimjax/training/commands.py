@@ -66,6 +66,8 @@ def _come_together(address: str | None, count: int | None, index: int | None) ->
 def _launch(arguments: argparse.Namespace) -> None:
     from cimjax.training.processes.launch import launch
 
+    if arguments.num_processes < 1:
+        raise UsageError(f"--num_processes is {arguments.num_processes}; give at least 1.")
     raise SystemExit(launch(arguments.rest, arguments.num_processes))
 
 
