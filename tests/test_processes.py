@@ -84,17 +84,23 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 
 
 def require_equal(found: list[dict[str, Any]], wanted: list[dict[str, Any]], relative: float = 1e-6) -> None:
-    near = {"rel": relative, "abs": relative}
-    assert len(found) == len(wanted)
+    assert [record.keys() for record in found] == [record.keys() for record in wanted]
     for one, other in zip(found, wanted, strict=True):
-        moved, wanted_moved = one.pop("moved", {}), other.pop("moved", {})
-        assert one == pytest.approx(other, **near), (one, other)
-        assert moved == pytest.approx(wanted_moved, **near)
+        for name, value in other.items():
+            number = isinstance(value, float | dict)
+            want = pytest.approx(value, rel=relative, abs=relative) if number else value
+            assert one[name] == want, (name, one, other)
+
+
+def mistakes_in(error: str) -> list[str]:
+    """The lines of standard error without those of what a busy machine makes wait."""
+    notices = re.compile("cimjax: process .* (is behind|kept the others waiting|for images, the others)")
+    return [line for line in error.splitlines() if not notices.match(line)]
 
 
 def require_ended_well(process: subprocess.Popen[str]) -> str:
     output, error = process.communicate(timeout=300)
-    assert process.returncode == 0 and error == "", error
+    assert process.returncode == 0 and not mistakes_in(error), error
     assert "Gloo" not in output
     return output
 
@@ -114,32 +120,30 @@ def epochs_of(folder: Path, count: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `STAGES` by one process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    fields = {"epochs": 4.0, "ideal_share": 0.3, "recalibrate_epochs": (2,)}
-    cimjax.train(config(**fields), workdir=folder, display=quiet())
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `STAGES` by one process of two devices."""
+    folder = tmp_path_factory.mktemp("stages") / "run"
+    require_ended_well(started([sys.executable, "train.py", *SMALL, *STAGES, "--workdir", str(folder)], 2))
     return folder
 
 
 @pytest.mark.full
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    process = launch(tmp_path / "two", 2, "--config.epochs=1.0")
+@pytest.mark.parametrize(("count", "devices", "place"), [(2, 1, "device"), (4, 1, "host"), (2, 2, "host")])
+def test_processes_equal_one_from_calibration_on(tmp_path: Path, count: int, devices: int, place: str) -> None:
+    """22 steps, evaluation in batches of which the last is padded, and the state of ADCs."""
+    fields = ["--config.epochs=1.0", f"--config.images_on={place}", "--config.eval_batch_size=100"]
+    process = launch(tmp_path / "several", count, *fields, devices=devices)
     cimjax.train(config(epochs=1.0), workdir=tmp_path / "one", display=quiet())
     output = require_ended_well(process)
-    assert "devices   2 x cpu in 2 processes" in output and output.count("test accuracy") == 1
-    require_equal(numbers(tmp_path / "two"), numbers(tmp_path / "one"))
+    assert f"{count * devices} x cpu in {count} processes" in output and output.count("test accuracy") == 1
+    require_equal(numbers(tmp_path / "several"), numbers(tmp_path / "one"))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 1), (2, 2)])
-def test_processes_equal_one_from_calibration_on(alone: Path, tmp_path: Path, count: int, devices: int) -> None:
-    """In all stages, wherever images lie."""
-    for place in ("device", "host"):
-        folder = tmp_path / place
-        fields = [*STAGES, f"--config.images_on={place}", "--config.eval_batch_size=100"]
-        require_ended_well(launch(folder, count, *fields, devices=devices))
-        require_equal(numbers(folder), numbers(alone))
+def test_two_processes_are_one_of_two_devices_in_all_stages(stages: Path, tmp_path: Path) -> None:
+    """Of the same number of devices, because rounding makes a long way to another state of another order of sums."""
+    require_ended_well(launch(tmp_path, 2, *STAGES, "--config.images_on=host"))
+    require_equal(numbers(tmp_path), numbers(stages))
 
 
 @pytest.mark.full
@@ -173,7 +177,7 @@ def test_a_killed_process_ends_the_others_of_its_parent(tmp_path: Path, victim: 
     assert time.monotonic() - began < 5
     assert error == f"cimjax: process {victim} was killed by SIGKILL; the others were ended: {AGAIN}\n"
     assert process.returncode == 137
-    assert not any(child.is_running() for child in children)
+    assert not psutil.wait_procs(children, timeout=5)[1]
 
 
 @pytest.mark.full
@@ -203,7 +207,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_stop_of_one_stops_all_and_another_number_goes_on(alone: Path, tmp_path: Path, count: int) -> None:
+def test_a_stop_of_one_stops_all_and_another_number_goes_on(stages: Path, tmp_path: Path, count: int) -> None:
     both = ranks(2, *STAGES, "--workdir", str(tmp_path))
     wait_for(epochs_of(tmp_path, 1), both[0])
     child_of(both[1], 1).send_signal(signal.SIGTERM)
@@ -212,12 +216,13 @@ def test_a_stop_of_one_stops_all_and_another_number_goes_on(alone: Path, tmp_pat
     assert said and errors[1] == "", errors
     assert [process.returncode for process in both] == [1, 1]
     assert Checkpoints(tmp_path).latest_step() == int(said[1])
+    output = require_ended_well(launch(tmp_path, count, *STAGES, devices=2 if count == 1 else 1))
+    assert f"resumed after step {said[1]}" in output
+    found, wanted = numbers(tmp_path), numbers(stages)
     if count == 1:
-        fields = {"epochs": 4.0, "ideal_share": 0.3, "recalibrate_epochs": (2,)}
-        cimjax.train(config(**fields), workdir=tmp_path, display=quiet())
+        require_equal(found, wanted)
     else:
-        assert f"resumed after step {said[1]}" in require_ended_well(launch(tmp_path, count, *STAGES))
-    require_equal(numbers(tmp_path), numbers(alone))
+        assert [record["step"] for record in found] == [record["step"] for record in wanted]
 
 
 @pytest.mark.full
@@ -245,7 +250,9 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
                 child_of(process, number).send_signal(end)
                 seen.append(f"{end.name} {number}")
         _, error = process.communicate(timeout=120)
-        assert "Traceback" not in error and error.count("\n") <= 1, error
+        # Before the first state is saved, there is nothing to go on from.
+        lines = [line for line in mistakes_in(error) if "there is no checkpoint of it" not in line]
+        assert "Traceback" not in error and len(lines) <= 1, error
         if process.returncode == 0:
             require_equal(numbers(folder), numbers(tmp_path / "whole"), relative=0)
             if len(seen) == KILLS:
@@ -399,8 +406,8 @@ def test_processes_share_images_of_files(tmp_path: Path) -> None:
     fields = ["model.width=0.05", "image_size=32", "batch_size=8", "eval_batch_size=8", "epochs=3", "workers=1"]
     fields += [f"dataset=folder:{tmp_path}/images", "warmup_epochs=0"]
     words = ["--config", "configs/resnet18_imagenet.py:weight=none", *(f"--config.{field}" for field in fields)]
-    one = started([sys.executable, "train.py", *words, "--workdir", str(tmp_path / "one")])
-    require_ended_well(one)
+    # As many devices: in five steps of batches of eight, rounding makes another thousandth of a loss.
+    require_ended_well(started([sys.executable, "train.py", *words, "--workdir", str(tmp_path / "one")], 2))
     command = [sys.executable, "-m", "cimjax", "launch", "--num_processes", "2", "--", *words]
     require_ended_well(started([*command, "--workdir", str(tmp_path / "two")]))
-    require_equal(numbers(tmp_path / "two"), numbers(tmp_path / "one"), relative=1e-4)
+    require_equal(numbers(tmp_path / "two"), numbers(tmp_path / "one"))

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cimjax.spec.base import Notice
 
@@ -63,8 +65,7 @@ def join(address: str | None = None, count: int | None = None, index: int | None
             "is the machine of process 0 and a free port, and that all others were started."
         ) from error
     if jax.default_backend() == "cpu":
-        with _without_output():  # gloo prints a line when it connects
-            multihost_utils.sync_global_devices("cimjax")
+        _connect_by_gloo()
 
 
 class Group:
@@ -141,6 +142,19 @@ class Group:
                     ProcessesWarning,
                     stacklevel=2,
                 )
+
+
+def _connect_by_gloo() -> None:
+    """Make the connections of gloo, which prints a line of each: between all devices, and between processes."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(devices, ("all",))
+    split, whole = PartitionSpec("all"), PartitionSpec()
+    added = jax.shard_map(lambda ones: jax.lax.psum(ones, "all"), mesh=mesh, in_specs=split, out_specs=whole)
+    ones = np.ones(jax.local_device_count(), np.float32)
+    with _without_output():
+        total = jax.jit(added)(jax.make_array_from_process_local_data(NamedSharding(mesh, split), ones))
+        jax.block_until_ready(total)
+        multihost_utils.sync_global_devices("cimjax")
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def supervise(commands: dict[int, tuple[Sequence[str], dict[str, str]]]) -> int:
         late = [child for child in children if child.process.poll() is None]
         for child in late:
             child.process.kill()
+        _wait(late, _GRACE)
         if late and not ended.lost_by_signal:
             said.line(f"cimjax: process {ended.index} has ended, and {_all_ended(late)}{_AGAIN}")
     for child in children if not ended.lost_by_signal else []:
@@ -217,8 +218,10 @@ def _forwarding(children: Sequence[_Child]) -> Iterator[list[int]]:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    watched_for = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in watched_for}
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # under nohup
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield came
     finally:

@@ -24,6 +24,7 @@ from cimjax.command import is_for_the_user
 from cimjax.spec.base import Notice
 from cimjax.training.processes.agreement import Agreement
 from cimjax.training.processes.group import Group, group
+from cimjax.training.processes.launch import watched
 from cimjax.training.processes.progress import Progress
 
 _ENDED, _LEFT = "cimjax/ended", "cimjax/left"
@@ -69,7 +70,7 @@ class _Watch(threading.Thread):
     def __init__(self, members: Group) -> None:
         super().__init__(name="cimjax-watch", daemon=True)
         self.agreement, self.progress = Agreement(members), Progress(members)
-        self._group, self._parent = members, os.getppid()
+        self._group, self._parent = members, os.getppid() if watched() else None
         self._closed, self._leaving = threading.Event(), threading.Event()
 
     def __enter__(self) -> Self:
@@ -92,8 +93,8 @@ class _Watch(threading.Thread):
                 return  # process 0 has gone: JAX's service ends this one
 
     def _look(self) -> None:
-        if os.getppid() != self._parent and not self._closed.is_set():
-            os._exit(1)  # whoever supervises it was killed
+        if self._parent is not None and os.getppid() != self._parent:
+            os._exit(1)  # whoever watches it was killed
         ended = self._group.told(_ENDED)
         ended.pop(self._group.index, None)
         if ended and not self._leaving.is_set():
