@@ -12,13 +12,11 @@ import shlex
 import signal
 import sys
 import textwrap
-import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
 import cimjax
 from cimjax.analysis.commands import COMMANDS as ANALYSIS
-from cimjax.command import A_CONFIG, UsageError
+from cimjax.command import A_CONFIG, UsageError, is_for_the_user
 from cimjax.spec.base import closest, nearest, shortened, shown
 from cimjax.training.commands import COMMANDS as TRAINING
 from cimjax.training.config.options import CIM_OPTIONS, describe_options
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still prints at its end
         return 141
     except ValueError as error:
-        if not _is_for_the_user(error):
+        if not is_for_the_user(error):
             raise
         print("cimjax:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -90,6 +88,7 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.example, self.flags = command.example, ["--help", "-h"]
+        self.takes_rest = command.takes_rest
         for argument, settings in command.arguments.items():
             self.add_argument(argument, **settings)
             self.flags += [argument] if argument.startswith("-") else []
@@ -109,6 +108,10 @@ class _Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """What was typed, or one line about the first thing that is wrong with it."""
         overrides: list[Any] = []
+        rest: list[str] = []
+        if self.takes_rest and "--" in argv:
+            place = argv.index("--")
+            argv, rest = argv[:place], argv[place + 1 :]
         if self.takes_config:
             from cimjax.training.config.file import take_overrides
 
@@ -121,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
         arguments, unexpected = self.parse_known_args(argv)
         if unexpected:
             self.error(f"unexpected argument {shortened(unexpected[0])!r}")
-        arguments.overrides = overrides
+        arguments.overrides, arguments.rest = overrides, rest
         return arguments
 
 
@@ -157,17 +160,6 @@ def _about_flag(word: str, flags: list[str], takes_config: bool) -> str:
     if takes_config and closest(f"--{name}", flags) is None:
         return f"unknown flag --{name}: a field of the config is set by --config.{shlex.quote(typed)}"
     return f"unknown flag --{name}{nearest(f'--{name}', flags)}"
-
-
-def _is_for_the_user(error: ValueError) -> bool:
-    """Whether a `raise` statement of cimjax or of the user's own files made it.
-
-    Everywhere in cimjax that is how a user's mistake is refused. A ValueError from a library beneath is a bug of ours.
-    """
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(frame.filename).is_relative_to(Path(cimjax.__file__).parent)
-    theirs = not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)
-    return (ours or theirs) and (frame.line or "").startswith("raise ")
 
 
 def _help(group: str) -> str:

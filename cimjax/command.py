@@ -8,9 +8,12 @@ import os
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import cimjax
 
 # How commands show that they take a config with its options.
 A_CONFIG = "FILE[:OPTIONS]"
@@ -21,12 +24,16 @@ class UsageError(ValueError):
 
 
 class Command(NamedTuple):
-    """One command: what `--help` says, its arguments as `argparse` takes them, and what it does."""
+    """One command: what `--help` says, its arguments as `argparse` takes them, and what it does.
+
+    takes_rest: whether what follows `--` is not looked at, and is its argument `rest`.
+    """
 
     help: str
     example: str
     arguments: Mapping[str, dict[str, Any]]
     run: Callable[[argparse.Namespace], None]
+    takes_rest: bool = False
 
 
 def path(text: str) -> Path:
@@ -62,6 +69,17 @@ def checked_folder(workdir: str) -> Path:
         if not there.is_dir():
             raise UsageError(f"--workdir {workdir}: {there} is a file, not a folder; give another --workdir.")
     return path(workdir)
+
+
+def is_for_the_user(error: ValueError) -> bool:
+    """Whether a `raise` statement of cimjax or of the user's own files made it.
+
+    Everywhere in cimjax that is how a user's mistake is refused. A ValueError from a library beneath is a bug of ours.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(frame.filename).is_relative_to(Path(cimjax.__file__).parent)
+    theirs = not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)
+    return (ours or theirs) and (frame.line or "").startswith("raise ")
 
 
 @contextlib.contextmanager

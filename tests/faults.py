@@ -697,6 +697,27 @@ LAYERS = [
 
 TRAINING = [
     Fault(
+        "processes stop where the first of them has been asked",
+        "training/processes/agreement.py",
+        "max(map(int, said.values()))",
+        "min(map(int, said.values()))",
+        ("test_processes.py::test_processes_agree_on_where_to_stop",),
+    ),
+    Fault(
+        "every process evaluates the first share of a batch",
+        "data/reading.py",
+        "range(mine.start, len(split), batch_size)",
+        "range(0, len(split), batch_size)",
+        ("test_streams.py::test_shares_of_evaluation_are_the_whole_batches",),
+    ),
+    Fault(
+        "more states are kept than were wanted",
+        "training/run/checkpoint.py",
+        "saves[-self._keep :]",
+        "saves[-2:]",
+        ("test_checkpoint.py::test_as_many_as_wanted_are_kept",),
+    ),
+    Fault(
         "decay touches steps",
         "training/optimizer.py",
         'lambda path: kind_of(path) == "kernel")',
@@ -783,7 +804,7 @@ TRAINING = [
     Fault(
         "the chip of an evaluation is another one",
         "training/evaluate.py",
-        "chip_key(state.seed) if chip is None else chip)",
+        "self._own_chip(state) if chip is None else chip)",
         "jax.random.key(0) if chip is None else chip)",
         ("test_training.py::test_evaluation_is_on_the_chip_of_the_run",),
     ),
@@ -825,8 +846,8 @@ TRAINING = [
     Fault(
         "every process of several reads the first share of a batch",
         "data/reading.py",
-        "first = number * self.batch_size + self.share.number * mine",
-        "first = number * self.batch_size",
+        "for start in range(first + mine.start, first + mine.stop, part):",
+        "for start in range(first, first + mine.stop - mine.start, part):",
         ("test_streams.py::test_shares_put_together_are_the_whole_batch",),
     ),
     Fault(

@@ -129,6 +129,52 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         checkpoints.save(-1, {"a": jnp.zeros(2)}, {})
 
 
+def test_a_save_in_the_background_is_of_the_state_that_was_given(tmp_path):
+    """Donated to a step, as training does, before it is written."""
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = {f"leaf{i}": jnp.zeros((400, 500)) for i in range(8)}
+    checkpoints = Checkpoints(tmp_path)
+    for number in range(4):
+        checkpoints.save_in_background(number, state, {"step": number}, best=number == 1)
+        assert checkpoints.latest_step() == number and checkpoints.has("best") == (number > 0)
+        state = jax.block_until_ready(step(state))
+    checkpoints.wait()
+    assert names(tmp_path) == ["000002_step_1_best", "000003_step_2", "000004_step_3"]
+    for which, number in (("last", 3), ("best", 1)):
+        restored, extra = Checkpoints(tmp_path).restore(state, which=which)
+        assert extra == {"step": number}
+        assert all((leaf == number).all() for leaf in restored.values())
+
+
+def test_as_many_as_wanted_are_kept(tmp_path):
+    for keep, kept in ((1, ["000001_step_0_best", "000004_step_3"]), (3, ["000001_step_0_best"])):
+        run = tmp_path / str(keep)
+        checkpoints = Checkpoints(run, keep=keep)
+        for step in range(4):
+            checkpoints.save(step, {"a": jnp.full(2, step)}, {}, best=step == 0)
+        assert names(run) == kept if keep == 1 else [*kept, *(f"00000{n + 1}_step_{n}" for n in (1, 2, 3))]
+
+
+def test_a_failure_in_the_background_is_said_at_the_next_occasion(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path)
+    state = {"a": jax.random.normal(jax.random.key(0), (100, 100))}
+    checkpoints.save(1, state, {"step": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for occasion in (checkpoints.wait, lambda: checkpoints.save_in_background(3, state, {"step": 3})):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        try:
+            checkpoints.save_in_background(2, state, {"step": 2})
+            time.sleep(0.5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        refused(occasion, "cannot save", "step_2", "File too large", "stays")
+        checkpoints.wait()  # said once
+    assert names(tmp_path) == ["000001_step_1"]
+    checkpoints.save(2, state, {"step": 2})
+    assert checkpoints.restore(state)[1] == {"step": 2}
+    assert capfd.readouterr() == ("", "")
+
+
 def test_kill_at_random_moments(tmp_path):
     like = {f"leaf{i}": jax.ShapeDtypeStruct((40, 50), jnp.int32) for i in range(5)}
     moments = random.Random(0)

@@ -309,6 +309,7 @@ USUAL: dict[str, Any] = {
     "parallel": "shard_map",
     "writers": (),
     "checkpoint_epochs": 1.0,
+    "checkpoint_keep": 2,
 }
 
 
@@ -365,6 +366,7 @@ def older() -> dict[str, Any]:
         "fresh_chips",
         "parallel",
         "writers",
+        "checkpoint_keep",
     )
     plain = json.loads(load_config(f"{CONFIGS / 'digits.py'}:smoke").to_json())
     optimizer = {name: plain["optimizer"][name] for name in ("name", "learning_rate", "momentum", "nesterov")}

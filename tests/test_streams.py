@@ -33,7 +33,8 @@ from cimjax.data import DamagedDataError, StreamedDataset, StreamedSplit, imagen
 from cimjax.data.catalog import find
 from cimjax.data.decoding import UndecodableError, View, central_box, centre_crop, random_box, random_crop
 from cimjax.data.image_folder import read_folder
-from cimjax.data.reading import EvaluationStream, Images, Share, TrainingStream
+from cimjax.data.reading import EvaluationStream, Images, TrainingStream
+from cimjax.data.share import Share
 from cimjax.data.stored import Encoded
 from cimjax.training import loop
 from cimjax.training.config.file import load_config
@@ -511,6 +512,20 @@ def test_evaluation_has_every_image_once_in_order(folder: Path) -> None:
     next(iter(reader))  # broken off
     np.testing.assert_array_equal(next(iter(reader)).pixels, passed[0].pixels)
     reader.close()
+
+
+@pytest.mark.parametrize("out_of", [2, 4, 8])
+def test_shares_of_evaluation_are_the_whole_batches(folder: Path, out_of: int) -> None:
+    """21 images in batches of 8: of the last one some shares are empty, but all have as many batches."""
+    split = loaded(folder).test
+    whole = list(EvaluationStream(split, batch_size=8, workers=0))
+    readers = [EvaluationStream(split, batch_size=8, workers=0, share=Share(n, out_of)) for n in range(out_of)]
+    for _ in range(2):
+        for batch, *shares in zip(whole, *readers, strict=True):
+            np.testing.assert_array_equal(np.concatenate([share.pixels for share in shares]), batch.pixels)
+            np.testing.assert_array_equal(np.concatenate([share.labels for share in shares]), batch.labels)
+    for reader in readers:
+        reader.close()
 
 
 KILLED = """

@@ -23,22 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cimjax.data.pool import Part, Pool, Wanted, result_of
+from cimjax.data.share import WHOLE, Share
 from cimjax.data.streams import StreamedSplit
 
 # Images that are decoded and handed over together, at most.
 _PART = 16
 # Parts that are asked for ahead, for each worker or thread.
 _READY = 3
-
-
-class Share(NamedTuple):
-    """Which part of every batch a process reads: one of `out_of` equal ones, `number` counted from 0."""
-
-    number: int = 0
-    out_of: int = 1
-
-
-WHOLE = Share()
 
 
 class Images(NamedTuple):
@@ -118,17 +109,19 @@ class TrainingStream:
 
 
 class EvaluationStream:
-    """The images of a split in its order, the middle of each: an iterable of batches, of which the last may be smaller.
+    """The images of a split in its order, the middle of each: an iterable of batches, or of a process's share of each.
 
-    Workers stay between passes, with the first images of the next one ready.
+    The last one may be smaller, or empty. Workers stay between passes, with the first images of the next one ready.
     """
 
-    def __init__(self, split: StreamedSplit, *, batch_size: int, workers: int) -> None:
+    def __init__(self, split: StreamedSplit, *, batch_size: int, workers: int, share: Share = WHOLE) -> None:
         """Nothing is started yet; arguments as of `TrainingStream`."""
-        self.split, self.workers, part = split, workers, part_of(batch_size)
-        starts = range(0, len(split), part)
-        self._parts = [Wanted(list(range(start, min(start + part, len(split))))) for start in starts]
-        self._together = batch_size // part
+        self.split, self.workers = split, workers
+        mine = share.range_of(batch_size)
+        starts = range(mine.start, len(split), batch_size)
+        self._batches = [_cut(start, min(start + mine.stop - mine.start, len(split))) for start in starts]
+        # Of processes whose share of the last batch is empty.
+        self._empty = -(-len(split) // batch_size) - len(self._batches)
         self._reading: _Reading | None = None
 
     def __iter__(self) -> Iterator[Images]:
@@ -140,18 +133,20 @@ class EvaluationStream:
         # What a pass that was broken off has left is not where the next one begins.
         reading, self._reading = self._reading, None
         if reading is None:
-            reading = _Reading(Pool(self.split, self.workers), itertools.cycle(self._parts))
-        left = len(self._parts)
+            reading = _Reading(Pool(self.split, self.workers), itertools.cycle(itertools.chain(*self._batches)))
+        left = len(self._batches)
         try:
-            while left:
-                parts = [next(reading) for _ in range(min(left, self._together))]
-                left -= len(parts)
+            for batch in self._batches:
+                parts = [next(reading) for _ in batch]
+                left -= 1
                 pixels = np.concatenate([part.pixels for part in parts])
                 yield Images(pixels, np.concatenate([part.labels for part in parts]))
         finally:
             if left:
                 reading.close()
         self._reading = reading
+        for _ in range(self._empty):
+            yield Images(np.empty((0, *self.split.view.shape), np.uint8), np.empty(0, np.int32))
 
     def close(self) -> None:
         """Ends the workers."""
@@ -199,13 +194,19 @@ class _Order:
 
     def parts_from(self, step: int) -> Iterator[Wanted]:
         """This process's share of the batches from `step` on, in parts."""
-        mine = self.batch_size // self.share.out_of
-        part = part_of(mine)
+        mine = self.share.range_of(self.batch_size)
+        part = part_of(mine.stop - mine.start)
         for number in itertools.count(step):
-            first = number * self.batch_size + self.share.number * mine
-            for start in range(first, first + mine, part):
+            first = number * self.batch_size
+            for start in range(first + mine.start, first + mine.stop, part):
                 positions = range(start, start + part)
                 yield Wanted([int(self.images[at]) for at in positions], [(self.crops, at) for at in positions])
+
+
+def _cut(start: int, end: int) -> list[Wanted]:
+    """Images from `start` to below `end`, in parts."""
+    part = part_of(end - start)
+    return [Wanted(list(range(first, min(first + part, end)))) for first in range(start, end, part)]
 
 
 def part_of(size: int) -> int:

@@ -31,8 +31,11 @@ def reestimated(experiment: Experiment, state: TrainState) -> TrainState:
     size = min(experiment.config.batch_size, len(experiment.dataset.train))
     setup, images = experiment.setup_on_one_device(), experiment.training_images(max(1, wanted // size) * size)
     measure = jax.jit(lambda state, images: statistics_of(setup, state, images), compiler_options=compiler_options())
-    found = _mean(measure(state, part) for part in jnp.split(images, len(images) // size))
-    return state.replace(collections={**state.collections, STATISTICS: found})
+    # Every process measures the same by itself.
+    devices, here = experiment.devices, experiment.devices.here(state)
+    found = _mean(measure(here, part) for part in jnp.split(images, len(images) // size))
+    devices.require_same("statistics of batch normalisation", found)
+    return state.replace(collections={**state.collections, STATISTICS: devices.put(found)})
 
 
 def statistics_of(setup: Setup, state: TrainState, images: Array) -> Any:

@@ -124,19 +124,21 @@ class Resident(Batches):
 
 
 class Streamed(Batches):
-    """Batches that the host sends, split over the devices, and never all in their memory."""
+    """Batches that hosts send, each its share, split over the devices, and never all in their memory."""
 
     spread = PartitionSpec(None, AXIS)
 
-    def __init__(self, preparation: Preparation) -> None:
+    def __init__(self, preparation: Preparation, devices: Devices) -> None:
         self.preparation, self.size = preparation, preparation.config.batch_size
+        self.devices = devices
 
     def read(self, step: int, count: int) -> tuple[Any, Any]:
-        """The whole batches of `count` steps of one epoch: (count, B, H, W, C) uint8 pixels and (count, B) labels."""
+        """This process's share of the batches of `count` steps of one epoch: (count, share, H, W, C) uint8 pixels and
+        (count, share) labels."""
         raise NotImplementedError
 
     def feed(self, step: int, count: int) -> Any:
-        return self.read(step, count)
+        return self.devices.split(self.read(step, count), self.spread)
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         pixels, labels = (lax.dynamic_index_in_dim(each, index, keepdims=False) for each in feed)
@@ -148,8 +150,8 @@ class Streamed(Batches):
 class FromMemory(Streamed):
     """Batches of a split that stays on the host."""
 
-    def __init__(self, split: Split, preparation: Preparation) -> None:
-        super().__init__(preparation)
+    def __init__(self, split: Split, preparation: Preparation, devices: Devices) -> None:
+        super().__init__(preparation, devices)
         self.split, self.key = split, jax.random.key(preparation.config.seed)
         self._epoch: tuple[int, Any] | None = None
 
@@ -159,6 +161,7 @@ class FromMemory(Streamed):
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, np.asarray(order_of_epoch(self.key, epoch, images))
         chosen = self._epoch[1][position * self.size : (position + count) * self.size].reshape(count, self.size)
+        chosen = chosen[:, self.devices.share.range_of(self.size)]
         return self.split.images[chosen], self.split.labels[chosen]
 
 
@@ -168,10 +171,11 @@ class FromFiles(Streamed):
     def __init__(self, split: StreamedSplit, preparation: Preparation, devices: Devices) -> None:
         from cimjax.data.reading import TrainingStream
 
-        config = preparation.config
-        self.stream = TrainingStream(split, seed=config.seed, batch_size=config.batch_size, workers=workers_of(config))
-        super().__init__(preparation)
-        self.devices = devices
+        super().__init__(preparation, devices)
+        config, workers = preparation.config, workers_of(preparation.config)
+        self.stream = TrainingStream(
+            split, seed=config.seed, batch_size=self.size, workers=workers, share=devices.share
+        )
         self.most = max(1, _FEED_BYTES // (self.size * math.prod(split.view.shape)))
         # One thread: steps are read in their order.
         self._thread = ThreadPoolExecutor(1)
@@ -188,7 +192,7 @@ class FromFiles(Streamed):
 
     def expect(self, step: int, count: int) -> None:
         if self._expected is None or self._expected[0] != (step, count):
-            self._expected = (step, count), self._thread.submit(self._made, step, count)
+            self._expected = (step, count), self._thread.submit(super().feed, step, count)
 
     def remarks(self) -> list[str]:
         new = self.stream.truncated[self._told : _NAMED]
@@ -201,9 +205,6 @@ class FromFiles(Streamed):
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self.stream.close()
-
-    def _made(self, step: int, count: int) -> Any:
-        return self.devices.split(self.read(step, count), self.spread)
 
 
 def workers_of(config: ConfigDict) -> int:
@@ -219,7 +220,7 @@ def batches_of(split: Split | StreamedSplit, preparation: Preparation, devices: 
     if isinstance(split, StreamedSplit):
         return FromFiles(split, preparation, devices)
     if config.images_on == "host":
-        return FromMemory(split, preparation)
+        return FromMemory(split, preparation, devices)
     return Resident(split, preparation, config.seed, devices.put)
 
 

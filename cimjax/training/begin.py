@@ -48,6 +48,7 @@ def begin(experiment: Experiment, folder: RunFolder, tell: Teller, variables: An
         tell.taken(facts)
     state, reports = experiment.first_state(given)
     tell.calibrated(reports, 0)
+    experiment.devices.require_same("state before the first step", state)
     return experiment.devices.put(state)
 
 
@@ -57,7 +58,9 @@ def resume(experiment: Experiment, folder: RunFolder, tell: Teller, checkpoints:
     Raises:
       ValueError: for a run that has done more steps than it is to do.
     """
-    state, extra = checkpoints.restore(experiment.abstract_state(), holding=BESIDE)
+    devices = experiment.devices
+    state, extra = checkpoints.restore(devices.described(experiment.abstract_state()), holding=BESIDE)
+    devices.require_same("saved state", state)
     step, marked, total = int(state.step), extra.get("metrics"), experiment.total_steps
     if step > total:
         raise ValueError(f"{folder.path} has done {step:,} steps, more than {total:,}; give more epochs.")
@@ -68,4 +71,4 @@ def resume(experiment: Experiment, folder: RunFolder, tell: Teller, checkpoints:
     else:
         folder.forget_after(step, marked)
     tell.resumed(step)
-    return experiment.devices.put(state), step, extra["best"], extra["seen"]
+    return state, step, extra["best"], extra["seen"]

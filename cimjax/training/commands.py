@@ -20,25 +20,59 @@ def _train(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.file import load_config
     from cimjax.training.run.remote import is_remote
 
-    config = load_config(arguments.config, arguments.overrides)
-    given: str | Path | None = arguments.workdir
-    if given is not None and not is_remote(given):
-        given = checked_folder(arguments.workdir)
+    config = None
+    where = arguments.coordinator_address, arguments.num_processes, arguments.process_id
+    if arguments.distributed:
+        _come_together(*where)
+    elif any(value is not None for value in where):
+        raise UsageError("--coordinator_address, --num_processes and --process_id are of --distributed; give it too.")
+    else:
+        config = load_config(arguments.config, arguments.overrides)  # mistakes are said before jax is imported
     with ended_by_ctrl_c():
         from cimjax.core.programs.cache import keep_compiled_programs
         from cimjax.training.evaluate import load
+        from cimjax.training.processes.group import group
+        from cimjax.training.processes.together import together
         from cimjax.training.train import train
 
     keep_compiled_programs()
-    variables = None if arguments.start is None else load(arguments.start)
-    workdir: str | Path = given or _new_folder(arguments.config)
-    try:
-        print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
-        train(config, workdir=workdir, variables=variables)
-    finally:
-        if not given:
-            with contextlib.suppress(OSError):
-                os.rmdir(workdir)  # only where nothing was written
+    with together():
+        config = config or load_config(arguments.config, arguments.overrides)
+        given: str | Path | None = arguments.workdir
+        if given is not None and not is_remote(given):
+            given = checked_folder(arguments.workdir)
+        variables = None if arguments.start is None else load(arguments.start)
+        first = group().first
+        workdir = given or group().of_first("the run folder", str(_new_folder(arguments.config)) if first else "")
+        try:
+            if first:
+                print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
+            train(config, workdir=workdir, variables=variables)
+        finally:
+            if first and not given:
+                with contextlib.suppress(OSError):
+                    os.rmdir(workdir)  # only where nothing was written
+
+
+def _come_together(address: str | None, count: int | None, index: int | None) -> None:
+    """Join the other processes; before that this process starts itself again, to watch it from outside."""
+    from cimjax.training.processes.launch import number_here, supervise, watched
+
+    if not watched():
+        again = [sys.executable, *sys.orig_argv[1:]]
+        raise SystemExit(supervise({number_here() if index is None else index: (again, {})}))
+    with ended_by_ctrl_c():
+        from cimjax.training.processes.group import join
+
+    join(address, count, index)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    from cimjax.training.processes.launch import launch
+
+    if arguments.num_processes < 1:
+        raise UsageError(f"--num_processes is {arguments.num_processes}; give at least 1.")
+    raise SystemExit(launch(arguments.rest, arguments.num_processes))
 
 
 def _new_folder(config: str, number: int = 1) -> Path:
@@ -108,8 +142,22 @@ COMMANDS: dict[str, Command] = {
             },
             "--workdir": {"metavar": "DIR", "help": "the run folder, also gs://BUCKET/RUN; new in runs/ if not given"},
             "--from": {**RUN, "dest": "start", "help": "a trained run whose weights to start from"},
+            "--distributed": {
+                "action": "store_true",
+                "help": "one of several processes, as SLURM, Open MPI, GKE or a TPU tells, or the next three",
+            },
+            "--coordinator_address": {"metavar": "HOST:PORT", "help": "of process 0, for --distributed"},
+            "--num_processes": {"metavar": "N", "type": int, "help": "how many processes there are"},
+            "--process_id": {"metavar": "I", "type": int, "help": "which one this is, from 0"},
         },
         _train,
+    ),
+    "launch": Command(
+        "train in several processes on this machine, and end them together; what follows -- is for `cimjax train`",
+        "cimjax launch --num_processes 2 -- --config configs/digits.py --workdir runs/two",
+        {"--num_processes": {"metavar": "N", "type": int, "required": True, "help": "how many processes"}},
+        _launch,
+        takes_rest=True,
     ),
     "evaluate": Command(
         "measure a trained run on its test images",

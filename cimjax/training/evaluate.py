@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -25,7 +24,7 @@ from cimjax.training.batches import Preparation, workers_of
 from cimjax.training.config.fields import completed
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
-from cimjax.training.parallel import AXIS
+from cimjax.training.parallel import AXIS, Devices
 from cimjax.training.run.folder import read_config
 from cimjax.training.run.remote import local_copy
 from cimjax.training.state import TrainState, chip_key
@@ -37,8 +36,8 @@ Which = Literal["last", "best"]
 class Evaluator:
     """Evaluates states of one run on one split, in whole batches of which the last is padded.
 
-    batches: an iterable of pixels, labels, and which of them are real; images of arrays lie on the device from the
-      start, those of files are decoded anew each time.
+    batches: an iterable of pixels, labels, and which of them are real, split over the devices; images of arrays lie
+      there from the start, those of files are decoded anew each time, by each process its share.
     """
 
     def __init__(self, experiment: Experiment, split: Split | StreamedSplit) -> None:
@@ -47,11 +46,12 @@ class Evaluator:
         self.count, self.experiment = len(split), experiment
         self.batches: Iterable[tuple[Any, Any, Any]]
         if isinstance(split, StreamedSplit):
-            self.batches = _Decoded(split, size, workers_of(experiment.config))
+            self.batches = _Decoded(split, size, experiment)
         else:
-            parts = [slice(start, start + size) for start in range(0, self.count, size)]
+            share = experiment.devices.share.range_of(size)
+            parts = [slice(start + share.start, start + share.stop) for start in range(0, self.count, size)]
             self.batches = [
-                jax.tree.map(jnp.asarray, _padded(split.images[part], split.labels[part], size)) for part in parts
+                _on_devices(split.images[part], split.labels[part], size, experiment.devices) for part in parts
             ]
         self.steps = {ideal: self._step(ideal) for ideal in (False, True)}
 
@@ -70,7 +70,8 @@ class Evaluator:
         Args:
           chip: the random key of another chip than the run's.
         """
-        key = jax.random.key_data(chip_key(state.seed) if chip is None else chip)
+        # On the host, whose arrays every device may be given.
+        key = np.asarray(jax.random.key_data(self._own_chip(state) if chip is None else chip))
         sums: list[dict[str, Array]] = []
         for batch in self.batches:
             sums.append(self.steps[ideal_adcs](state, key, *batch))
@@ -92,9 +93,12 @@ class Evaluator:
     def on_fresh_chips(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of the accuracy on chips that the run has never seen, each of its own random
         cells: on `config.fresh_chips` of them; empty for none."""
-        fresh, count = jax.random.fold_in(chip_key(state.seed), 2**31 - 1), self.experiment.config.fresh_chips
+        fresh, count = jax.random.fold_in(self._own_chip(state), 2**31 - 1), self.experiment.config.fresh_chips
         found = [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
         return {"fresh_chips": float(np.mean(found)), "fresh_chips_spread": float(np.std(found))} if found else {}
+
+    def _own_chip(self, state: TrainState) -> Array:
+        return chip_key(self.experiment.devices.here(state.seed))
 
     def close(self) -> None:
         """End what reads images."""
@@ -105,24 +109,30 @@ class Evaluator:
 class _Decoded:
     """Batches of a stream, all of one size."""
 
-    def __init__(self, split: StreamedSplit, size: int, workers: int) -> None:
+    def __init__(self, split: StreamedSplit, size: int, experiment: Experiment) -> None:
         from cimjax.data.reading import EvaluationStream
 
-        self.size, self.stream = size, EvaluationStream(split, batch_size=size, workers=workers)
+        self.size, self.devices = size, experiment.devices
+        workers = workers_of(experiment.config)
+        self.stream = EvaluationStream(split, batch_size=size, workers=workers, share=self.devices.share)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         for images in self.stream:
-            yield _padded(*images, self.size)
+            yield _on_devices(*images, self.size, self.devices)
 
 
-def _padded(pixels: Any, labels: Any, size: int) -> tuple[Any, Any, Any]:
-    """A batch of `size` images, labels, and which of them are real."""
-    count = len(labels)
-    real = np.arange(size) < count
-    if count < size:
-        pixels = np.concatenate([pixels, np.zeros((size - count, *pixels.shape[1:]), np.uint8)])
-        labels = np.concatenate([labels, np.zeros(size - count, np.int32)])
-    return pixels, np.asarray(labels, np.int32), real
+def _on_devices(pixels: Any, labels: Any, size: int, devices: Devices) -> tuple[Any, Any, Any]:
+    """A batch of `size` images, labels, and which of them are real, on the devices.
+
+    Args:
+      pixels, labels: this process's share, or what there is of it in the last batch.
+    """
+    count, share = len(labels), size // devices.share.out_of
+    real = np.arange(share) < count
+    if count < share:
+        pixels = np.concatenate([pixels, np.zeros((share - count, *pixels.shape[1:]), np.uint8)])
+        labels = np.concatenate([labels, np.zeros(share - count, np.int32)])
+    return devices.split((pixels, np.asarray(labels, np.int32), real), PartitionSpec(AXIS))
 
 
 class Health:
@@ -140,7 +150,7 @@ class Health:
 
     def __call__(self, state: TrainState) -> dict[str, dict[str, float]]:
         """{"conv1": {"saturated": ..., "codes_used": ...}}."""
-        found = self.measure(state, self.experiment.calibration_images())
+        found = self.measure(self.experiment.devices.here(state), self.experiment.calibration_images())
         return health_by_layer(found.get(ADC_STATISTICS, {}))
 
 

@@ -17,6 +17,7 @@ from cimjax.training.begin import start
 from cimjax.training.evaluate import Evaluator, Health
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement
+from cimjax.training.processes.progress import name_slowest
 from cimjax.training.programs import Programs
 from cimjax.training.result import Callback, Result, moved, training_record
 from cimjax.training.run.checkpoint import Checkpoints
@@ -37,7 +38,8 @@ class Run:
         self, experiment: Experiment, run: RunFolder, teller: Teller, stop: Stop, callbacks: Sequence[Callback]
     ) -> None:
         self.experiment, self.folder, self.tell, self.stop = experiment, run, teller, stop
-        self.callbacks, self.checkpoints = callbacks, Checkpoints(run.path)
+        self.callbacks = callbacks
+        self.checkpoints = Checkpoints(run.path, keep=experiment.config.checkpoint_keep)
         data = experiment.dataset
         self.batches = batches_of(data.train, experiment.preparation, experiment.devices)
         self.programs = Programs(experiment, self.batches)
@@ -48,11 +50,12 @@ class Run:
         self.best, self.seen = -1.0, {}  # type: float, dict[str, list[float]]
 
     def close(self) -> None:
-        """End what reads images."""
+        """End what reads images, and what writes a state."""
         self.batches.close()
         self.test.close()
         if self.validation:
             self.validation.close()
+        self.checkpoints.wait()
 
     def run(self, variables: Any) -> Result:
         """All epochs that are still to do."""
@@ -65,8 +68,10 @@ class Run:
             if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
                 # Not saved before the next checkpoint: a run that stops here sets them again.
                 self.tell.compiling("the setting of ADC steps")
-                state, reports = self.recalibrated(state, experiment.calibration_images())
-                state = experiment.devices.put(state)
+                devices = experiment.devices
+                state, reports = self.recalibrated(devices.here(state), experiment.calibration_images())
+                devices.require_same("state with newly set ADCs", state)
+                state = devices.put(state)
                 self.tell.calibrated(reports, step)
                 if epoch == experiment.ideal_epochs:
                     # The best state is one with ADCs.
@@ -74,10 +79,11 @@ class Run:
                     self.tell.adcs_on()
             state, step = self._epoch(state, step, min(total, (epoch + 1) * per_epoch))
             if step == total:
-                state = experiment.devices.put(reestimated(experiment, state))
-            records = self._after_epoch(state, step, epoch + 1)
+                state = reestimated(experiment, state)
+            records, stopping = self._after_epoch(state, step, epoch + 1)
             ended = any([callback(epoch + 1, state, records) for callback in self.callbacks])
-            if self.stop.requested and step < total:
+            if stopping and step < total:
+                self.checkpoints.wait()
                 self.stop.leave(step, total, self.folder.address)
             if ended:
                 break
@@ -89,19 +95,23 @@ class Run:
     def _epoch(self, state: TrainState, step: int, end: int) -> tuple[TrainState, int]:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here, but not after the last."""
         pending: list[dict[str, jax.Array]] = []
-        looked = time.monotonic()
+        looked = began = time.monotonic()
         while step < end:
             count = self.programs.steps_from(step)
             state, metrics = self.programs(state, step, count)
             pending.append(metrics)
             step += count
-            if time.monotonic() - looked >= LOOK_EVERY or step == end or self.stop.requested:
+            stopping = step < end and self.stop.here()
+            if time.monotonic() - looked >= LOOK_EVERY or step == end or stopping:
                 self._take(pending, state)
                 self.tell.progress(step, self.seen)
                 looked = time.monotonic()
-            if self.stop.requested and step < end:
+            if stopping:
                 self._save(state, step)
+                self.checkpoints.wait()
                 self.stop.leave(step, self.experiment.total_steps, self.folder.address)
+        seconds, self.programs.seconds_for_images = self.programs.seconds_for_images, 0.0
+        name_slowest(self.experiment.devices.processes, "images", seconds, time.monotonic() - began)
         return state, step
 
     def _take(self, pending: list[dict[str, jax.Array]], state: TrainState) -> None:
@@ -114,8 +124,8 @@ class Run:
                 self.seen.setdefault(name, []).extend(float(value) for value in values)
         pending.clear()
 
-    def _after_epoch(self, state: TrainState, step: int, epoch: int) -> dict[str, Any]:
-        """Evaluate, record and save; the records by split."""
+    def _after_epoch(self, state: TrainState, step: int, epoch: int) -> tuple[dict[str, Any], bool]:
+        """Evaluate, record and save; the records by split, and whether the run stops here."""
         experiment = self.experiment
         ideal, final = epoch <= experiment.ideal_epochs, step == experiment.total_steps
         records = {"train": training_record(experiment, state, step, self.seen)}
@@ -130,22 +140,24 @@ class Run:
         # Before the state is saved: what is recorded after that is forgotten when the run goes on from there.
         if epoch == experiment.ideal_epochs + 1 and not final:
             self.tell.adcs(step, self.health(state))
+        stopping = self.stop.here()
         every = max(1, round(experiment.config.checkpoint_epochs))
-        if best or final or epoch % every == 0 or self.stop.requested or self.checkpoints.latest_step() is None:
+        if best or final or epoch % every == 0 or stopping or self.checkpoints.latest_step() is None:
             self._save(state, step, best=best)
-        return records
+        return records, stopping
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
         data = dataclasses.asdict(Description.of(self.experiment.dataset))
         extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.records.mark(), "data": data}
-        self.checkpoints.save(step, state, extra, best=best)
+        self.checkpoints.save_in_background(step, state, extra, best=best)
 
     def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:
         experiment = self.experiment
         more = {name: value for name, value in test.items() if name == "average_accuracy"}
+        self.checkpoints.wait()
         if self.validation:
-            best, _ = self.checkpoints.restore(experiment.abstract_state(), which="best")
-            more["best_accuracy"] = self.test(experiment.devices.put(best))["accuracy"]
+            best, _ = self.checkpoints.restore(experiment.devices.described(experiment.abstract_state()), which="best")
+            more["best_accuracy"] = self.test(best)["accuracy"]
         more, distances = more | self.test.on_fresh_chips(state), moved(experiment, state)
         result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.address, more)
         self.tell.finish(result, distances, self.health(state))

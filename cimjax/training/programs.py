@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -33,6 +34,8 @@ class Programs:
 
     def __init__(self, experiment: Experiment, batches: Batches) -> None:
         self.experiment, self.batches = experiment, batches
+        # Seconds that were spent to bring images, which no device computes meanwhile.
+        self.seconds_for_images = 0.0
         # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
         self._most = experiment.config.steps_per_dispatch or (1 if experiment.devices.platform == "cpu" else 16)
         self._compiled: dict[tuple[bool, int], Any] = {}
@@ -64,7 +67,10 @@ class Programs:
             self._compiled[key], self._first = self._first[1].result(), None
         if key not in self._compiled:
             self._compiled[key] = self._program(setup, count)
-        done = self._compiled[key](state, self.batches.feed(step, count))
+        began = time.monotonic()
+        feed = self.batches.feed(step, count)
+        self.seconds_for_images += time.monotonic() - began
+        done = self._compiled[key](state, feed)
         if following := self.steps_from(step + count):
             self.batches.expect(step + count, following)
         return done

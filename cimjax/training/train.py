@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from cimjax.training.distillation import check_teacher, taught_by
 from cimjax.training.evaluate import Loaded, load
 from cimjax.training.experiment import build
 from cimjax.training.loop import Run
+from cimjax.training.processes.alike import require_same_config, require_same_data
+from cimjax.training.processes.group import Group, group
+from cimjax.training.processes.together import together
 from cimjax.training.result import Callback, Result
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.remote import Mirror, is_remote
+from cimjax.training.run.silent import SilentFolder, require_shared
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
@@ -46,6 +51,9 @@ def train(
     display: Display | None = None,
 ) -> Result:
     """Train a network, or go on with the run that the folder holds.
+
+    Where `jax.distributed` was initialised, all processes call this with the same arguments; an error of one ends them
+    all, after process 0 has printed it. Callbacks are called on every process.
 
     Ctrl-C and SIGTERM save the state and raise KeyboardInterrupt or SystemExit; the same call goes on from there, and
     ends with the same numbers as a run that was never stopped.
@@ -84,35 +92,47 @@ def train(
                 callbacks=[*callbacks, mirror.after_epoch],
                 display=display,
             )
-    teacher = None
-    if config.get("teacher"):
-        if loss_fn is not None:
-            raise ValueError("`config.teacher` is a run, and there is a `loss_fn`; give one of them.")
-        teacher = load(config.teacher)
-        loss_fn = taught_by(teacher, config.teacher_weight, config.teacher_temperature)
-    experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
-    check_statistics(experiment)
-    if teacher is not None:
-        check_teacher(teacher, experiment)
-    folder = workdir if isinstance(workdir, Mirror) else Path(workdir or default_workdir(config))
-    if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
-        raise ValueError(
-            "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, by "
-            "--from RUN (`variables=`)."
-        )
-    plain = json.loads(config.to_json_best_effort())
-    own = model is not None or dataset is not None
-    with (
-        RunFolder(folder, plain, completed=_as_today, formats=config.writers) as run,
-        display or Display() as screen,
-        stop_requests(screen.warn) as stop,
-        contextlib.ExitStack() as stack,
-    ):
-        for writer in writers:
-            stack.callback(writer.close)
-        teller = Teller(experiment, run, screen, writers, own=own)
-        with contextlib.closing(Run(experiment, run, teller, stop, callbacks)) as job:
+    with together() as agreement:
+        processes = group()
+        require_same_config(config, processes)
+        teacher = None
+        if config.get("teacher"):
+            if loss_fn is not None:
+                raise ValueError("`config.teacher` is a run, and there is a `loss_fn`; give one of them.")
+            teacher = load(config.teacher)
+            loss_fn = taught_by(teacher, config.teacher_weight, config.teacher_temperature)
+        experiment = build(config, model=model, dataset=dataset, loss_fn=loss_fn, optimizer=optimizer)
+        check_statistics(experiment)
+        require_same_data(experiment.dataset, processes)
+        if teacher is not None:
+            check_teacher(teacher, experiment)
+        folder = workdir if isinstance(workdir, Mirror) else Path(workdir or default_workdir(config))
+        if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
+            raise ValueError(
+                "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, "
+                "by --from RUN (`variables=`)."
+            )
+        with contextlib.ExitStack() as stack:
+            run = _opened(folder, config, processes)
+            stack.callback(run.close)
+            require_shared(run, processes)
+            if not processes.first:
+                display, writers = Display(stream=stack.enter_context(open(os.devnull, "w"))), ()
+            screen = stack.enter_context(display or Display())
+            stop = stack.enter_context(stop_requests(screen.warn, agreement))
+            for writer in writers:
+                stack.callback(writer.close)
+            teller = Teller(experiment, run, screen, writers, own=model is not None or dataset is not None)
+            job = stack.enter_context(contextlib.closing(Run(experiment, run, teller, stop, callbacks)))
             return job.run(variables)
+
+
+def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunFolder:
+    """The run folder, in which process 0 alone writes."""
+    if not processes.first:
+        return SilentFolder(Path(folder))
+    plain = json.loads(config.to_json_best_effort())
+    return RunFolder(folder, plain, completed=_as_today, formats=config.writers)
 
 
 def default_workdir(config: ConfigDict) -> Path:

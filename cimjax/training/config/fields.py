@@ -242,6 +242,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
         Field("parallel", "shard_map", _one_of("shard_map", "pmap"), "how a batch is spread over devices"),
         Field("writers", (), _several(_one_of("csv", "tensorboard"), "csv, tensorboard"), "where records go as well"),
         Field("checkpoint_epochs", 1.0, _number(0, LARGEST_COUNT, without=0), "epochs between checkpoints"),
+        Field("checkpoint_keep", 2, _whole(1), "last checkpoints that are kept, besides the best one"),
     ),
 }
 FIELDS = {field.name: field for section in SECTIONS.values() for field in section}

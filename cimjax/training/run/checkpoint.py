@@ -2,8 +2,10 @@
 
 Every save is a folder of its own, `checkpoints/<number>_step_<step>[_best]` in the run folder. Orbax writes it under
 another name and renames it when it is complete, so that a process may be killed at any moment: the highest number is
-the last state, the highest number that is marked is the best one. These and the one before the last are kept, all
-others are removed afterwards. Which states are worth keeping, and what is in them, is decided elsewhere.
+the last state, the highest number that is marked is the best one. The last few and the best are kept, all others are
+removed afterwards. Which states are worth keeping, and what is in them, is decided elsewhere.
+
+Of several processes all save and restore, on one file system; what there is is told by process 0, which alone removes.
 
 Within the save, `cimjax.training.run.seal` keeps what must be found again when it is read: a save that was damaged
 since is never taken for a whole one.
@@ -22,6 +24,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +32,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from cimjax.training.processes.group import group
 from cimjax.training.run import seal
 from cimjax.training.run.files import RunFolderError, warn
 from cimjax.training.run.folder import CHECKPOINTS, CONFIG, read_config
@@ -58,22 +62,39 @@ class _Save(NamedTuple):
 
 
 class Checkpoints:
-    """The last two states of a run, and the best.
+    """The last states of a run, and the best.
 
-    Nothing is written or removed before the first `save`, so that a run can be read while another process trains it.
-    Saves are synchronous: when `save` returns, the state is on the disk, and there is nothing to wait for or to close.
+    Nothing is written or removed before the first save, so that a run can be read while another process trains it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """`folder` is the run folder; the checkpoints are in its folder `checkpoints`."""
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+        """Nothing is read yet.
+
+        Args:
+          folder: the run folder; the checkpoints are in its folder `checkpoints`.
+          keep: how many of the last states are kept, at least 1. With one alone, nothing takes the place of a damaged
+            one.
+        """
         self._run = Path(folder).absolute()
         self._folder = self._run / CHECKPOINTS
-        self._number = 0
+        self._keep, self._number = keep, 0
+        # The save that is being written in the background, by one thread at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cimjax-save")
+        self._writing: tuple[_Save, Future[None]] | None = None
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any], *, best: bool = False) -> None:
-        """Save a state as the last one, and then remove what it replaces.
+        """Save a state as the last one, and then remove what it replaces; all is done when this returns.
 
-        With several processes all call this, on one file system; only the primary one removes.
+        Arguments and errors as of `save_in_background`.
+        """
+        self.save_in_background(step, state, extra, best=best)
+        self.wait()
+
+    def save_in_background(self, step: int, state: PyTree, extra: dict[str, Any], *, best: bool = False) -> None:
+        """Save a state as the last one, and then remove what it replaces, while the caller goes on.
+
+        When this returns, the state was copied and may be given up. It is on the disk when `wait` returns; until then
+        a process that is killed leaves the states before it. A save waits for the one before it.
 
         Args:
           step: training steps done, >= 0; need not grow from save to save.
@@ -82,25 +103,31 @@ class Checkpoints:
           best: the state is the best one, too.
 
         Raises:
-          RunFolderError: where it cannot be written (a full disk); the saves before it stay.
+          RunFolderError: where it, or the one before it, cannot be written (a full disk); the saves before it stay.
           ValueError: for a negative step.
         """
         if step < 0:
             raise ValueError(f"`step` is {step}; give the number of training steps done, at least 0.")
-        # The count in memory: another process of this run may not yet see the newest folder on a network file system.
+        self.wait()
+        # The count in memory: no number is given twice, whatever was removed meanwhile.
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
         leaves = _named_leaves(state)
         sealed = seal.close(int(step), leaves, extra, self._options())
-        try:
-            with _quiet():
-                ocp.save(path, leaves, custom_metadata=sealed)
-        except Exception as error:
-            self._sweep()
-            raise RunFolderError(
-                f"cannot save {path}: {_first_line(error)}; the checkpoint before it stays."
-            ) from error
-        self._sweep()
+        with self._writing_in_one_line(path), _quiet():
+            response = ocp.save_async(path, leaves, custom_metadata=sealed)
+        save = _Save(self._number, int(step), best, path)
+        self._writing = save, self._thread.submit(self._complete, path, response)
+
+    def wait(self) -> None:
+        """Wait until the save in the background, if there is one, is on the disk.
+
+        Raises:
+          RunFolderError: where it cannot be written; said once.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing[1].result()
 
     def latest_step(self) -> int | None:
         """The step of the last state; None before the first save."""
@@ -138,6 +165,7 @@ class Checkpoints:
           RunFolderError (a ValueError): where there is no such state, where it is damaged, where the name, the shape or
             the dtype of a leaf differs (then the first one is named), and where `config.json` has other options.
         """
+        self.wait()
         damaged: dict[_Save, DamagedCheckpointError] = {}
         while (save := next((save for save in self._candidates(which) if save not in damaged), None)) is not None:
             try:
@@ -163,13 +191,36 @@ class Checkpoints:
                 return self._about(save)[1].extra
         return {}
 
+    def _complete(self, path: Path, response: Any) -> None:
+        """Wait for what is being written, and remove what it replaces."""
+        with self._writing_in_one_line(path), _quiet_loggers():
+            response.result()
+        self._sweep()
+
+    @contextlib.contextmanager
+    def _writing_in_one_line(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._sweep()
+            raise RunFolderError(
+                f"cannot save {path}: {_first_line(error)}; the checkpoint before it stays."
+            ) from error
+
     def _saves(self) -> list[_Save]:
-        """The complete saves, oldest first."""
-        names = os.listdir(self._folder) if self._folder.is_dir() else []
+        """The complete saves, oldest first, the same on all processes: one may not yet see what another has written."""
+        here = ""
+        if group().first and self._folder.is_dir():
+            here = "/".join(os.listdir(self._folder))
+        return self._saves_in(group().of_first("the checkpoints", here).split("/"))
+
+    def _saves_in(self, names: list[str]) -> list[_Save]:
         matches = [match for match in map(_NAME.fullmatch, names) if match]
         return sorted(_Save(int(m[1]), int(m[2]), m[3] is not None, self._folder / m[0]) for m in matches)
 
     def _newest(self, which: Which) -> _Save | None:
+        if self._writing and (which == "last" or self._writing[0].best):
+            return self._writing[0]
         return next(iter(self._candidates(which)), None)
 
     def _candidates(self, which: Which) -> list[_Save]:
@@ -178,16 +229,19 @@ class Checkpoints:
         return saves if which == "last" else [save for save in saves if save.best][:1]
 
     def _kept(self) -> set[_Save]:
-        return {*self._candidates("last")[:2], *self._candidates("best")}
+        return self._kept_of(self._saves())
+
+    def _kept_of(self, saves: list[_Save]) -> set[_Save]:
+        return {*saves[-self._keep :], *[save for save in saves if save.best][-1:]}
 
     def _sweep(self) -> None:
         """Remove the saves that are replaced, and what killed processes left; nothing that has another name.
 
         A removal that is cut short does no harm: what is removed is never the newest of its kind.
         """
-        if jax.process_index() != 0 or not self._folder.is_dir():
+        if not group().first or not self._folder.is_dir():
             return
-        kept = {save.path for save in self._kept()}
+        kept = {save.path for save in self._kept_of(self._saves_in(os.listdir(self._folder)))}
         for path in self._folder.iterdir():
             if (_NAME.fullmatch(path.name) and path not in kept) or _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -300,14 +354,24 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what orbax tells its developers off the terminal; what matters is raised."""
+    with _quiet_loggers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """The same without warnings, which are set for all threads at once; may be entered in several."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
+
+    def nothing(record: logging.LogRecord) -> bool:
+        del record
+        return False
+
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+        logger.addFilter(nothing)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(nothing)

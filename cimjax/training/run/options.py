@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "execution": "how layers are computed: no result depends on it",
     "steps_per_dispatch": "how many steps one program does: no result depends on it",
     "checkpoint_epochs": "how often a state is saved",
+    "checkpoint_keep": "how many states are kept",
     "writers": "where the records go besides `metrics.jsonl`",
 }
 

@@ -1,4 +1,7 @@
-"""A request to stop, made by Ctrl-C or SIGTERM: heard at once, obeyed when the state can be saved."""
+"""A request to stop, made by Ctrl-C or SIGTERM: heard at once, obeyed when the state can be saved.
+
+Of several processes all stop at the same step, whichever of them were asked.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,41 @@ import os
 import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cimjax.training.processes.agreement import Agreement
+
+# Seconds within which the same request counts once: a cluster may send it to a process and to what started it.
+_ONCE = 0.5
+
 
 class Stop:
-    """Whether the run shall stop."""
+    """Whether the run shall stop.
 
-    def __init__(self) -> None:
+    agreement: with the other processes; None where there are none.
+    """
+
+    def __init__(self, agreement: Agreement | None = None) -> None:
+        self.agreement = agreement
         self.signal: int | None = None
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.signal is not None
+    def request(self, signal: int) -> None:
+        """Ask to stop; may be called by a handler of signals."""
+        self.signal = signal
+        if self.agreement:
+            self.agreement.request(signal)
+
+    def here(self) -> bool:
+        """Whether the run stops where it is. Several processes ask at the same points, and get the same answer."""
+        if self.agreement is None:
+            return self.signal is not None
+        stops = self.agreement.here()
+        if stops:
+            self.signal = self.agreement.signal
+        return stops
 
     def leave(self, step: int, total: int, folder: Path | str) -> None:
         """End the run, whose state was saved."""
@@ -33,13 +56,13 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[Stop]:
+def stop_requests(say: Callable[[str], None], agreement: Agreement | None = None) -> Iterator[Stop]:
     """Turn Ctrl-C and SIGTERM into requests, in the main thread, where Python receives signals.
 
     A compilation keeps Python from running anything, so a thread of its own hears of signals, says so at once, and ends
     the process at the second one.
     """
-    stop = Stop()
+    stop = Stop(agreement)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -49,15 +72,18 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Stop]:
 
     def request(number: int, frame: Any = None) -> None:
         del frame
-        stop.signal = number
+        stop.request(number)
 
     def listen() -> None:
-        before = False
+        before: float | None = None
         while numbers := os.read(heard, 64):
             for number in (number for number in numbers if number in watched):
-                if before:
+                now = time.monotonic()
+                if before is not None and now - before < _ONCE:
+                    continue
+                if before is not None:
                     os._exit(128 + number)
-                before = True
+                before = now
                 request(number)
                 say("stopping as soon as the state can be saved; the same once more stops at once and loses it.")
 

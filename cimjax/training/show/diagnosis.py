@@ -33,6 +33,8 @@ def explain_failure(experiment: Experiment, state: TrainState, step: int, batche
       batches: of the training images.
     """
     advice = "lower optimizer.learning_rate or optimizer.step_factor, or raise warmup_epochs"
+    if experiment.devices.processes.count > 1:
+        return f"Step {step}: the loss or a gradient is not finite (one process alone would say where); {advice}."
     ideal_adcs = experiment.setup_in(step // experiment.steps_per_epoch).ideal_adcs
     setup = dataclasses.replace(experiment.setup_on_one_device(), ideal_adcs=ideal_adcs)
     batch = batches.batch(batches.feed(step, 1), state, 0, None)

@@ -32,7 +32,8 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
             + _with_ideal_adcs(experiment.ideal_epochs),
             "network": f"{parameters:,} weights in {len(experiment.layers)} layers",
             "devices": f"{devices.count} x {devices.platform}"
-            + (f" ({devices.kind})" if devices.kind != "cpu" else ""),
+            + (f" ({devices.kind})" if devices.kind != "cpu" else "")
+            + (f" in {devices.processes.count} processes" if devices.processes.count > 1 else ""),
             **_programs(experiment),
         },
     }
