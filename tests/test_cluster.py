@@ -23,6 +23,7 @@ import pytest
 from cimjax.analysis import cluster
 from cimjax.analysis.cluster import JOBS, Cluster, parse_options
 from cimjax.analysis.executors import OUTPUT, Processes
+from cimjax.analysis.studies.runs import Case, Runs, train_cases
 from cimjax.analysis.sweep import FAILED, sweep
 from cimjax.analysis.sweep_plan import JOB, PlannedRun
 from cimjax.cli import main
@@ -188,6 +189,19 @@ def test_a_preempted_local_job_saves_and_goes_on(
         (row,) = sweep(PLAIN, {"seed": ["0"]}, tmp_path, executor=jobs_on("local", tmp_path))
     assert row["accuracy"] == 0.5 and printed(folder) == "began\nsaved\nwent on\n"
     assert "1 of 1: seed=0: 50.00%, 1.0 s\n" in capsys.readouterr().err
+
+
+def test_a_study_submits_a_run_once_the_one_that_it_starts_from_has_ended(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_runs(monkeypatch, SAVES.replace('os.path.exists(folder + "/saved")', "True"))
+    cases = [Case("second", "weight=none", start="first"), Case("first", "weight=none")]
+    found = train_cases(Runs(f"{CONFIG}:smoke", tmp_path, [0], executor=jobs_on("slurm", tmp_path)), cases)
+    assert [outcome.accuracies for outcome in found] == [[0.5], [0.5]]
+    # Jobs have growing numbers.
+    jobs = sorted(path.name for path in slurm.iterdir())
+    pickled = [(tmp_path / JOBS / f"{job}_submitted.pkl").read_bytes() for job in jobs]
+    assert [b"/first/seed=0" in text for text in pickled] == [True, False]
 
 
 @pytest.mark.full
