@@ -152,12 +152,14 @@ def _dispatch(argv: list[str]) -> None:
 
 def _about_flag(word: str, flags: list[str], takes_config: bool) -> str:
     """What was meant by a flag that there is not."""
+    from cimjax.training.config.fields import FIELDS
+
     name, _, value = shortened(word).lstrip("-").partition("=")
     typed = f"{name}={value or 'VALUE'}"
     if takes_config and name in {option.name for option in CIM_OPTIONS}:
         flag = "--config " if "--config" in flags else ""
         return f"unknown flag --{name}: options follow the file, {flag}FILE:{shlex.quote(typed)}"
-    if takes_config and closest(f"--{name}", flags) is None:
+    if takes_config and (name in FIELDS or closest(f"--{name}", flags) is None):
         return f"unknown flag --{name}: a field of the config is set by --config.{shlex.quote(typed)}"
     return f"unknown flag --{name}{nearest(f'--{name}', flags)}"
 

@@ -24,7 +24,7 @@ from cimjax.training.run.checkpoint import Checkpoints
 
 CONFIG = Path(__file__).parents[1] / "configs" / "resnet18_imagenet.py"
 # Steps that are timed after each save, or after none.
-STEPS = 12
+STEPS = 6
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     images, labels = rng.integers(0, 255, (64, 64, 64, 3), np.uint8), np.arange(64, dtype=np.int32)
     data = Dataset.from_arrays("random", images, labels, images[:8], labels[:8], classes=1000)
     fields = {"batch_size": 8, "epochs": 1000.0, "workers": 0, "steps_per_dispatch": 1}
-    config = load_config(f"{CONFIG}:weight=none", [Override(name, value) for name, value in fields.items()])
+    config = load_config(f"{CONFIG}:weight=none", [Override(name, str(value)) for name, value in fields.items()])
     experiment = build(config, dataset=data)
     programs = Programs(experiment, batches_of(data.train, experiment.preparation, experiment.devices))
     state, step = experiment.devices.put(experiment.first_state()[0]), 0

@@ -12,22 +12,23 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c
 
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
 
 def _train(arguments: argparse.Namespace) -> None:
-    from cimjax.training.config.file import load_config
-    from cimjax.training.run.remote import is_remote
-
-    config = None
     where = arguments.coordinator_address, arguments.num_processes, arguments.process_id
+    asked = None
     if arguments.distributed:
         _come_together(*where)
     elif any(value is not None for value in where):
         raise UsageError("--coordinator_address, --num_processes and --process_id are of --distributed; give it too.")
     else:
-        config = load_config(arguments.config, arguments.overrides)  # mistakes are said before jax is imported
+        asked = _asked_for(arguments)  # mistakes are said before jax is imported
     with ended_by_ctrl_c():
         from cimjax.core.programs.cache import keep_compiled_programs
         from cimjax.training.evaluate import load
@@ -37,10 +38,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
     keep_compiled_programs()
     with together():
-        config = config or load_config(arguments.config, arguments.overrides)
-        given: str | Path | None = arguments.workdir
-        if given is not None and not is_remote(given):
-            given = checked_folder(arguments.workdir)
+        config, given = asked or _asked_for(arguments)
         variables = None if arguments.start is None else load(arguments.start)
         first = group().first
         workdir = given or group().of_first("the run folder", str(_new_folder(arguments.config)) if first else "")
@@ -52,6 +50,15 @@ def _train(arguments: argparse.Namespace) -> None:
             if first and not given:
                 with contextlib.suppress(OSError):
                     os.rmdir(workdir)  # only where nothing was written
+
+
+def _asked_for(arguments: argparse.Namespace) -> tuple[ConfigDict, str | Path | None]:
+    """The config, and the run folder, or its address in a bucket, if one was given."""
+    from cimjax.training.config.file import load_config
+    from cimjax.training.run.remote import is_remote
+
+    config, given = load_config(arguments.config, arguments.overrides), arguments.workdir
+    return config, given if given is None or is_remote(given) else checked_folder(given)
 
 
 def _come_together(address: str | None, count: int | None, index: int | None) -> None:
@@ -154,7 +161,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "launch": Command(
         "train in several processes on this machine, and end them together; what follows -- is for `cimjax train`",
-        "cimjax launch --num_processes 2 -- --config configs/digits.py --workdir runs/two",
+        "cimjax launch --num_processes 2 -- --config configs/digits.py",
         {"--num_processes": {"metavar": "N", "type": int, "required": True, "help": "how many processes"}},
         _launch,
         takes_rest=True,
