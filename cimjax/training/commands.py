@@ -41,7 +41,7 @@ def _train(arguments: argparse.Namespace) -> None:
         config, given = asked or _asked_for(arguments)
         variables = None if arguments.start is None else load(arguments.start)
         first = group().first
-        workdir = given or group().of_first("the run folder", str(_new_folder(arguments.config)) if first else "")
+        workdir = given or Path(group().of_first("the run folder", str(_new_folder(arguments.config)) if first else ""))
         try:
             if first:
                 print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
