@@ -600,7 +600,7 @@ PROGRAMS = [
         "core/programs/joined.py",
         "return total + slice_adc.read(",
         "return slice_adc.read(",
-        oracle("macro-offset-adc"),
+        oracle("macro-diff-digital"),
     ),
     Fault(
         "int8 operands hide what is no number",
