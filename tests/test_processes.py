@@ -33,7 +33,7 @@ from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import read_records
 
 # Random kills of a run in `test_kills_lose_nothing`.
-KILLS = int(os.environ.get("CIMJAX_KILLS", "3"))
+KILLS = int(os.environ.get("CIMJAX_KILLS", "1"))
 SMALL = ["--config", "configs/digits.py:smoke", "--config.model.width=4", f"--config.rules={RULES}"]
 # All stages: ideal ADCs, then ADCs set from data, and once more.
 STAGES = ["--config.epochs=4.0", "--config.ideal_share=0.3", "--config.recalibrate_epochs=(2,)"]

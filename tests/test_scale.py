@@ -1,6 +1,6 @@
 """ResNet-18 and ResNet-50 in whole, with 1,000 classes, from files, on one device, on several, and by processes.
 
-    CIMJAX_SCALE=1 pytest --rest -s tests/test_scale.py
+    CIMJAX_SCALE=1 pytest --rest -s tests/test_scale.py           # 0.125: an eighth of the width
 
 Each run takes minutes on two cores, most of them to compile, so that they are made only when they are asked for.
 """
@@ -21,7 +21,7 @@ from cimjax.training.run.folder import read_records
 
 pytestmark = [
     pytest.mark.full,
-    pytest.mark.skipif("CIMJAX_SCALE" not in os.environ, reason="set CIMJAX_SCALE: it takes half an hour"),
+    pytest.mark.skipif("CIMJAX_SCALE" not in os.environ, reason="set CIMJAX_SCALE to a width: it takes half an hour"),
 ]
 TRAIN = [sys.executable, "train.py"]
 LAUNCH = [sys.executable, "-m", "cimjax", "launch", "--num_processes", "2", "--"]
@@ -48,6 +48,7 @@ def test_networks_of_1000_classes_train_from_files_on_devices_and_by_processes(
         fields = {
             "dataset": f"folder:{images}",
             "model.name": network,
+            "model.width": float(os.environ["CIMJAX_SCALE"]),
             "image_size": 64,
             "batch_size": 8,
             "eval_batch_size": 40,

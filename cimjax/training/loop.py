@@ -81,6 +81,8 @@ class Run:
             if step == total:
                 state = reestimated(experiment, state)
             records, stopping = self._after_epoch(state, step, epoch + 1)
+            if self.folder.in_bucket:
+                self.checkpoints.wait()  # what is copied there after an epoch is whole
             ended = any([callback(epoch + 1, state, records) for callback in self.callbacks])
             if stopping and step < total:
                 self.checkpoints.wait()

@@ -7,6 +7,7 @@ with which JAX itself keeps processes together; JAX gives no public name to it. 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import os
@@ -28,6 +29,8 @@ from cimjax.spec.base import Notice
 _HEARTBEAT = 10
 # Seconds between two lines about a process for which the others wait.
 _PATIENCE = 30
+# Seconds in which gloo has printed what it prints when it connects.
+_PRINTED = 0.3
 
 
 class ProcessesWarning(Notice):
@@ -155,6 +158,9 @@ def _connect_by_gloo() -> None:
         total = jax.jit(added)(jax.make_array_from_process_local_data(NamedSharding(mesh, split), ones))
         jax.block_until_ready(total)
         multihost_utils.sync_global_devices("cimjax")
+        # Threads of gloo print, some of them a little later, into a buffer of C's.
+        time.sleep(_PRINTED)
+        ctypes.CDLL(None).fflush(None)
 
 
 @contextlib.contextmanager

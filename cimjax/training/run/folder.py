@@ -91,6 +91,7 @@ class RunFolder:
         self.path = _writable(path)
         # As it is shown: a folder that stands for one in a bucket shows that.
         self.address = self.path if isinstance(path, str | Path) else str(path)
+        self.in_bucket = not isinstance(path, str | Path)
         self.records = Records(self.path / METRICS)
         self._formats = formats
         self._writers: list[writers.Writer] | None = None

@@ -34,6 +34,7 @@ class SilentFolder(RunFolder):
     def __init__(self, path: Path) -> None:
         """Nothing is opened."""
         self.path = self.address = path.absolute()
+        self.in_bucket = False
         self.records = _SilentRecords(self.path / METRICS)
 
     def log(self, record: dict[str, Any]) -> None:
