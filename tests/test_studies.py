@@ -130,6 +130,7 @@ def test_every_recipe_is_another_training_and_brings_the_runs_that_it_needs() ->
 
 @pytest.mark.full
 def test_a_recipe_is_trained_after_its_teacher_and_compared(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     fields = ["--config.epochs=1", "--config.subset.images=260"]
     runs = Runs(f"{DIGITS}:smoke,adc_bits=2", tmp_path, [0], fields, Processes(2))
     found = design.study_recipe(runs, questions=["teacher"])

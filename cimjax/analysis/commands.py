@@ -58,6 +58,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.file import load_config
 
     if arguments.plot:
+        if arguments.of in ("data", "paper"):
+            raise UsageError(f"--plot draws programs; of {arguments.of} give --save FILE for the figures as JSON.")
         check_figure(arguments.plot)
     if arguments.save:
         check_writable(arguments.save)
@@ -95,7 +97,6 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
-    _refuse_plot(arguments)
     for flag, value in (("--runs", arguments.runs), ("--feed", arguments.feed)):
         if value < 1:
             raise UsageError(f"{flag} is {value}; give at least 1.")
@@ -115,7 +116,6 @@ def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
 
 
 def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
-    _refuse_plot(arguments)
     from cimjax.analysis import bench_paper
     from cimjax.analysis.studies.runs import described, with_options
     from cimjax.data.catalog import find
@@ -134,11 +134,6 @@ def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
     print(bench_paper.show_devices(steps, bench_paper.H100, (1, 8, 64), from_files=from_files))
     if arguments.save:
         bench_paper.save(steps, bench_paper.H100, arguments.save)
-
-
-def _refuse_plot(arguments: argparse.Namespace) -> None:
-    if arguments.plot:
-        raise UsageError(f"--plot draws programs; of {arguments.of} give --save FILE for the figures as JSON.")
 
 
 COMMANDS: dict[str, Command] = {
