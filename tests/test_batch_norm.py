@@ -65,6 +65,11 @@ def test_many_batches_are_averaged_and_none_leaves_the_state_as_it_is() -> None:
     parts = [np.var(part) for part in np.split(np.asarray(images), 3)]
     np.testing.assert_allclose(found["var"], np.mean(parts), rtol=1e-4)
     assert reestimated(build(few(), model=Normalised()), state) is state
+    # No more than there are.
+    every = build(few(batch_norm_images=10**9, batch_size=600), model=Normalised())
+    found = reestimated(every, state).collections["batch_stats"]["BatchNorm_0"]
+    whole = len(every.dataset.train) // 600 * 600
+    np.testing.assert_allclose(found["mean"], np.mean(every.training_images(whole)), rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_ends_with_them(tmp_path: Path) -> None:

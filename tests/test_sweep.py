@@ -66,6 +66,11 @@ def test_all_combinations_are_checked_before_the_first_one_starts(
         assert message in capsys.readouterr().err
 
 
+def test_fewer_runs_than_one_at_a_time_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^`jobs` is 0; give the number of runs at a time, at least 1\.$"):
+        Processes(0)
+
+
 def test_nothing_imports_jax_to_check() -> None:
     code = f"from cimjax.analysis import sweep; sweep.plan({PLAIN!r}, {{'seed': ['0', '1']}}, 'x')"
     check = "import sys; assert not {'jax', 'flax', 'matplotlib'} & set(sys.modules)"

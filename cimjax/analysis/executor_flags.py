@@ -39,8 +39,10 @@ def executor_of(arguments: argparse.Namespace, workdir: str | Path) -> Executor:
     Raises:
       UsageError: for what cannot be.
     """
-    if arguments.jobs is not None and arguments.jobs < 1:
-        raise UsageError(f"`jobs` is {arguments.jobs}; give the number of runs at a time, at least 1.")
+    from cimjax.analysis.executors import Processes, require_jobs
+
+    if arguments.jobs is not None:
+        require_jobs(arguments.jobs)
     if arguments.cluster is not None:
         from cimjax.analysis.cluster import Cluster, parse_options, require_submitit
 
@@ -51,6 +53,4 @@ def executor_of(arguments: argparse.Namespace, workdir: str | Path) -> Executor:
         raise UsageError(
             "--cluster-options are those of jobs of a cluster; give --cluster slurm or --cluster local too."
         )
-    from cimjax.analysis.executors import Processes
-
     return Processes(arguments.jobs or 1)

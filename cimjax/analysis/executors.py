@@ -76,6 +76,12 @@ class Processes:
     stopping = "stopping as soon as all states are saved; the same once more stops at once."
 
     def __init__(self, jobs: int = 1) -> None:
+        """Nothing is started yet.
+
+        Raises:
+          ValueError: for fewer than one at a time.
+        """
+        require_jobs(jobs)
         self.jobs = jobs
 
     def start(self, run: PlannedRun) -> Job:
@@ -101,6 +107,16 @@ class _Process:
 
     def stop(self) -> None:
         self._process.terminate()
+
+
+def require_jobs(jobs: int) -> None:
+    """Refuse fewer runs at a time than one.
+
+    Raises:
+      ValueError: in one line.
+    """
+    if jobs < 1:
+        raise ValueError(f"`jobs` is {jobs}; give the number of runs at a time, at least 1.")
 
 
 def command_of(run: PlannedRun) -> list[str]:

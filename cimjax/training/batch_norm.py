@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 import jax
@@ -28,12 +28,15 @@ def reestimated(experiment: Experiment, state: TrainState) -> TrainState:
     wanted = experiment.config.batch_norm_images
     if not wanted:
         return state
-    size = min(experiment.config.batch_size, len(experiment.dataset.train))
-    setup, images = experiment.setup_on_one_device(), experiment.training_images(max(1, wanted // size) * size)
+    there = len(experiment.dataset.train)
+    size = min(experiment.config.batch_size, there)
+    setup, firsts = experiment.setup_on_one_device(), range(0, max(1, min(wanted, there) // size) * size, size)
     measure = jax.jit(lambda state, images: statistics_of(setup, state, images), compiler_options=compiler_options())
     # Every process measures the same by itself.
     devices, here = experiment.devices, experiment.devices.here(state)
-    found = _mean(measure(here, part) for part in jnp.split(images, len(images) // size))
+    each = (measure(here, experiment.training_images(size, first)) for first in firsts)
+    total = functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), each)
+    found = jax.tree.map(lambda value: value / len(firsts), total)
     devices.require_same("statistics of batch normalisation", found)
     return state.replace(collections={**state.collections, STATISTICS: devices.put(found)})
 
@@ -59,11 +62,6 @@ def statistics_of(setup: Setup, state: TrainState, images: Array) -> Any:
         return jnp.where(part > 0, from_zero / jnp.where(part > 0, part, 1), old)
 
     return jax.tree.map(own, updated(0.0), updated(1.0), running)
-
-
-def _mean(each: Iterable[Any]) -> Any:
-    trees = list(each)
-    return jax.tree.map(lambda *values: sum(values) / len(trees), *trees)
 
 
 def check_statistics(experiment: Experiment) -> None:

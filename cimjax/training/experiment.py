@@ -118,10 +118,11 @@ class Experiment:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
         return self.training_images(self.config.calibration_images)
 
-    def training_images(self, count: int) -> Array:
-        """So many of the training images, or all: always the same ones of a seed, not augmented, (n, H, W, C)."""
-        key, count = jax.random.fold_in(self.key, 4), min(count, len(self.dataset.train))
-        chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[:count]
+    def training_images(self, count: int, first: int = 0) -> Array:
+        """So many of the training images, or all, without the `first` ones: always the same ones of a seed, not
+        augmented, (n, H, W, C)."""
+        key = jax.random.fold_in(self.key, 4)
+        chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[first : first + count]
         return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
     def first_state(self, given: Given | None = None) -> tuple[TrainState, Reports]:
@@ -285,6 +286,11 @@ def _freezing(
 ) -> optax.GradientTransformation:
     """The optimizer, with `config.optimizer.freeze_oscillating`."""
     threshold, specs = config.optimizer.freeze_oscillating, {x.name: x.spec for x in layers if x.spec is not None}
+    if any(layer.copies > 1 for layer in layers if layer.spec is not None):
+        raise ValueError(
+            f"`config.optimizer.freeze_oscillating` is {threshold}, but the network stacks the weights of "
+            "several layers (`nn.scan`, `nn.vmap`); give 0."
+        )
     if any(spec.weight.step_per_plane for spec in specs.values()):
         raise ValueError(
             f"`config.optimizer.freeze_oscillating` is {threshold}, but with a step for each plane a weight has no one "

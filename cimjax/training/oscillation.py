@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
@@ -25,7 +25,7 @@ AT_FIRST = 4.0
 
 
 class Weights(NamedTuple):
-    """What is known of the weights of a layer, each (kh, kw, R, c, O) in the layout of the arrays.
+    """What is known of the weights of a layer, each of the shape of its kernel.
 
     codes: int8, those of the last step.
     direction: int8, of the last change: -1, +1, or 0 before any.
@@ -76,7 +76,8 @@ def freeze_oscillating(
         layers = {name: _next(state.layers[name], codes, limit) for name, codes in _codes(moved, specs).items()}
         flat, before = flax.traverse_util.flatten_dict(updates, sep="/"), _flat(params)
         for name, weights in layers.items():
-            held = _held(weights, _flat(moved), name, specs[name])
+            kernel, step = _flat(moved)[f"{name}/kernel"], _steps(moved, name, specs[name])
+            held = jnp.where(weights.frozen, weights.codes * step, kernel)
             flat[f"{name}/kernel"] = (held - before[f"{name}/kernel"]).astype(flat[f"{name}/kernel"].dtype)
         return flax.traverse_util.unflatten_dict(flat, sep="/"), Watched(inner, layers, state.step + 1)
 
@@ -97,13 +98,21 @@ def _flat(params: Any) -> dict[str, Any]:
 
 def _codes(params: Any, specs: Mapping[str, CIMSpec]) -> dict[str, Array]:
     """The weight codes of all layers, int8, by path."""
-    flat = _flat(params)
-    found = {}
+    flat, found = _flat(params), {}
     for name, spec in specs.items():
         kernel = flat[f"{name}/kernel"]
-        step = lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
-        found[name] = quantize_weight(kernel, step, tile(kernel.shape, spec), spec).astype(jnp.int8)
+        tiling, step = tile(kernel.shape, spec), lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
+        found[name] = _untiled(quantize_weight(kernel, step, tiling, spec), tiling, kernel.shape).astype(jnp.int8)
     return found
+
+
+def _steps(params: Any, name: str, spec: CIMSpec) -> Array:
+    """The step of every weight of a layer, of the shape of its kernel."""
+    flat = _flat(params)
+    shape = flat[f"{name}/kernel"].shape
+    tiling, step = tile(shape, spec), lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
+    per_group = jnp.expand_dims(expand_weight(step, tiling)[:, 0], -2)  # (R, 1, O)
+    return _untiled(jnp.broadcast_to(per_group, (*tiling.stored.shape, tiling.features)), tiling, shape)
 
 
 def _first(codes: Array) -> Weights:
@@ -114,7 +123,7 @@ def _first(codes: Array) -> Weights:
 def _next(weights: Weights, codes: Array, limit: Array) -> Weights:
     """After a step that leads to other codes."""
     codes = jnp.where(weights.frozen, weights.codes, codes)
-    change = jnp.sign(codes - weights.codes)
+    change = (codes > weights.codes).astype(jnp.int8) - (codes < weights.codes).astype(jnp.int8)
     turned = change * weights.direction < 0
     frequency = MOMENTUM * turned + (1 - MOMENTUM) * weights.frequency
     mean = MOMENTUM * codes + (1 - MOMENTUM) * weights.mean
@@ -128,17 +137,7 @@ def _next(weights: Weights, codes: Array, limit: Array) -> Weights:
     )
 
 
-def _held(weights: Weights, flat: Mapping[str, Array], name: str, spec: CIMSpec) -> Array:
-    """The kernel of a layer, its frozen weights at their codes."""
-    kernel, step = flat[f"{name}/kernel"], lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
-    tiling = tile(kernel.shape, spec)
-    untile = _untiled(tiling, kernel.shape)
-    per_group = jnp.expand_dims(expand_weight(step, tiling)[:, 0], -2)  # (R, 1, O)
-    values = weights.codes * jnp.where(weights.frozen, per_group, 0.0)
-    return jnp.where(untile(weights.frozen.astype(jnp.float32)) > 0, untile(values), kernel)
-
-
-def _untiled(tiling: Tiling, shape: tuple[int, ...]) -> Callable[[Array], Array]:
-    """From the layout of the arrays to that of the kernel, whose every weight has one place."""
-    back = jax.linear_transpose(lambda kernel: tile_kernel(kernel, tiling), jax.ShapeDtypeStruct(shape, jnp.float32))
-    return lambda values: back(values)[0]
+def _untiled(values: Array, tiling: Tiling, shape: tuple[int, ...]) -> Array:
+    """From the layout of the arrays, (kh, kw, R, c, O), to that of the kernel, whose every weight has one place."""
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.linear_transpose(lambda kernel: tile_kernel(kernel, tiling), kernel)(values)[0]
