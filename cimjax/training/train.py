@@ -40,7 +40,7 @@ from cimjax.training.train_step import LossFunction
 def train(
     config: ConfigDict,
     *,
-    workdir: str | Path | Mirror | None = None,
+    workdir: str | Path | None = None,
     model: nn.Module | None = None,
     dataset: Dataset | StreamedDataset | None = None,
     variables: Mapping[str, Any] | Loaded | None = None,
@@ -76,23 +76,7 @@ def train(
       ValueError: for what cannot be trained: a field of the configuration, missing data, a folder in use or of another
         run (`RunFolderError`), a loss that is not finite.
     """
-    if isinstance(workdir, str | Path) and is_remote(workdir):
-        if jax.process_count() > 1:
-            raise ValueError("a run of several processes trains in a folder that all see, not in a bucket; give one.")
-        with Mirror(workdir) as mirror:
-            return train(
-                config,
-                workdir=mirror,
-                model=model,
-                dataset=dataset,
-                variables=variables,
-                loss_fn=loss_fn,
-                optimizer=optimizer,
-                writers=writers,
-                callbacks=[*callbacks, mirror.after_epoch],
-                display=display,
-            )
-    with together() as agreement:
+    with together() as agreement, contextlib.ExitStack() as stack:
         processes = group()
         require_same_config(config, processes)
         teacher = None
@@ -106,25 +90,29 @@ def train(
         require_same_data(experiment.dataset, processes)
         if teacher is not None:
             check_teacher(teacher, experiment)
-        folder = workdir if isinstance(workdir, Mirror) else Path(workdir or default_workdir(config))
+        folder: Path | Mirror = Path(workdir or default_workdir(config))
+        if workdir is not None and is_remote(workdir):
+            if jax.process_count() > 1:
+                raise ValueError("several processes train in a folder that all see, not in a bucket; give one.")
+            folder = stack.enter_context(Mirror(workdir))
+            callbacks = [*callbacks, folder.after_epoch]
         if config.start == "run" and variables is None and Checkpoints(folder).latest_step() is None:
             raise ValueError(
                 "`config.start` is 'run', as training=post_training has it; give a trained run, as one of weight=none, "
                 "by --from RUN (`variables=`)."
             )
-        with contextlib.ExitStack() as stack:
-            run = _opened(folder, config, processes)
-            stack.callback(run.close)
-            require_shared(run, processes)
-            if not processes.first:
-                display, writers = Display(stream=stack.enter_context(open(os.devnull, "w"))), ()
-            screen = stack.enter_context(display or Display())
-            stop = stack.enter_context(stop_requests(screen.warn, agreement))
-            for writer in writers:
-                stack.callback(writer.close)
-            teller = Teller(experiment, run, screen, writers, own=model is not None or dataset is not None)
-            job = stack.enter_context(contextlib.closing(Run(experiment, run, teller, stop, callbacks)))
-            return job.run(variables)
+        run = _opened(folder, config, processes)
+        stack.callback(run.close)
+        require_shared(run, processes)
+        if not processes.first:
+            display, writers = Display(stream=stack.enter_context(open(os.devnull, "w"))), ()
+        screen = stack.enter_context(display or Display())
+        stop = stack.enter_context(stop_requests(screen.warn, agreement))
+        for writer in writers:
+            stack.callback(writer.close)
+        teller = Teller(experiment, run, screen, writers, own=model is not None or dataset is not None)
+        job = stack.enter_context(contextlib.closing(Run(experiment, run, teller, stop, callbacks)))
+        return job.run(variables)
 
 
 def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunFolder:

@@ -28,6 +28,7 @@ from typing import Any, Self
 from cimjax.spec.base import shown
 from cimjax.training.run.files import RunFolderError, parsed, warn
 from cimjax.training.run.folder import CHECKPOINTS, CONFIG, LOCK
+from cimjax.training.run.records import METRICS
 
 # What a scheme needs besides etils and fsspec, which are there.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
@@ -196,8 +197,12 @@ class _Bucket:
             name = place[len(self._root) :].lstrip("/")
             room, _, rest = name.partition("/")
             save = rest.partition("/")[0]
-            if name == LOCK or (room == CHECKPOINTS and not (_SAVE.fullmatch(save) and save in (whole or [save]))):
+            if name == LOCK or (
+                room == CHECKPOINTS and not (_SAVE.fullmatch(save) and save in ([save] if whole is None else whole))
+            ):
                 continue
+            if name == METRICS and whole == []:
+                continue  # of a run that was ended while it copied its first save
             content = self._system.cat_file(place)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -211,6 +216,8 @@ class _Bucket:
         checkpoints = folder / CHECKPOINTS
         names = os.listdir(checkpoints) if checkpoints.is_dir() else []
         whole = {name for name in names if _SAVE.fullmatch(name)}
+        if whole and not self._saves:
+            self._put(f"{CHECKPOINTS}/{WHOLE}", b"[]")  # none of what follows counts yet
         for save in sorted(whole - self._saves):
             for name, content in _files(checkpoints / save):
                 self._put(f"{CHECKPOINTS}/{save}/{name}", content)
