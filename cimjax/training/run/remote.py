@@ -202,7 +202,7 @@ class _Bucket:
             ):
                 continue
             if name == METRICS and whole == []:
-                continue  # of a run that was ended while it copied its first save
+                continue  # of a run that was ended before its first save was copied
             content = self._system.cat_file(place)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -216,7 +216,7 @@ class _Bucket:
         checkpoints = folder / CHECKPOINTS
         names = os.listdir(checkpoints) if checkpoints.is_dir() else []
         whole = {name for name in names if _SAVE.fullmatch(name)}
-        if whole and not self._saves:
+        if not self._saves:
             self._put(f"{CHECKPOINTS}/{WHOLE}", b"[]")  # none of what follows counts yet
         for save in sorted(whole - self._saves):
             for name, content in _files(checkpoints / save):
