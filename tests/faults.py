@@ -884,7 +884,7 @@ SCALE = [
     Fault(
         "half a save counts in a bucket",
         "training/run/remote.py",
-        "and save in (whole or [save]))",
+        "and save in ([save] if whole is None else whole))",
         ")",
         ("test_remote.py::test_a_save_that_is_half_there_does_not_count",),
     ),
