@@ -62,6 +62,22 @@ def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> N
     assert [line.split("|")[4].strip() for line in lines[2:4]] == ["1.00", "1.00"]
 
 
+def test_memory_is_told_by_parts_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "memory.json"
+    small = ["--config.batch_size=6", "--config.model.width=4", "--config.rules=(('conv[12]',None),)"]
+    command = ["bench", "--of", "memory", "--config", f"{CONFIG}:smoke", *small]
+    assert main([*command, "--save", str(saved)]) == 0
+    rows = json.loads(saved.read_text())
+    assert [(row["parts"], row["residuals"], row["images"]) for row in rows] == [
+        (parts, kept, 6 // parts) for parts in (1, 2) for kept in ("auto", "inputs")
+    ]
+    whole, parts = rows[0], rows[-2]
+    assert whole["whole_mb"] > whole["temporary_mb"] > parts["temporary_mb"] > 0
+    assert capsys.readouterr().out.count(" inputs |") == 2
+    assert main([*command, "--plot", str(tmp_path / "memory.png")]) == 2
+    assert "--plot draws programs" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_growth_is_shown_on_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("GROWING", (4, 8, 4, 1)), ("PLANES", (3,)), ("TILES", (8,)), ("ACTIVE_ROWS", (16,))):

@@ -32,6 +32,8 @@ from cimjax.training.run.records import METRICS
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")
 PLAIN = f"{CONFIG}:smoke,weight=none"
+# Two runs that last long enough to be preempted.
+AXES, FIELDS = {"weight": ["layer", "column"]}, ["--config.epochs=30", "--config.model.width=2"]
 
 # Saves when asked to, is lost when asked twice, goes on when started again, and then ends with the figures of a run.
 SAVES = """if 1:
@@ -295,24 +297,28 @@ def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in times} for record in records]
 
 
+@pytest.fixture(scope="module")
+def by_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The runs of `AXES` as processes of this machine."""
+    return sweep(f"{CONFIG}:smoke", AXES, tmp_path_factory.mktemp("processes"), fields=FIELDS, executor=Processes(2))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["local", "slurm"])
 @pytest.mark.usefixtures("slurm")
-def test_jobs_have_the_records_of_processes_also_when_one_is_preempted(kind: str, tmp_path: Path) -> None:
-    axes = {"psum": ["layer", "column"], "weight": ["layer", "column"]}
-    fields, here, there = ["--config.epochs=40", "--config.model.width=2"], tmp_path / "here", tmp_path / "there"
-    config = f"{CONFIG}:smoke"
-    preempted = there / "psum=layer-weight=layer"
+def test_jobs_have_the_records_of_processes_also_when_one_is_preempted(
+    kind: str, by_processes: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    preempted = tmp_path / "weight=layer"
 
     def preempt() -> None:
         if kind == "local":
             return os.kill(task_of(preempted), signal.SIGUSR2)
         warn_of_preemption(json.loads((preempted / JOB).read_text())["job"])
 
-    expected = sweep(config, axes, here, fields=fields, executor=Processes(2))
     with meanwhile(lambda: logged(preempted).count(b"\n") > 4, preempt):
-        found = sweep(config, axes, there, fields=fields, executor=jobs_on(kind, there, jobs=2))
+        found = sweep(f"{CONFIG}:smoke", AXES, tmp_path, fields=FIELDS, executor=jobs_on(kind, tmp_path, jobs=2))
     assert "stopped after step" in printed(preempted)
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(by_processes, found, strict=True):
         assert one["accuracy"] == other["accuracy"] and one["moved"] == other["moved"]
         assert without_times(read_records(one["workdir"])) == without_times(read_records(other["workdir"]))

@@ -89,35 +89,46 @@ def bench_steps(
       runs: of each program.
       say: called with what is compiled or timed from then on.
     """
-    size = config.batch_size
-    rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (size, *image), np.uint8), rng.integers(0, classes, size)
-    dataset = Dataset.from_arrays("random", pixels, labels, pixels, labels, classes=classes)
+    dataset = random_images(config.batch_size, image, classes)
     compiled = []
     with without_cache():
         for name, variant in programs.items():
             say(f"compiling {name}, train and evaluate")
-            compiled += _steps_of(name, _as_variant(config, variant), dataset)
+            changed = _as_variant(config, variant)
+            compiled += [training_step(f"{name}, train", changed, dataset), _evaluation(name, changed, dataset)]
     return measured(compiled, runs, say)
 
 
-def _steps_of(name: str, config: ConfigDict, dataset: Dataset) -> list[Compiled]:
+def random_images(count: int, image: tuple[int, int, int], classes: int) -> Dataset:
+    """Random images of (H, W, C) = `image`, the same to train on and to test with: nothing depends on their values."""
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (count, *image), np.uint8), rng.integers(0, classes, count)
+    return Dataset.from_arrays("random", pixels, labels, pixels, labels, classes=classes)
+
+
+def training_step(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:
+    """The training step of a configuration on a data set of one batch, compiled for one device."""
     experiment: Experiment = build(config, dataset=dataset)
-    setup, size = experiment.setup_on_one_device(), config.batch_size
+    setup = experiment.setup_on_one_device()
     batches = Resident(dataset.train, experiment.preparation, config.seed, jax.device_put)
-    train, evaluate = (experiment.uncalibrated_state() for _ in range(2))
 
     def step(state: Any, feed: Any) -> Any:
         return train_step(setup, state, batches.batch(feed, state, 0, None))
+
+    state = experiment.uncalibrated_state()
+    return Compiled(name, step, state, batches.feed(0, 1), images=config.batch_size, carry=True)
+
+
+def _evaluation(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:
+    experiment: Experiment = build(config, dataset=dataset)
+    setup, size = experiment.setup_on_one_device(), config.batch_size
+    images = Resident(dataset.train, experiment.preparation, config.seed, jax.device_put).data
 
     def measure(state: Any, pixels: Any, labels: Any) -> Any:
         batch = experiment.preparation.plain(pixels, labels)
         return eval_step(setup, state, batch, jnp.ones(size, bool), chip_key(state.seed))
 
-    return [
-        Compiled(f"{name}, train", step, train, batches.feed(0, 1), images=size, carry=True),
-        Compiled(f"{name}, evaluate", measure, evaluate, *batches.data, images=size),
-    ]
+    return Compiled(f"{name}, evaluate", measure, experiment.uncalibrated_state(), *images, images=size)
 
 
 def _as_variant(config: ConfigDict, variant: Variant) -> ConfigDict:

@@ -58,14 +58,14 @@ def _bench(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.file import load_config
 
     if arguments.plot:
-        if arguments.of in ("data", "paper"):
+        if arguments.of in _TABLES:
             raise UsageError(f"--plot draws programs; of {arguments.of} give --save FILE for the figures as JSON.")
         check_figure(arguments.plot)
     if arguments.save:
         check_writable(arguments.save)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.of in ("data", "paper"):
-        (_bench_data if arguments.of == "data" else _bench_paper)(arguments, config)
+    if arguments.of in _TABLES:
+        _TABLES[arguments.of](arguments, config)
         return
     if config.spec is None or arguments.runs < 1:
         raise ValueError(
@@ -136,6 +136,26 @@ def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
         bench_paper.save(steps, bench_paper.H100, arguments.save)
 
 
+def _bench_memory(arguments: argparse.Namespace, config: Any) -> None:
+    from cimjax.analysis import bench_memory, timing
+    from cimjax.analysis.progress import Progress
+    from cimjax.data.loading import shape_and_classes
+    from cimjax.training.experiment import view_of
+
+    image, classes = shape_and_classes(config.dataset, config.data_dir or None, view=view_of(config))
+    with Progress() as progress:
+        needs = bench_memory.bench_memory(config, image=image, classes=classes, say=progress.doing)
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    print(f"{arguments.config}, batch {config.batch_size}: a training step on one device, compiled and not run,")
+    print("by config.optimizer.accumulate (parts) and config.execution.residuals\n")
+    print(bench_memory.show(needs))
+    if arguments.save:
+        bench_memory.save(needs, arguments.save)
+
+
+# What `bench` makes of other things than times of programs, without a plot.
+_TABLES = {"data": _bench_data, "memory": _bench_memory, "paper": _bench_paper}
+
 COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "train every combination of some options, and print the table of accuracies",
@@ -194,11 +214,11 @@ COMMANDS: dict[str, Command] = {
         {
             "--config": {"required": True, "metavar": A_CONFIG, "help": "the network and its batch size"},
             "--of": {
-                "choices": ("steps", "programs", "layers", "growth", "data", "paper"),
+                "choices": ("steps", "programs", "layers", "growth", *_TABLES),
                 "default": "steps",
                 "help": "steps of full precision and of every ADC; of every program; single layers; a layer of more "
-                "and more planes, row tiles and read groups; images from files, by number of workers; what a training "
-                "step takes at least on 1, 8 and 64 H100, on paper",
+                "and more planes, row tiles and read groups; images from files, by number of workers; the memory of "
+                "a training step, by parts of its batch; what one takes at least on 1, 8 and 64 H100, on paper",
             },
             "--runs": {
                 "type": int,

@@ -143,6 +143,11 @@ def show(timings: Sequence[Timing]) -> str:
                 f"{timing.whole_mb:,.0f}",
             ]
         )
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of words as text (Markdown), its columns as wide as they must be."""
     widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
