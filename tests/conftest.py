@@ -75,12 +75,19 @@ def compiles_quickly() -> str:
     """Flags by which XLA compiles the suite's programs about five times as fast: it is most of what a test takes.
 
     Without LLVM's optimizations and by XLA's older way to fused loops; `test_programs` holds layers as users compile
-    them against the oracle as well. No flags where the installed jaxlib does not know these: it would end the process.
+    them against the oracle as well. Without what the installed jaxlib does not know: it would end the process, some
+    versions when they are imported and some when a device is asked for.
     """
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    known = subprocess.run([sys.executable, "-c", "import jaxlib._jax"], env=environment, capture_output=True)
-    return flags if known.returncode == 0 else ""
+    flags = [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    ]  # the second: not from 0.11 on
+    for count in (2, 1):
+        environment = os.environ | {"XLA_FLAGS": " ".join(flags[:count]), "JAX_PLATFORMS": "cpu"}
+        asks = [sys.executable, "-c", "import jax; jax.devices()"]
+        if subprocess.run(asks, env=environment, capture_output=True).returncode == 0:
+            return environment["XLA_FLAGS"]
+    return ""
 
 
 @pytest.fixture(scope="session", autouse=True)
