@@ -512,7 +512,9 @@ def test_flaxs_other_doors_set_steps_too_or_say_why_not() -> None:
     chex.assert_trees_all_equal(same["params"], variables["params"])
     chex.assert_trees_all_equal(net.bind(variables)(x), net.apply(variables, x))
     described = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    with pytest.raises(ValueError, match=r"^`fc` sets its steps from data, which lazy_init has not"):
+    # Flax 0.12.12 gives zeros instead of data.
+    said = r"^`fc` sets its steps from data, which lazy_init has not|^fc: steps were set from an input that is empty"
+    with pytest.raises((ValueError, cimjax.CalibrationWarning), match=said):
         net.lazy_init(KEY, described)
     with without_calibration():
         lazy = net.lazy_init(KEY, described)

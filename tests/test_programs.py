@@ -237,8 +237,11 @@ def test_the_fused_kernel_is_lowered_for_gpus(operands: str) -> None:
         y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, layer, strides=2, execution=execution), x, kernel, steps)
         return pull(y)
 
-    traced = jax.jit(with_gradients).trace(x, kernel, steps)
-    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    # From 0.11 on jax wants to know which GPU.
+    card = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card)):
+        traced = jax.jit(with_gradients).trace(x, kernel, steps)
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     with pytest.raises(Exception, match="`program` is 'pallas', a kernel for GPUs, and this is a TPU"):
         traced.lower(lowering_platforms=("tpu",))
 

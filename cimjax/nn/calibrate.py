@@ -10,6 +10,7 @@ on, and what they say stands for a while among their parameters, which every tra
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -127,33 +128,52 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
         before: Any = module.get_variable("params", name)
         mean = before + (value - before) / (calls + 1)
         module.put_variable("params", name, jnp.where(calls == 0, value, mean))
-    if record is None:
-        tell(name_of(module), report)
-    else:
+    if record is not None:
         module.put_variable("params", _RECORD, record.joined(report))
+    elif _loop_that_is_asked() is None:  # a callback would be taken for a result of its iterations
+        tell(name_of(module), report)
 
 
 def refuse_unknown(module: nn.Module, x: Any) -> None:
     """Refuse to set steps where an input is not known before its parameters: inside a loop whose iterations share the
-    layer's parameters, as recurrent cells do, and in Flax's `lazy_init`.
+    layer's parameters, as recurrent cells do, and in Flax's `lazy_init` (which gives zeros from Flax 0.12.12 on).
 
     Raises:
       ValueError: naming the layer, and how to set its steps.
     """
-    # Flax asks what is the same in all iterations by tracing the body with all else unknown.
     assert module.scope is not None
-    if type(x).__name__ != "JaxprTracer" or any(isinstance(value, type(x)) for value in jax.tree.leaves(_own(module))):
-        return
-    if not any("scan(" in part for part in module.scope.debug_path):
+    loop = _loop_that_is_asked()
+    if loop is None:
+        if type(x).__name__ != "JaxprTracer" or any(isinstance(own, type(x)) for own in jax.tree.leaves(_own(module))):
+            return
         raise ValueError(
             f"`{name_of(module)}` sets its steps from data, which lazy_init has not: call it inside "
             "cimjax.without_calibration(), then cimjax.calibrate(model, variables, data)."
         )
+    keys = module.scope.rngs.get("params")
+    own = module.variables.get("params", {}) if keys is None else keys.rng
+    if not _is_of(loop, x) or any(_is_of(loop, value) for value in jax.tree.leaves(own)):
+        return
     raise ValueError(
         f"`{name_of(module)}` is shared by the iterations of a loop (nn.RNN, or nn.scan with variable_broadcast), "
         "inside which no steps can be set from data: initialise the network inside cimjax.without_calibration(), "
         "then calibrate the body by itself on the input of one iteration, and put its parameters in their place."
     )
+
+
+def _loop_that_is_asked() -> Any:
+    """The trace of a loop's body by which Flax asks what is the same in all iterations, inside it; else None."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "flax.core.axes_scan" and frame.f_locals.get("init_mode"):
+            inputs = jax.tree.leaves((frame.f_locals["c"], frame.f_locals["xs"]))
+            return next((value._trace for value in inputs if isinstance(value, jax.core.Tracer)), frame)
+        frame = frame.f_back
+    return None
+
+
+def _is_of(trace: Any, value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer) and value._trace is trace
 
 
 def _record(module: nn.Module) -> CalibrationReport:
