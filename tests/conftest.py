@@ -78,10 +78,8 @@ def compiles_quickly() -> str:
     them against the oracle as well. Without what the installed jaxlib does not know: it would end the process, some
     versions when they are imported and some when a device is asked for.
     """
-    flags = [
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-    ]  # the second: not from 0.11 on
+    # jaxlib 0.11 and newer lack the second.
+    flags = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
     for count in (2, 1):
         environment = os.environ | {"XLA_FLAGS": " ".join(flags[:count]), "JAX_PLATFORMS": "cpu"}
         asks = [sys.executable, "-c", "import jax; jax.devices()"]
