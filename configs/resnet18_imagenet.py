@@ -19,7 +19,7 @@ size quantization", 2020, section 3: a tenth of the rate, half of the weight dec
     python train.py --config configs/resnet18_imagenet.py:weight=none --workdir runs/full
     python train.py --config configs/resnet18_imagenet.py:start=run --from runs/full --workdir runs/arrays
 
-Memory follows the images that are computed at a time: a batch of 128 needs 10 GB, and 3.2 GB in 4 parts
+Memory follows the images that are computed at a time: a batch of 128 needs 10 GB on a CPU, and 3.2 GB in 4 parts
 (`--config.optimizer.accumulate=4`); `cimjax bench --of memory --config configs/resnet18_imagenet.py` says it for your
 device and batch.
 Numbers are float32 throughout (weights, optimizer, batch normalisation and its statistics, losses, partial sums after

@@ -65,15 +65,17 @@ def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_is_told_by_parts_of_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "memory.json"
     small = ["--config.batch_size=6", "--config.model.width=4", "--config.rules=(('conv[12]',None),)"]
+    # Parts of a data set belong to training alone.
+    small += ["--config.subset.images=500", "--config.validation=0.1"]
     command = ["bench", "--of", "memory", "--config", f"{CONFIG}:smoke", *small]
     assert main([*command, "--save", str(saved)]) == 0
-    rows = json.loads(saved.read_text())
+    rows = json.loads(saved.read_text())["needs"]
     assert [(row["parts"], row["residuals"], row["images"]) for row in rows] == [
         (parts, kept, 6 // parts) for parts in (1, 2) for kept in ("auto", "inputs")
     ]
     whole, parts = rows[0], rows[-2]
     assert whole["whole_mb"] > whole["temporary_mb"] > parts["temporary_mb"] > 0
-    assert capsys.readouterr().out.count(" inputs |") == 2
+    assert capsys.readouterr().out.count("| inputs ") == 2
     assert main([*command, "--plot", str(tmp_path / "memory.png")]) == 2
     assert "--plot draws programs" in capsys.readouterr().err
 

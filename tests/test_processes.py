@@ -206,7 +206,7 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("count", [1, pytest.param(4, marks=pytest.mark.skipif(KILLS < 2, reason="by CIMJAX_KILLS"))])
+@pytest.mark.parametrize("count", [1, 4])
 def test_a_stop_of_one_stops_all_and_another_number_goes_on(stages: Path, tmp_path: Path, count: int) -> None:
     both = ranks(2, *STAGES, "--workdir", str(tmp_path))
     wait_for(epochs_of(tmp_path, 1), both[0])

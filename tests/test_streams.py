@@ -688,7 +688,7 @@ def test_imagenet_trains_through_arrays_from_records(imagenet: Path, tmp_path: P
     command = ["train", "--config", f"{CONFIG}:weight=layer", "--workdir", str(tmp_path / "run")]
     fields = ["image_size=32", "model.width=0.05", "batch_size=8", "eval_batch_size=8", "epochs=2", "workers=1"]
     fields += [f"data_dir={imagenet}", "calibration_images=8", "validation=0.1", "execution.product=grouped_conv"]
-    fields += ["model.blocks=(1,1,1,1)", "ideal_share=0.0"]
+    fields += ["model.blocks=(1,1,1,1)"]
     assert main([*command, *(f"--config.{field}" for field in fields)]) == 0
     assert {record["split"] for record in records(tmp_path / "run")} >= {"train", "test", "validation", "result"}
     assert main(["evaluate", str(tmp_path / "run"), "--which", "best"]) == 0

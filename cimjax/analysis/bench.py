@@ -106,6 +106,15 @@ def random_images(count: int, image: tuple[int, int, int], classes: int) -> Data
     return Dataset.from_arrays("random", pixels, labels, pixels, labels, classes=classes)
 
 
+def on_one_batch(config: ConfigDict) -> ConfigDict:
+    """A copy of a configuration for a data set of one batch, all of which is trained on."""
+    changed = ConfigDict(config.to_dict())
+    changed.subset = ConfigDict({"classes": 0, "images": 0})
+    changed.validation = 0.0
+    changed.eval_batch_size = config.batch_size
+    return changed
+
+
 def training_step(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:
     """The training step of a configuration on a data set of one batch, compiled for one device."""
     experiment: Experiment = build(config, dataset=dataset)
@@ -132,11 +141,9 @@ def _evaluation(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:
 
 
 def _as_variant(config: ConfigDict, variant: Variant) -> ConfigDict:
-    changed = ConfigDict(config.to_dict())
+    changed = on_one_batch(config)
     changed.spec = None if variant.spec is None else ConfigDict(variant.spec.to_dict())
     changed.execution = ConfigDict(variant.execution.to_dict())
-    changed.subset = ConfigDict({"classes": 0, "images": 0})
-    changed.eval_batch_size = config.batch_size
     return changed
 
 

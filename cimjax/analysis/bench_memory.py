@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from cimjax.analysis.bench import random_images, training_step
-from cimjax.analysis.timing import Say, markdown, silent, without_cache
+from cimjax.analysis.bench import on_one_batch, random_images, training_step
+from cimjax.analysis.studies.output import markdown
+from cimjax.analysis.timing import Say, machine, silent, without_cache
 from cimjax.spec import Residuals
 
 # Parts of a batch that are tried, as far as they divide it.
@@ -57,7 +58,7 @@ def bench_memory(
     with without_cache():
         for count in (count for count in parts if config.batch_size % count == 0):
             for kept in residuals:
-                changed = ConfigDict(config.to_dict())
+                changed = on_one_batch(config)
                 changed.optimizer.accumulate = count
                 if kept is not None:
                     changed.execution.residuals = str(kept)
@@ -86,5 +87,6 @@ def show(needs: Sequence[Need]) -> str:
 
 
 def save(needs: Sequence[Need], file: Path) -> None:
-    """Write all figures as JSON."""
-    file.write_text(json.dumps([need._asdict() for need in needs], indent=2) + "\n")
+    """Write machine and figures as JSON."""
+    rows = [need._asdict() for need in needs]
+    file.write_text(json.dumps({**machine(), "needs": rows}, indent=1) + "\n")

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from cimjax.analysis.plot import check_figure
+from cimjax.analysis.studies.output import markdown
 from cimjax.core.programs.cpu import compiler_options
 
 # Called with what is being done from now on.
@@ -144,21 +145,6 @@ def show(timings: Sequence[Timing]) -> str:
             ]
         )
     return markdown(head, rows)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of words as text (Markdown), its columns as wide as they must be."""
-    widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )
 
 
 def machine() -> dict[str, Any]:
