@@ -133,7 +133,7 @@ QUANTIZER = [
     Fault(
         "with bumps an offset gets all that codes do not pass in a window",
         "core/programs/joined.py",
-        "if self.bounds.bumps is None:",
+        "if bounds.bumps is None:",
         "if True:",
         oracle("adc-2-bumps-offset"),
     ),
@@ -601,6 +601,27 @@ PROGRAMS = [
         "return total + slice_adc.read(",
         "return slice_adc.read(",
         oracle("macro-diff-digital"),
+    ),
+    Fault(
+        "a kernel's program keeps its last block alone",
+        "core/programs/pallas_backward.py",
+        "jax.tree.map(jnp.add, carry, (added, products))",
+        "(added, products)",
+        ("test_programs.py::test_a_kernel_of_several_blocks_adds_them_up",),
+    ),
+    Fault(
+        "kernels multiply gradients in bfloat16",
+        "core/programs/pallas_backward.py",
+        "for _ in range(3):",
+        "for _ in range(1):",
+        ("test_programs.py::test_a_kernel_of_several_blocks_adds_them_up",),
+    ),
+    Fault(
+        "a kernel takes what lies between two strides for a place it meets",
+        "core/programs/pallas_backward.py",
+        " & (lax.rem(first, stride) == 0)",
+        "",
+        ("test_programs.py::test_the_fused_kernel_equals_the_oracle_on_a_row_or_two[window-stride-2-twos]",),
     ),
     Fault(
         "int8 operands hide what is no number",

@@ -19,7 +19,7 @@ from compare import assert_equals_oracle, assert_near
 from cimjax.core import adc, conv, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.array_mac import snap_to_integers
-from cimjax.core.programs import cpu, joined, products
+from cimjax.core.programs import contract, cpu, joined, pallas, pallas_backward, pallas_blocks, products
 from cimjax.core.programs.contract import Layer, by_platform
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.core.programs.products import PRODUCTS
@@ -79,8 +79,7 @@ def test_more_layers_as_loops_equal_the_oracle(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[5::32], ids=name_of)
 def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
     """Interpreted, as no GPU is needed for that."""
-    if case.spec.adc is not None:
-        assert_equals_oracle(case, program="pallas")
+    assert_equals_oracle(case, program="pallas")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +87,14 @@ def test_the_fused_kernel_equals_the_oracle(case: Case) -> None:
 )
 def test_the_fused_kernel_equals_the_oracle_on_a_row_or_two(name: str) -> None:
     assert_equals_oracle(next(case for case in CASES if case.name == name), program="pallas")
+
+
+def test_a_kernel_of_several_blocks_adds_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions, one after the other, and of outputs, each in a program of its own."""
+    monkeypatch.setattr(pallas_backward, "_PROGRAMS", 2)
+    monkeypatch.setattr(pallas_blocks, "MOST_OUTPUTS", 16)
+    layer = spec(activation={"bits": 4}, weight={"bits": 4, "cell_bits": 2}, adc={"bits": 3, "offset": True})
+    assert_equals_oracle(Case("", layer, x_shape=(3, 9, 9, 5), kernel_shape=(3, 3, 5, 20)), program="pallas")
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -223,6 +230,32 @@ def test_the_row_of_the_platform_is_lowered_and_no_other() -> None:
     for platform, operation in (("cuda", "multiply"), ("tpu", "add")):
         text = jax.jit(chosen).trace(1.0).lower(lowering_platforms=(platform,)).as_text()
         assert f"stablehlo.{operation}" in text and "case" not in text
+
+
+@pytest.mark.parametrize(
+    "capability,layer,execution,fused",
+    [
+        (9.0, {}, {}, True),
+        (9.0, {"adc": False}, {}, True),
+        (8.0, {}, {"operands": "bfloat16"}, True),
+        (7.5, {}, {}, False),
+        (0.0, {}, {}, False),
+        (9.0, {}, {"product": "patches"}, False),
+        (9.0, {}, {"residuals": "inputs"}, False),
+        (9.0, {}, {"operands": "float32"}, False),
+        (9.0, {}, {"program": "joined"}, False),
+        (9.0, {"adc": {"gradient_bumps": 0.25}}, {}, False),
+        (9.0, {"array": {"rows": 1024}}, {}, False),
+    ],
+)
+def test_kernels_are_the_default_where_they_were_faster(
+    monkeypatch: pytest.MonkeyPatch, capability: float, layer: Any, execution: Any, fused: bool
+) -> None:
+    monkeypatch.setattr(contract, "compute_capability", lambda: capability)
+    one = spec(**layer)
+    window = resolve((8, 8), (3, 3), padding="SAME")
+    chosen = contract.choose(Layer(tile((3, 3, 100, 36), one), window, one, Execution(**execution)))
+    assert chosen is (pallas if fused else joined).run
 
 
 @pytest.mark.parametrize("operands", ["bfloat16", "float32", "int8"])

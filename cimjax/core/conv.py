@@ -79,10 +79,10 @@ def cim_conv(
 
 def _through_arrays(codes: Array, kernel: Array, steps: StepSizes, key: Array | None, layer: contract.Layer) -> Array:
     """The layer between its activation's codes and their step: (M, O)."""
-    tiling, _, spec, execution = layer
+    tiling, _, spec, _ = layer
     weight_codes = cells.quantize_weight(kernel, steps.weight, tiling, spec)
     arrays = cells.store(weight_codes, tiling, spec, key)
-    return contract.choose(spec, execution)(codes, arrays, steps, layer)
+    return contract.choose(layer)(codes, arrays, steps, layer)
 
 
 # Layers of equal shapes are traced once.

@@ -16,7 +16,7 @@ class Program(enum.StrEnum):
     REFERENCE = "reference"
     # Product and ADC with one gradient.
     JOINED = "joined"
-    # One GPU kernel.
+    # Kernels for NVIDIA's GPUs: one forwards, two back.
     PALLAS = "pallas"
 
 

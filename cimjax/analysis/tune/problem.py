@@ -100,11 +100,13 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
     # A loop over read groups has a product of its own.
     products = list(PRODUCTS) if layer.tiling.groups <= MOST_WRITTEN_OUT else [built_in.product]
     found = [dataclasses.replace(built_in, product=product, operands=one) for product in products for one in operands]
-    if contract.runs_on("gpu", "cuda", "rocm") and spec.adc is not None:
-        found += [Execution(program=Program.PALLAS, operands=one) for one in operands]
+    kernels = [Execution(program=Program.PALLAS, operands=one) for one in operands]
+    if contract.runs_on("gpu", "cuda", "rocm"):
+        found += kernels
     if everything:
         found.append(Execution(program=Program.REFERENCE))
-    return sorted(found, key=lambda one: one != built_in)
+    first = next((one for one in kernels if one.operands == Operands.BFLOAT16 and contract.fuses(layer)), built_in)
+    return sorted(found, key=lambda one: one != first)
 
 
 def draw(problem: Problem) -> tuple[Any, ...]:

@@ -62,6 +62,10 @@ PROGRAMS: dict[Program, str] = {
 }
 
 
+# The first NVIDIA GPUs whose tensor cores multiply bfloat16.
+FUSES_FROM = 8.0
+
+
 def built_in(spec: CIMSpec, *, cpu: bool) -> Execution:
     """What `auto` is where no table says more: `joined`, by one convolution per tile, the fastest on CPU and on an
     H100; in float32 on CPU, elsewhere in bfloat16 where that is exact."""
@@ -89,26 +93,47 @@ def tuned(layer: Layer, input_shape: tuple[int, ...]) -> Execution:
     found = table.layers.get(tuning.key(layer.tiling, layer.window, layer.spec, input_shape))
     if found is None or asked.program not in (Program.AUTO, found.program) or not exact_in(layer.spec, found.operands):
         return asked
-    if found.program == Program.PALLAS and (
-        layer.spec.adc is None or asked.product != Product.AUTO or asked.residuals != Residuals.AUTO
-    ):
+    if found.program == Program.PALLAS and (asked.product != Product.AUTO or asked.residuals != Residuals.AUTO):
         return asked
     fields = {field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)}
     return dataclasses.replace(found, **{name: value for name, value in fields.items() if value != "auto"})
 
 
-def choose(spec: CIMSpec, execution: Execution) -> ArrayProgram:
-    """The program for a layer.
+def choose(layer: Layer) -> ArrayProgram:
+    """The program for a layer; `auto` is the fused kernels where a GPU has them for it (`fuses`), else `joined`.
 
     Raises:
-      ValueError: for operands that cannot hold the layer's integers, or `pallas` without an ADC.
+      ValueError: for operands that cannot hold the layer's integers.
     """
-    require_exact(spec, execution.operands)
-    program = Program.JOINED if execution.program == Program.AUTO else execution.program
-    if program == Program.PALLAS and spec.adc is None:
-        raise ValueError("`program` is 'pallas' with an ideal ADC: there is nothing to fuse; use program='auto'.")
+    execution = layer.execution
+    require_exact(layer.spec, execution.operands)
+    program = execution.program
+    if program == Program.AUTO:
+        program = Program.PALLAS if fuses(layer) else Program.JOINED
     run: ArrayProgram = importlib.import_module(PROGRAMS[program]).run
     return run
+
+
+def fuses(layer: Layer) -> bool:
+    """Whether `auto` computes a layer by fused kernels, as was measured to be faster on an H200 (docs/speed.md).
+
+    On NVIDIA GPUs of compute capability 8 and more, where operands are bfloat16 and neither product nor residuals are
+    asked for, of which kernels know none. Like a table, asked of JAX's first device while a layer is traced.
+    """
+    spec, asked = layer.spec, layer.execution
+    if compute_capability() < FUSES_FROM or asked.product != Product.AUTO or asked.residuals != Residuals.AUTO:
+        return False
+    if operand_type(layer, cpu=False) != jnp.bfloat16 or (spec.adc is not None and spec.adc.gradient_bumps):
+        return False
+    return importlib.import_module("cimjax.core.programs.pallas_blocks").fits(layer)
+
+
+def compute_capability() -> float:
+    """That of JAX's first device; 0 where it is no GPU of NVIDIA's."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", None) or 0)
+    except ValueError:  # "gfx90a", of AMD's
+        return 0.0
 
 
 def exact_in(spec: CIMSpec, operands: Operands) -> bool:

@@ -146,25 +146,9 @@ class SliceADC(NamedTuple):
             return to_columns * ladders.output_scale, ColumnScales(None, None, sum_over_positions(to_columns * psums))
         # Written before all that reads it, on CPU.
         to_psums = materialize(self._to_psums, psums, ladders, gradient)
-        psums = psums.astype(jnp.float32)
-        u = lsq.in_steps(psums, ladders.reciprocal, ladders.offset)
-        codes = lsq.round_to_codes(u, psums, ladders.offset, self.bounds, half_up=True)
-        # What has passed is 0 outside, where `u` does not count; nor does it for a sign.
-        rest, distance = u * to_psums, (psums if ladders.offset is None else psums - ladders.offset) * to_psums
-        if self.bounds.sign is not None:
-            rest, distance = (jnp.where(self.bounds.sign, 0.0, values) for values in (rest, distance))
-        # Small terms are added up: the difference of the sums of codes and of `u` would lose what matters.
-        to_step = sum_over_positions(to_columns * (ladders.output_scale * codes) - rest)
-        # With the sum of `u` that of codes follows, without computing these again.
-        to_codes = (to_step + sum_over_positions(distance) * ladders.reciprocal) / ladders.output_scale
-        if ladders.offset is None:
-            return to_psums, ColumnScales(to_step, None, ladders.step * to_codes)
-        if self.bounds.bumps is None:
-            to_offset = ladders.output_scale * sum_over_positions(jnp.where(to_psums == 0, to_columns, 0.0))
-        else:
-            to_offset = sum_over_positions(to_columns * ladders.output_scale - to_psums)
-        to_scale = ladders.step * to_codes + ladders.offset * sum_over_positions(to_columns)
-        return to_psums, ColumnScales(to_step, to_offset, to_scale)
+        terms = ladder_terms(psums.astype(jnp.float32), to_psums, to_columns, ladders, self.bounds)
+        sums = jax.tree.map(sum_over_positions, terms)
+        return to_psums, ladder_gradients(sums, ladders, self.bounds)
 
     def _to_columns(self, gradient: Array, columns: int) -> Array:
         """The gradient of the output, for every column: (positions, O) to (T, positions, K O)."""
@@ -183,18 +167,81 @@ class SliceADC(NamedTuple):
         return functools.reduce(jnp.add, jnp.split(values, values.shape[-1] // self.features, axis=-1))
 
 
+class LadderSums(NamedTuple):
+    """What the gradients to ladders are made of: terms (T, positions, K O) or (positions, O), or their sums (K O,).
+
+    step: the gradient to the step; None behind an ideal ADC.
+    distance: of a partial sum from the offset, times what passed of the gradient to it.
+    beyond: the gradient to the offset, but for `output_scale` where no bumps are; None where there is no offset.
+    gradient: to the codes of a column, but for what they are scaled by; None where there is no offset.
+    """
+
+    step: Any
+    distance: Any
+    beyond: Any
+    gradient: Any
+
+
+def ladder_terms(
+    psums: Array, to_psums: Array, to_columns: Array, ladders: Ladders, bounds: lsq.Bounds | None
+) -> LadderSums:
+    """The terms at every position.
+
+    Args:
+      psums: float32.
+      to_psums: what passed of the gradient to them (`lsq.passed`).
+      to_columns: the gradient of the output, for every column.
+    """
+    if bounds is None:
+        return LadderSums(None, psums * to_psums, None, None)
+    u = lsq.in_steps(psums, ladders.reciprocal, ladders.offset)
+    codes = lsq.round_to_codes(u, psums, ladders.offset, bounds, half_up=True)
+    # What has passed is 0 outside, where `u` does not count; nor does it for a sign.
+    rest, distance = u * to_psums, (psums if ladders.offset is None else psums - ladders.offset) * to_psums
+    if bounds.sign is not None:
+        rest, distance = (jnp.where(bounds.sign, 0.0, values) for values in (rest, distance))
+    # Small terms are added up: the difference of the sums of codes and of `u` would lose what matters.
+    step = to_columns * (ladders.output_scale * codes) - rest
+    if ladders.offset is None:
+        return LadderSums(step, distance, None, None)
+    if bounds.bumps is None:
+        return LadderSums(step, distance, jnp.where(to_psums == 0, to_columns, 0.0), to_columns)
+    return LadderSums(step, distance, to_columns * ladders.output_scale - to_psums, to_columns)
+
+
+def ladder_gradients(sums: LadderSums, ladders: Ladders, bounds: lsq.Bounds | None) -> ColumnScales:
+    """The gradients to a column's step, offset and scale, of the sums over all positions."""
+    if bounds is None:
+        return ColumnScales(None, None, sums.distance / ladders.output_scale)
+    # With the sum of `u` that of codes follows, without computing these again.
+    to_codes = (sums.step + sums.distance * ladders.reciprocal) / ladders.output_scale
+    if ladders.offset is None:
+        return ColumnScales(sums.step, None, ladders.step * to_codes)
+    to_offset = sums.beyond if bounds.bumps is not None else ladders.output_scale * sums.beyond
+    return ColumnScales(sums.step, to_offset, ladders.step * to_codes + ladders.offset * sums.gradient)
+
+
 # `forward(layer, inputs, columns)`: what all columns add up to, (M, O), of slices stacked in the batch, (T N, H, W, C).
 Forward = Callable[[Layer, Array, Columns], Array]
+# `backward(layer, inputs, columns, gradient)`: the gradients to inputs and columns of that to what they add up to.
+Backward = Callable[[Layer, Array, Columns, Array], tuple[Array, Columns]]
 
 
-def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer, *, forward: Forward | None = None) -> Array:
-    """As `contract.ArrayProgram`; `forward` takes the place of this program's own way forwards."""
+class Kernels(NamedTuple):
+    """What takes the place of this program's own way forwards and back; nothing is kept between them but codes."""
+
+    forward: Forward
+    backward: Backward
+
+
+def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer, *, kernels: Kernels | None = None) -> Array:
+    """As `contract.ArrayProgram`, by other kernels where they are given."""
     tiling, window, spec, _ = layer
     if spec.skips_decomposition:
-        return _joined(layer, forward, codes, Columns(by_column(arrays.codes[None]), None, _scales(steps, layer)))
+        return _joined(layer, kernels, codes, Columns(by_column(arrays.codes[None]), None, _scales(steps, layer)))
     one_gradient = spec.variation is None and not spec.weight.step_per_plane
     weight_codes = by_column(encoding.split_by_sign(arrays.codes, spec.weight)) if one_gradient else None
-    total = _joined(layer, forward, codes, Columns(by_column(arrays.digits), weight_codes, _scales(steps, layer)))
+    total = _joined(layer, kernels, codes, Columns(by_column(arrays.digits), weight_codes, _scales(steps, layer)))
     if arrays.reference is None:
         return total
     slices = encoding.slice_codes(codes, spec.activation)
@@ -218,22 +265,20 @@ def _scales(steps: StepSizes, layer: Layer) -> ColumnScales:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _joined(layer: Layer, forward: Forward | None, codes: Array, columns: Columns) -> Array:
+def _joined(layer: Layer, kernels: Kernels | None, codes: Array, columns: Columns) -> Array:
     """What all columns add up to, (M, O), of codes (N, H, W, C)."""
-    return _forward(layer, forward, codes, columns)[0]
+    return _forward(layer, kernels, codes, columns)[0]
 
 
 def _forward(
-    layer: Layer, forward: Forward | None, codes: Array, columns: Columns
+    layer: Layer, kernels: Kernels | None, codes: Array, columns: Columns
 ) -> tuple[Array, tuple[Array, Columns, tuple[Array, ...] | None]]:
     # Codes are written once, on CPU, instead of computed again by each read group.
     codes = materialize(lambda codes: codes, codes)
     inputs, keep = _sliced(codes, layer), codes.astype(smallest_type(layer.spec.activation.code_range))
-    residuals, groups = layer.execution.residuals, layer.tiling.groups
-    if residuals == Residuals.INPUTS or (residuals == Residuals.AUTO and groups > MOST_WRITTEN_OUT):
-        forward = forward or _loop
-    if forward is not None:
-        return forward(layer, inputs, columns), (keep, columns, None)
+    kernels = kernels or _kernels(layer)
+    if kernels is not None:
+        return kernels.forward(layer, inputs, columns), (keep, columns, None)
     slice_adc, ladders = SliceADC.of_layer(layer), Ladders.of_groups(columns.scales)
     psums = [_psums(layer, sums) for sums in products.sums(layer, inputs, columns.digits)]
     total = functools.reduce(jnp.add, (slice_adc.read(p, ladders.of_group(r)) for r, p in enumerate(psums)))
@@ -241,12 +286,13 @@ def _forward(
 
 
 def _backward(
-    layer: Layer, forward: Forward | None, residuals: tuple[Array, Columns, Any], gradient: Array
+    layer: Layer, kernels: Kernels | None, residuals: tuple[Array, Columns, Any], gradient: Array
 ) -> tuple[Array, Columns]:
     keep, columns, psums = residuals
     inputs, pull = jax.vjp(functools.partial(_sliced, layer=layer), keep.astype(jnp.float32))
-    if psums is None:
-        to_inputs, to_columns = _loop_backward(layer, inputs, columns, gradient)
+    kernels = kernels or _kernels(layer)
+    if kernels is not None:
+        to_inputs, to_columns = kernels.backward(layer, inputs, columns, gradient)
     else:
         slice_adc, ladders = SliceADC.of_layer(layer), Ladders.of_groups(columns.scales)
         each = [slice_adc.gradients(p, ladders.of_group(r), gradient) for r, p in enumerate(psums)]
@@ -257,6 +303,14 @@ def _backward(
 
 
 _joined.defvjp(_forward, _backward)
+
+
+def _kernels(layer: Layer) -> Kernels | None:
+    """The loop over read groups where a layer is one."""
+    residuals = layer.execution.residuals
+    if residuals == Residuals.INPUTS or (residuals == Residuals.AUTO and layer.tiling.groups > MOST_WRITTEN_OUT):
+        return Kernels(_loop, loop_backward)
+    return None
 
 
 def _sliced(codes: Array, layer: Layer) -> Array:
@@ -336,7 +390,7 @@ def _loop(layer: Layer, inputs: Array, columns: Columns) -> Array:
     return lax.scan(step, start, groups)[0]
 
 
-def _loop_backward(layer: Layer, inputs: Array, columns: Columns, gradient: Array) -> tuple[Array, Columns]:
+def loop_backward(layer: Layer, inputs: Array, columns: Columns, gradient: Array) -> tuple[Array, Columns]:
     """To inputs and columns, one read group after the other; partial sums are computed again."""
     one, slice_adc = _one_group(layer), SliceADC.of_layer(layer)
     shape = (inputs.shape[0] // len(slice_adc.significances), *inputs.shape[1:])
