@@ -124,7 +124,7 @@ CHECKS = {
     "ideal": lambda: check_core(IDEAL, shape=(3, 44)),
     "inputs": lambda: check_core(SPEC, Execution(residuals="inputs"), Execution(product="patches")),
     "grouped": lambda: check_core(SPEC, Execution(product="grouped_conv"), Execution(operands="int8")),
-    "pallas": lambda: check_core(SPEC, Execution(program="pallas"), shape=(3, 44)),
+    "pallas": lambda: [check_core(SPEC, Execution(program="pallas"), shape=shape) for shape in ((3, 44), (2, 4, 3, 7))],
     "plane": lambda: check_core(dataclasses.replace(SPEC, weight=PER_PLANE)),
     "fixed": lambda: check_core(dataclasses.replace(SPEC, adc=FIXED), steps=jnp.float32),
     "whole numbers": lambda: check_core(x=jnp.int64),

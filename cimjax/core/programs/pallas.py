@@ -77,8 +77,8 @@ def _refuse(*operands: Any) -> Array:
 def _kernel(
     layer: Layer, index: int, blocks: Blocks, base: Any, inputs: Any, digits: Any, ladders: joined.Ladders, y: Any
 ) -> None:
-    outputs = pl.program_id(1) * blocks.outputs + jnp.arange(blocks.outputs)
-    rows = triton.load(base.at[pl.program_id(0) * POSITIONS + jnp.arange(POSITIONS)])
+    outputs = pl.program_id(1) * blocks.outputs + parts.count(blocks.outputs)
+    rows = triton.load(base.at[pl.program_id(0) * POSITIONS + parts.count(POSITIONS)])
 
     def add_group(group: Array, total: Array) -> Array:
         for plane, psums in enumerate(parts.psums(blocks, group, outputs, rows, inputs, digits)):
@@ -95,4 +95,6 @@ def _kernel(
                 total += ladder.offset * ladder.output_scale
         return total
 
-    y[...] = lax.fori_loop(0, blocks.groups, add_group, jnp.zeros((POSITIONS, blocks.outputs), jnp.float32))
+    y[...] = lax.fori_loop(
+        jnp.int32(0), jnp.int32(blocks.groups), add_group, jnp.zeros((POSITIONS, blocks.outputs), jnp.float32)
+    )

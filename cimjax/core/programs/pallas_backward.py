@@ -146,12 +146,12 @@ def _kernel(
     stored: Any,
 ) -> None:
     program, group = pl.program_id(0), pl.program_id(2)
-    outputs = pl.program_id(1) * blocks.outputs + jnp.arange(blocks.outputs)
+    outputs = pl.program_id(1) * blocks.outputs + parts.count(blocks.outputs)
     of_planes = [parts.load_ladders(blocks, group, plane, outputs, ladders) for plane in range(blocks.planes)]
     places, kinds = range(len(blocks.places)), _kinds(ladders).num_leaves
 
     def add_block(block: Array, carry: Any) -> Any:
-        positions = (program * blocks.per_program + block) * POSITIONS + jnp.arange(POSITIONS)
+        positions = (program * blocks.per_program + block) * POSITIONS + parts.count(POSITIONS)
         rows = triton.load(base.at[positions])
         to_columns = triton.load(gradient.at[positions[:, None], outputs[None, :]])
         through, added = [], []
@@ -179,7 +179,7 @@ def _kernel(
         [jnp.zeros((blocks.outputs,), jnp.float32)] * (blocks.planes * kinds),
         [jnp.zeros((blocks.outputs, blocks.channels), jnp.float32)] * (len(places) * len(weights)),
     )
-    added, products = lax.fori_loop(0, blocks.per_program, add_block, start)
+    added, products = lax.fori_loop(jnp.int32(0), jnp.int32(blocks.per_program), add_block, start)
     which = program * blocks.groups + group
     for term, values in enumerate(added):
         triton.store(sums.at[which * blocks.planes * kinds + term, outputs], values)
@@ -190,20 +190,20 @@ def _kernel(
 
 def _to_inputs_kernel(layer: Layer, blocks: Blocks, digits: Any, passed: Any, to_rows: Any) -> None:
     group = pl.program_id(1)
-    positions = pl.program_id(0) * POSITIONS + jnp.arange(POSITIONS)
+    positions = pl.program_id(0) * POSITIONS + parts.count(POSITIONS)
     image, place_of = _unravel(positions, blocks.size)
     total = jnp.zeros((POSITIONS, blocks.channels), jnp.float32)
     for index, place in enumerate(np.ndindex(*layer.tiling.kernel_size)):
         source, inside = _met_by(blocks, layer.window, place, image, place_of)
         at = (group * blocks.padded_positions + source)[:, None]
         for plane, first in itertools.product(range(blocks.planes), range(0, blocks.padded_outputs, blocks.outputs)):
-            outputs = first + jnp.arange(blocks.outputs)
+            outputs = first + parts.count(blocks.outputs)
             columns = (plane * blocks.padded_outputs + outputs)[None, :]
             values = triton.load(passed.at[at, columns], mask=inside[:, None], other=0.0)
             stored = parts.load_digits(blocks, group, index, plane, outputs, digits)
             for part in _in_parts(values, stored.dtype):
                 total += _product(part, stored, (1, 1))
-    channels = group * blocks.channels + jnp.arange(blocks.channels)
+    channels = group * blocks.channels + parts.count(blocks.channels)
     triton.store(to_rows.at[positions[:, None], channels[None, :]], total)
 
 

@@ -180,6 +180,11 @@ def without_padded_outputs(blocks: Blocks, values: Array) -> Array:
 # Inside of kernels.
 
 
+def count(size: int) -> Array:
+    """0 to `size - 1`, int32, also where JAX counts in 64 bits."""
+    return jnp.arange(size, dtype=jnp.int32)
+
+
 def psums(blocks: Blocks, group: Any, outputs: Array, rows: Array, inputs: Any, digits: Any) -> list[Array]:
     """One read group's partial sums, (positions, outputs) float32 for each plane, of positions that start at `rows`."""
     sums = [jnp.zeros((POSITIONS, outputs.shape[0]), sum_type(inputs.dtype)) for _ in range(blocks.planes)]
@@ -195,7 +200,7 @@ def psums(blocks: Blocks, group: Any, outputs: Array, rows: Array, inputs: Any, 
 
 def load_seen(blocks: Blocks, group: Any, place: int, rows: Array, inputs: Any) -> Array:
     """What positions see at a place of the kernel, (positions, channels)."""
-    channels = group * blocks.channels + jnp.arange(blocks.channels)
+    channels = group * blocks.channels + count(blocks.channels)
     return triton.load(inputs.at[(rows + blocks.places[place])[:, None], channels[None, :]])
 
 
@@ -207,7 +212,7 @@ def load_digits(blocks: Blocks, group: Any, place: int, plane: int, outputs: Arr
 
 def rows_of(blocks: Blocks, group: Any, place: int) -> Array:
     """The rows of a read group's channels at a place of the kernel."""
-    return (group * len(blocks.places) + place) * blocks.channels + jnp.arange(blocks.channels)
+    return (group * len(blocks.places) + place) * blocks.channels + count(blocks.channels)
 
 
 def load_ladders(blocks: Blocks, group: Any, plane: int, outputs: Array, ladders: Ladders) -> Ladders:
