@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,8 @@ def test_the_row_of_the_platform_is_lowered_and_no_other() -> None:
         (9.0, {}, {"program": "joined"}, False),
         (9.0, {"adc": {"gradient_bumps": 0.25}}, {}, False),
         (9.0, {"array": {"rows": 1024}}, {}, False),
+        (9.0, {"array": {"rows": 288, "columns": 128}}, {}, True),
+        (9.0, {"weight": {"encoding": "differential"}, "array": {"rows": 288, "columns": 128}}, {}, False),
     ],
 )
 def test_kernels_are_the_default_where_they_were_faster(
@@ -256,6 +259,20 @@ def test_kernels_are_the_default_where_they_were_faster(
     window = resolve((8, 8), (3, 3), padding="SAME")
     chosen = contract.choose(Layer(tile((3, 3, 100, 36), one), window, one, Execution(**execution)))
     assert chosen is (pallas if fused else joined).run
+
+
+@pytest.mark.parametrize("known,capability", [("9.0", 9.0), ("gfx90a", 0.0), (None, 0.0)])
+def test_the_default_device_is_asked_for_its_compute_capability(
+    monkeypatch: pytest.MonkeyPatch, known: str | None, capability: float
+) -> None:
+    device = types.SimpleNamespace(compute_capability=known)
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    assert contract.compute_capability() == capability
+    monkeypatch.undo()
+    with jax.default_device(jax.devices()[0]):
+        assert contract.compute_capability() == 0
+    with jax.default_device("cpu"):
+        assert contract.compute_capability() == 0
 
 
 @pytest.mark.parametrize("operands", ["bfloat16", "float32", "int8"])

@@ -118,7 +118,7 @@ def fuses(layer: Layer) -> bool:
     """Whether `auto` computes a layer by fused kernels, as was measured to be faster on an H200 (docs/speed.md).
 
     On NVIDIA GPUs of compute capability 8 and more, where operands are bfloat16 and neither product nor residuals are
-    asked for, of which kernels know none. Like a table, asked of JAX's first device while a layer is traced.
+    asked for, of which kernels know none. Like a table's, the device is asked for while a layer is traced.
     """
     spec, asked = layer.spec, layer.execution
     if compute_capability() < FUSES_FROM or asked.product != Product.AUTO or asked.residuals != Residuals.AUTO:
@@ -129,9 +129,12 @@ def fuses(layer: Layer) -> bool:
 
 
 def compute_capability() -> float:
-    """That of JAX's first device; 0 where it is no GPU of NVIDIA's."""
+    """That of JAX's default device; 0 where it is no GPU of NVIDIA's."""
+    config: Any = jax.config
+    default = config.jax_default_device
+    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
     try:
-        return float(getattr(jax.devices()[0], "compute_capability", None) or 0)
+        return float(getattr(device, "compute_capability", None) or 0)
     except ValueError:  # "gfx90a", of AMD's
         return 0.0
 

@@ -28,7 +28,7 @@ from cimjax.core.programs.cpu import materialize, sum_over_positions
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
-from cimjax.spec import CodeRange, Product, Residuals
+from cimjax.spec import CIMSpec, CodeRange, Product, Residuals
 
 # With more read groups than these a layer is a loop.
 MOST_WRITTEN_OUT = 8
@@ -239,7 +239,7 @@ def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer, *, k
     tiling, window, spec, _ = layer
     if spec.skips_decomposition:
         return _joined(layer, kernels, codes, Columns(by_column(arrays.codes[None]), None, _scales(steps, layer)))
-    one_gradient = spec.variation is None and not spec.weight.step_per_plane
+    one_gradient = has_one_gradient(spec)
     weight_codes = by_column(encoding.split_by_sign(arrays.codes, spec.weight)) if one_gradient else None
     total = _joined(layer, kernels, codes, Columns(by_column(arrays.digits), weight_codes, _scales(steps, layer)))
     if arrays.reference is None:
@@ -247,6 +247,11 @@ def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer, *, k
     slices = encoding.slice_codes(codes, spec.activation)
     sums = sum_columns(slices, arrays.reference[..., None], tiling, window, spec)[..., 0]
     return total + readout.add_reference(adc.convert_reference(sums, steps, spec), steps, tiling, spec)
+
+
+def has_one_gradient(spec: CIMSpec) -> bool:
+    """Whether weight codes are differentiated, instead of every plane's digits."""
+    return spec.variation is None and not spec.weight.step_per_plane
 
 
 def _scales(steps: StepSizes, layer: Layer) -> ColumnScales:

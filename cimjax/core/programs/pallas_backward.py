@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cimjax.core import encoding, lsq
+from cimjax.core import lsq
 from cimjax.core.programs import joined
 from cimjax.core.programs import pallas_blocks as parts
 from cimjax.core.programs.contract import Layer, by_platform
@@ -37,12 +37,10 @@ _WARPS = 4
 def gradients(layer: Layer, inputs: Array, columns: Columns, gradient: Array) -> tuple[Array, Columns]:
     """As `joined.Backward`."""
     blocks = Blocks.of(layer, inputs, columns.digits, programs=_PROGRAMS)
-    rows = _rows(layer, blocks, columns)
-    sums = len(rows) * len(blocks.places) * blocks.channels * blocks.outputs
-    if not blocks.positions or sums > parts.MOST_SUMS:
+    if not blocks.positions or not parts.fits(layer):
         return joined.loop_backward(layer, inputs, columns, gradient)
     slices = enumerate(jnp.split(inputs, len(SliceADC.of_layer(layer).significances)))
-    each = [_of_slice(layer, t, blocks, rows, part, columns, gradient) for t, part in slices]
+    each = [_of_slice(layer, t, blocks, part, columns, gradient) for t, part in slices]
     to_inputs = jnp.concatenate([of_inputs for of_inputs, _ in each])
     to_stored, to_scales = jax.tree.map(lambda *values: functools.reduce(jnp.add, values), *(rest for _, rest in each))
     if columns.weight_codes is None:
@@ -51,16 +49,8 @@ def gradients(layer: Layer, inputs: Array, columns: Columns, gradient: Array) ->
     return to_inputs, Columns(to_digits, to_stored, to_scales)
 
 
-def _rows(layer: Layer, blocks: Blocks, columns: Columns) -> tuple[tuple[float, ...], ...]:
-    """What each plane's gradient counts in that of what is differentiated: weight codes, or every digit by itself."""
-    if columns.weight_codes is not None:
-        return encoding.plane_gradient_weights(layer.spec.weight)
-    planes = range(blocks.planes)
-    return tuple(tuple(float(plane == other) for other in planes) for plane in planes)
-
-
 def _of_slice(
-    layer: Layer, index: int, blocks: Blocks, rows: Any, inputs: Array, columns: Columns, gradient: Array
+    layer: Layer, index: int, blocks: Blocks, inputs: Array, columns: Columns, gradient: Array
 ) -> tuple[Array, tuple[Array, Any]]:
     """Of slice `index`: to inputs (N, H, W, C), to stored (kh, kw, R, c, G O) and to scales (R, K O)."""
     operands = parts.operands_of(layer, blocks, inputs, columns.digits, columns.scales)
@@ -74,10 +64,13 @@ def _of_slice(
     shapes = (
         (blocks.groups * blocks.padded_positions, width),
         (per_program * blocks.planes * kinds.num_leaves, blocks.padded_outputs),
-        (per_program * len(blocks.places) * blocks.channels, len(rows) * blocks.padded_outputs),
+        (
+            per_program * len(blocks.places) * blocks.channels,
+            len(parts.gradient_weights(layer)) * blocks.padded_outputs,
+        ),
     )
     passed, sums, stored = _call(
-        functools.partial(_kernel, layer, index, blocks, rows),
+        functools.partial(_kernel, layer, index, blocks),
         shapes,
         (blocks.programs, blocks.padded_outputs // blocks.outputs, blocks.groups),
         "array_and_adc_gradients",
@@ -135,7 +128,6 @@ def _kernel(
     layer: Layer,
     index: int,
     blocks: Blocks,
-    weights: tuple[tuple[float, ...], ...],
     base: Any,
     inputs: Any,
     digits: Any,
@@ -148,7 +140,7 @@ def _kernel(
     program, group = pl.program_id(0), pl.program_id(2)
     outputs = pl.program_id(1) * blocks.outputs + parts.count(blocks.outputs)
     of_planes = [parts.load_ladders(blocks, group, plane, outputs, ladders) for plane in range(blocks.planes)]
-    places, kinds = range(len(blocks.places)), _kinds(ladders).num_leaves
+    places, kinds, weights = range(len(blocks.places)), _kinds(ladders).num_leaves, parts.gradient_weights(layer)
 
     def add_block(block: Array, carry: Any) -> Any:
         positions = (program * blocks.per_program + block) * POSITIONS + parts.count(POSITIONS)

@@ -13,8 +13,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cimjax.core import lsq
+from cimjax.core import encoding, lsq
 from cimjax.core.convolution import sum_type
+from cimjax.core.programs import joined
 from cimjax.core.programs.contract import Layer, operand_type
 from cimjax.core.programs.joined import ColumnScales, Ladders, SliceADC
 from cimjax.core.tiling import tile_inputs
@@ -128,9 +129,20 @@ def _least(layer: Layer) -> int:
 
 
 def fits(layer: Layer) -> bool:
-    """Whether the gradients to a layer's columns fit into registers, for one row of weight codes."""
-    tiling = layer.tiling
-    return math.prod(tiling.kernel_size) * _channels(layer) * _outputs(layer) <= MOST_SUMS
+    """Whether the gradients to what a layer's columns hold fit into the registers of a program."""
+    sums = math.prod(layer.tiling.kernel_size) * _channels(layer) * _outputs(layer)
+    return len(gradient_weights(layer)) * sums <= MOST_SUMS
+
+
+def gradient_weights(layer: Layer) -> tuple[tuple[float, ...], ...]:
+    """What each plane's gradient counts in that of what is differentiated: weight codes, or every digit by itself."""
+    spec = layer.spec
+    if spec.skips_decomposition:
+        return ((1.0,),)
+    if joined.has_one_gradient(spec):
+        return encoding.plane_gradient_weights(spec.weight)
+    planes = range(len(spec.weight.planes))
+    return tuple(tuple(float(plane == other) for other in planes) for plane in planes)
 
 
 class Operands(NamedTuple):
