@@ -132,7 +132,7 @@ QUANTIZER = [
     ),
     Fault(
         "with bumps an offset gets all that codes do not pass in a window",
-        "core/programs/joined.py",
+        "core/programs/ladders.py",
         "if bounds.bumps is None:",
         "if True:",
         oracle("adc-2-bumps-offset"),

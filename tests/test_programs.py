@@ -21,6 +21,7 @@ from cimjax.core import adc, conv, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.array_mac import snap_to_integers
 from cimjax.core.programs import contract, cpu, joined, pallas, pallas_backward, pallas_blocks, products
+from cimjax.core.programs import ladders as ladders_lib
 from cimjax.core.programs.contract import Layer, by_platform
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.core.programs.products import PRODUCTS
@@ -417,12 +418,12 @@ def test_the_gradient_to_a_step_is_small_and_right_where_nothing_is_clipped(bits
     gradient = (1 + rng.normal(size=psums.shape[1:])).astype(np.float32)
     weight = rng.uniform(0.1, 1, features).astype(np.float32)
     ones = np.ones((1, 1, 1), np.float32)
-    slice_adc = joined.SliceADC(lsq.Bounds.of(codes, 0.0), ones, features)
+    slice_adc = ladders_lib.SliceADC(lsq.Bounds.of(codes, 0.0), ones, features)
 
     @jax.jit
     def run(step: Any, offset: Any, weight: Any) -> Any:
-        scales = joined.ColumnScales(*(values[None] for values in (step, offset, weight)))
-        ladders = joined.Ladders.of_groups(scales).of_group(0)
+        scales = ladders_lib.ColumnScales(*(values[None] for values in (step, offset, weight)))
+        ladders = ladders_lib.Ladders.of_groups(scales).of_group(0)
         return slice_adc.gradients(jnp.asarray(psums, jnp.int16), ladders, gradient)
 
     to_psums, to = run(step, offset, weight)

@@ -125,7 +125,8 @@ def fuses(layer: Layer) -> bool:
         return False
     if operand_type(layer, cpu=False) != jnp.bfloat16 or (spec.adc is not None and spec.adc.gradient_bumps):
         return False
-    return importlib.import_module("cimjax.core.programs.pallas_blocks").fits(layer)
+    fits: bool = importlib.import_module(PROGRAMS[Program.PALLAS]).fits(layer)
+    return fits
 
 
 def compute_capability() -> float:

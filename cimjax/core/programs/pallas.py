@@ -24,8 +24,11 @@ from cimjax.core.programs import joined, pallas_backward
 from cimjax.core.programs import pallas_blocks as parts
 from cimjax.core.programs.contract import Layer, by_platform
 from cimjax.core.programs.joined import Columns
-from cimjax.core.programs.pallas_blocks import POSITIONS, Blocks
+from cimjax.core.programs.ladders import Ladders, SliceADC
+from cimjax.core.programs.pallas_blocks import POSITIONS, Blocks, fits
 from cimjax.core.step_sizes import StepSizes
+
+__all__ = ["fits", "run"]
 
 _WARPS = 4
 
@@ -44,7 +47,7 @@ def _forward(layer: Layer, inputs: Array, columns: Columns) -> Array:
     blocks = Blocks.of(layer, inputs, columns.digits)
     if not blocks.positions:
         return jnp.zeros((0, blocks.features), jnp.float32)
-    slices = enumerate(jnp.split(inputs, len(joined.SliceADC.of_layer(layer).significances)))
+    slices = enumerate(jnp.split(inputs, len(SliceADC.of_layer(layer).significances)))
     return functools.reduce(jnp.add, (_read_slice(layer, t, blocks, part, columns) for t, part in slices))
 
 
@@ -66,7 +69,7 @@ def _read_slice(layer: Layer, index: int, blocks: Blocks, inputs: Array, columns
         for interpret in (False, True)
     )
     y = by_platform(on_gpu, cpu=on_cpu, tpu=_refuse)(*operands)
-    significance = joined.SliceADC.of_layer(layer).significances[index].item()
+    significance = SliceADC.of_layer(layer).significances[index].item()
     return significance * y[: blocks.positions, : blocks.features]
 
 
@@ -75,7 +78,7 @@ def _refuse(*operands: Any) -> Array:
 
 
 def _kernel(
-    layer: Layer, index: int, blocks: Blocks, base: Any, inputs: Any, digits: Any, ladders: joined.Ladders, y: Any
+    layer: Layer, index: int, blocks: Blocks, base: Any, inputs: Any, digits: Any, ladders: Ladders, y: Any
 ) -> None:
     outputs = pl.program_id(1) * blocks.outputs + parts.count(blocks.outputs)
     rows = triton.load(base.at[pl.program_id(0) * POSITIONS + parts.count(POSITIONS)])

@@ -24,7 +24,8 @@ from cimjax.core import lsq
 from cimjax.core.programs import joined
 from cimjax.core.programs import pallas_blocks as parts
 from cimjax.core.programs.contract import Layer, by_platform
-from cimjax.core.programs.joined import Columns, Ladders, LadderSums, SliceADC
+from cimjax.core.programs.joined import Columns
+from cimjax.core.programs.ladders import Ladders, LadderSums, SliceADC, ladder_gradients, ladder_terms
 from cimjax.core.programs.pallas_blocks import POSITIONS, Blocks
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import Window
@@ -79,7 +80,7 @@ def _of_slice(
     of_kinds = [sums[:, :, kind, : blocks.features].reshape(blocks.groups, -1) for kind in range(kinds.num_leaves)]
     all_columns = jnp.tile(jnp.sum(significance * gradient, axis=0), (blocks.groups, blocks.planes))
     added = jax.tree.unflatten(kinds, of_kinds)._replace(gradient=all_columns)
-    to_scales = joined.ladder_gradients(added, ladders, slice_adc.bounds)
+    to_scales = ladder_gradients(added, ladders, slice_adc.bounds)
     stored = jnp.sum(stored.reshape(blocks.programs, blocks.groups, -1, blocks.channels, stored.shape[-1]), axis=0)
     stored = parts.without_padded_outputs(blocks, stored[..., : layer.tiling.channels.shape[1], :])
     to_stored = jnp.moveaxis(stored, 0, 1).reshape(*columns.digits.shape[:-1], -1)
@@ -155,7 +156,7 @@ def _kernel(
             at = (group * blocks.padded_positions + positions)[:, None]
             triton.store(passed.at[at, (plane * blocks.padded_outputs + outputs)[None, :]], to_psums)
             through.append(to_psums)
-            of_plane = joined.ladder_terms(psums, to_psums, to_columns, ladder, bounds)
+            of_plane = ladder_terms(psums, to_psums, to_columns, ladder, bounds)
             added += [jnp.sum(values, axis=0) for values in jax.tree.leaves(of_plane._replace(gradient=None))]
         mixed = [
             functools.reduce(jnp.add, (weight * values for weight, values in zip(row, through, strict=True) if weight))

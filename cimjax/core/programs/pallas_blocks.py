@@ -17,7 +17,7 @@ from cimjax.core import encoding, lsq
 from cimjax.core.convolution import sum_type
 from cimjax.core.programs import joined
 from cimjax.core.programs.contract import Layer, operand_type
-from cimjax.core.programs.joined import ColumnScales, Ladders, SliceADC
+from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
 
