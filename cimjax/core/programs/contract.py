@@ -133,7 +133,8 @@ def compute_capability() -> float:
     """That of JAX's default device; 0 where it is no GPU of NVIDIA's."""
     config: Any = jax.config
     default = config.jax_default_device
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    named = (default,) if isinstance(default, str) else ()
+    device = jax.devices(*named)[0] if default is None or named else default
     try:
         return float(getattr(device, "compute_capability", None) or 0)
     except ValueError:  # "gfx90a", of AMD's
