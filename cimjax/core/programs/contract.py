@@ -77,8 +77,8 @@ def tuned(layer: Layer, input_shape: tuple[int, ...]) -> Execution:
     """The execution of a layer with what this device's table (`cimjax tune`) says in the fields that are `auto`.
 
     An entry of another program than the one that is asked for says nothing, and a kernel is not chosen for who asks for
-    a product or for residuals, of which it knows none. The device is the first of JAX's default platform, as a table
-    cannot wait until a program is lowered.
+    a product or for residuals, of which it knows none. The device is JAX's default one, as a table cannot wait until a
+    program is lowered.
 
     Args:
       input_shape: of the codes, (N, H, W, C).
@@ -87,7 +87,7 @@ def tuned(layer: Layer, input_shape: tuple[int, ...]) -> Execution:
       The layer's own execution where there is no table, or it has no such layer.
     """
     asked = layer.execution
-    table = tuning.table(jax.devices()[0].device_kind)
+    table = tuning.table(default_device().device_kind)
     if table is None:
         return asked
     found = table.layers.get(tuning.key(layer.tiling, layer.window, layer.spec, input_shape))
@@ -129,12 +129,18 @@ def fuses(layer: Layer) -> bool:
     return fits
 
 
+def default_device() -> Any:
+    """The device that JAX computes on unless it is told otherwise."""
+    config: Any = jax.config
+    asked = config.jax_default_device
+    if asked is None:
+        return jax.devices()[0]
+    return jax.devices(asked)[0] if isinstance(asked, str) else asked
+
+
 def compute_capability() -> float:
     """That of JAX's default device; 0 where it is no GPU of NVIDIA's."""
-    config: Any = jax.config
-    default = config.jax_default_device
-    named = (default,) if isinstance(default, str) else ()
-    device = jax.devices(*named)[0] if default is None or named else default
+    device = default_device()
     try:
         return float(getattr(device, "compute_capability", None) or 0)
     except ValueError:  # "gfx90a", of AMD's

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -22,15 +21,13 @@ from cimjax.core import lsq
 from cimjax.core.cells import StoredArrays
 from cimjax.core.programs import joined, pallas_backward
 from cimjax.core.programs import pallas_blocks as parts
-from cimjax.core.programs.contract import Layer, by_platform
+from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.joined import Columns
 from cimjax.core.programs.ladders import Ladders, SliceADC
 from cimjax.core.programs.pallas_blocks import POSITIONS, Blocks, fits
 from cimjax.core.step_sizes import StepSizes
 
 __all__ = ["fits", "run"]
-
-_WARPS = 4
 
 
 def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer) -> Array:
@@ -54,27 +51,15 @@ def _forward(layer: Layer, inputs: Array, columns: Columns) -> Array:
 def _read_slice(layer: Layer, index: int, blocks: Blocks, inputs: Array, columns: Columns) -> Array:
     """`g_t sum_{r,k} output_scale P^` of slice `index`, (M, O)."""
     operands = parts.operands_of(layer, blocks, inputs, columns.digits, columns.scales)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    on_gpu, on_cpu = (
-        pl.pallas_call(
-            functools.partial(_kernel, layer, index, blocks),
-            out_shape=jax.ShapeDtypeStruct((blocks.padded_positions, blocks.padded_outputs), jnp.float32),
-            grid=(blocks.programs, blocks.padded_outputs // blocks.outputs),
-            in_specs=jax.tree.map(lambda _: anywhere, tuple(operands)),
-            out_specs=pl.BlockSpec((POSITIONS, blocks.outputs), lambda i, j: (i, j)),
-            interpret=interpret,
-            compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=2),
-            name="array_and_adc",
-        )
-        for interpret in (False, True)
-    )
-    y = by_platform(on_gpu, cpu=on_cpu, tpu=_refuse)(*operands)
+    (y,) = parts.call(
+        functools.partial(_kernel, layer, index, blocks),
+        ((blocks.padded_positions, blocks.padded_outputs),),
+        (blocks.programs, blocks.padded_outputs // blocks.outputs),
+        "array_and_adc",
+        [pl.BlockSpec((POSITIONS, blocks.outputs), lambda i, j: (i, j))],
+    )(*operands)
     significance = SliceADC.of_layer(layer).significances[index].item()
     return significance * y[: blocks.positions, : blocks.features]
-
-
-def _refuse(*operands: Any) -> Array:
-    raise ValueError("`program` is 'pallas', a kernel for GPUs, and this is a TPU; use program='auto'.")
 
 
 def _kernel(
@@ -85,10 +70,8 @@ def _kernel(
 
     def add_group(group: Array, total: Array) -> Array:
         for plane, psums in enumerate(parts.psums(blocks, group, outputs, rows, inputs, digits)):
-            ladder, bounds = (
-                parts.load_ladders(blocks, group, plane, outputs, ladders),
-                parts.bounds(layer, index, plane),
-            )
+            ladder = parts.load_ladders(blocks, group, plane, outputs, ladders)
+            bounds = parts.bounds(layer, index, plane)
             if bounds is None:
                 total += psums * ladder.output_scale
                 continue

@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton
 from cimjax.core import lsq
 from cimjax.core.programs import joined
 from cimjax.core.programs import pallas_blocks as parts
-from cimjax.core.programs.contract import Layer, by_platform
+from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.joined import Columns
 from cimjax.core.programs.ladders import Ladders, LadderSums, SliceADC, ladder_gradients, ladder_terms
 from cimjax.core.programs.pallas_blocks import POSITIONS, Blocks
@@ -32,7 +32,6 @@ from cimjax.core.window import Window
 
 # About so many programs share a layer.
 _PROGRAMS = 1056
-_WARPS = 4
 
 
 def gradients(layer: Layer, inputs: Array, columns: Columns, gradient: Array) -> tuple[Array, Columns]:
@@ -57,7 +56,7 @@ def _of_slice(
     operands = parts.operands_of(layer, blocks, inputs, columns.digits, columns.scales)
     wide = ((0, blocks.padded_positions - blocks.positions), (0, blocks.padded_outputs - blocks.features))
     slice_adc = SliceADC.of_layer(layer)
-    significance = slice_adc.significances[index].item()
+    gradient = slice_adc.significances[index].item() * gradient
     ladders = Ladders.of_groups(columns.scales)
     kinds = _kinds(ladders)
     width = blocks.planes * blocks.padded_outputs
@@ -70,15 +69,15 @@ def _of_slice(
             len(parts.gradient_weights(layer)) * blocks.padded_outputs,
         ),
     )
-    passed, sums, stored = _call(
+    passed, sums, stored = parts.call(
         functools.partial(_kernel, layer, index, blocks),
         shapes,
         (blocks.programs, blocks.padded_outputs // blocks.outputs, blocks.groups),
         "array_and_adc_gradients",
-    )(*operands, jnp.pad(significance * gradient, wide))
+    )(*operands, jnp.pad(gradient, wide))
     sums = jnp.sum(sums.reshape(blocks.programs, blocks.groups, blocks.planes, -1, blocks.padded_outputs), axis=0)
     of_kinds = [sums[:, :, kind, : blocks.features].reshape(blocks.groups, -1) for kind in range(kinds.num_leaves)]
-    all_columns = jnp.tile(jnp.sum(significance * gradient, axis=0), (blocks.groups, blocks.planes))
+    all_columns = jnp.tile(jnp.sum(gradient, axis=0), (blocks.groups, blocks.planes))
     added = jax.tree.unflatten(kinds, of_kinds)._replace(gradient=all_columns)
     to_scales = ladder_gradients(added, ladders, slice_adc.bounds)
     stored = jnp.sum(stored.reshape(blocks.programs, blocks.groups, -1, blocks.channels, stored.shape[-1]), axis=0)
@@ -99,30 +98,11 @@ def _to_inputs(layer: Layer, blocks: Blocks, inputs: Array, digits: Array, passe
     programs = pl.cdiv(positions, POSITIONS)
     shape = (programs * POSITIONS, blocks.groups * blocks.channels)
     kernel = functools.partial(_to_inputs_kernel, layer, blocks)
-    (to_rows,) = _call(kernel, (shape,), (programs, blocks.groups), "array_to_inputs")(digits, passed)
+    (to_rows,) = parts.call(kernel, (shape,), (programs, blocks.groups), "array_to_inputs")(digits, passed)
     groups, channels = layer.tiling.channels.shape
     to_tiled = to_rows[:positions].reshape(*inputs.shape[:-1], groups, blocks.channels)[..., :channels]
     tile_back = jax.linear_transpose(lambda inputs: tile_inputs(inputs, layer.tiling), inputs)
     return tile_back(to_tiled.reshape(*inputs.shape[:-1], groups * channels))[0]
-
-
-def _call(kernel: Any, shapes: tuple[tuple[int, ...], ...], grid: tuple[int, ...], name: str) -> Any:
-    """A kernel that reads and writes memory where it likes, by the platform that it is lowered for."""
-
-    def run(*operands: Any, interpret: bool) -> Any:
-        anywhere = pl.BlockSpec(memory_space=pl.ANY)
-        return pl.pallas_call(
-            kernel,
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-            grid=grid,
-            in_specs=jax.tree.map(lambda _: anywhere, operands),
-            out_specs=[anywhere] * len(shapes),
-            interpret=interpret,
-            compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=2),
-            name=name,
-        )(*operands)
-
-    return by_platform(functools.partial(run, interpret=False), cpu=functools.partial(run, interpret=True))
 
 
 def _kernel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.experimental.pallas import triton
 from cimjax.core import encoding, lsq
 from cimjax.core.convolution import sum_type
 from cimjax.core.programs import joined
-from cimjax.core.programs.contract import Layer, operand_type
+from cimjax.core.programs.contract import Layer, by_platform, operand_type
 from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
@@ -26,6 +27,7 @@ POSITIONS = 64
 MOST_OUTPUTS = 32
 # A program adds up the gradients to its columns in registers, at most so many numbers.
 MOST_SUMS = 9 * 32 * 32
+_WARPS = 4
 
 
 class Blocks(NamedTuple):
@@ -187,6 +189,44 @@ def without_padded_outputs(blocks: Blocks, values: Array) -> Array:
     """The inverse of `pad_outputs`."""
     by_plane = values.reshape(*values.shape[:-1], -1, blocks.padded_outputs)[..., : blocks.features]
     return by_plane.reshape(*values.shape[:-1], -1)
+
+
+def call(
+    kernel: Callable[..., None],
+    shapes: Sequence[tuple[int, ...]],
+    grid: tuple[int, ...],
+    name: str,
+    results: Sequence[pl.BlockSpec] | None = None,
+) -> Callable[..., Any]:
+    """A kernel for GPUs, interpreted where it is lowered for the CPU; operands lie in memory as they are.
+
+    Args:
+      shapes: of the results, float32.
+      results: what of them a program writes; None is where it likes.
+
+    Raises:
+      ValueError: where it is lowered for a TPU.
+    """
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+
+    def run(*operands: Any, interpret: bool) -> Any:
+        return pl.pallas_call(
+            kernel,
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            grid=grid,
+            in_specs=jax.tree.map(lambda _: anywhere, operands),
+            out_specs=results or [anywhere] * len(shapes),
+            interpret=interpret,
+            compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=2),
+            name=name,
+        )(*operands)
+
+    on_gpu, on_cpu = (functools.partial(run, interpret=interpret) for interpret in (False, True))
+    return by_platform(on_gpu, cpu=on_cpu, tpu=_refuse)
+
+
+def _refuse(*operands: Any) -> Any:
+    raise ValueError("`program` is 'pallas', a kernel for GPUs, and this is a TPU; use program='auto'.")
 
 
 # Inside of kernels.
