@@ -436,3 +436,16 @@ def test_options_that_were_changed_in_the_folder_are_refused(tmp_path):
     )
     config.write_text('{"spfc": {"adc": {"bits": 3}}}')
     refused(lambda: Checkpoints(tmp_path).restore(LIKE), "-> absent")
+
+
+def test_what_is_passed_over_may_have_been_saved_from_devices_that_are_not_here(tmp_path):
+    state = {"params": {"w": jnp.arange(6.0)}, "opt_state": {"momentum": jnp.ones(6)}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    (file,) = tmp_path.glob("checkpoints/*/state/_sharding")
+    there = file.read_text()
+    assert "cpu:0" in there
+    file.write_text(there.replace("cpu:0", "cuda:0"))
+    wanted = {"params": {"w": jax.ShapeDtypeStruct((6,), "float32")}}
+    found, _ = checkpoints.restore(wanted, without="opt_state")
+    np.testing.assert_array_equal(found["params"]["w"], state["params"]["w"])

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c
+from cimjax.command import A_CONFIG, RUN, Command, UsageError, checked_folder, ended_by_ctrl_c, path
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -112,6 +112,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print("  ".join(f"{name} {value}" for name, value in zip(result, values, strict=True)))
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    from cimjax.training.run.folder import read_config
+
+    read_config(arguments.run)
+    with ended_by_ctrl_c():
+        from cimjax.training.evaluate import pack
+
+    file = pack(arguments.run, arguments.save, which=arguments.which)
+    print(f"{shlex.quote(str(file))}: {file.stat().st_size / 1000:,.0f} kB; to measure it: ", end="")
+    print(f"cimjax evaluate {shlex.quote(str(file.parent))}")
+
+
 def _config_show(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.fields import describe_config
     from cimjax.training.config.file import load_config
@@ -175,6 +187,16 @@ COMMANDS: dict[str, Command] = {
             "--json": {"action": "store_true", "help": "print one JSON object"},
         },
         _evaluate,
+    ),
+    "pack": Command(
+        "write a trained network as text small enough to be handed on, with its weights as the codes of the cells",
+        "cimjax pack runs/digits-20250131-120000 --save digits",
+        {
+            "run": RUN,
+            "--save": {"metavar": "DIR", "type": path, "required": True, "help": "a new folder"},
+            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
+        },
+        _pack,
     ),
     "config show": Command(
         "print all fields of a config, their values and what they mean",

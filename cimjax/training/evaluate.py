@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,20 @@ from cimjax.training.batches import Preparation, workers_of
 from cimjax.training.config.fields import completed
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
+from cimjax.training.packing import to_network, to_state
 from cimjax.training.parallel import AXIS, Devices
-from cimjax.training.run.folder import read_config
+from cimjax.training.run import network_file
+from cimjax.training.run.files import RunFolderError, in_one_line, write_json
+from cimjax.training.run.folder import CONFIG, read_config
+from cimjax.training.run.records import METRICS
 from cimjax.training.run.remote import local_copy
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import eval_step
 
 Which = Literal["last", "best"]
+
+# Fields of a configuration that say nothing of what is computed, and may not suit another machine.
+_OF_A_MACHINE = ("data_dir", "images_on", "workers", "execution", "parallel", "writers")
 
 
 class Evaluator:
@@ -165,7 +173,7 @@ def restore(
     """The experiment of a run folder, one of its states without the optimizer's, and what was saved beside it.
 
     Args:
-      run: the run folder.
+      run: the run folder, or one that `pack` made.
       which: the last state, or the one of the best accuracy on the images that `config.validation` holds out.
       model, dataset: the network and images of the run when they were the caller's own.
       images: whether the images themselves are wanted; what a network must know of them is saved with its state.
@@ -176,10 +184,14 @@ def restore(
     from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 
     run = local_copy(run)
-    checkpoints = Checkpoints(run)
-    known = checkpoints.beside(which).get("data")
+    checkpoints, network = Checkpoints(run), network_file.read(run)
+    known = (network.extra if network else checkpoints.beside(which)).get("data")
     about: Any = Description.from_dict(known) if known and dataset is None and not images else dataset
     experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)
+    if network:
+        if which != "last":
+            raise RunFolderError(f"{run} holds a packed network, of one state; leave out --which.")
+        return experiment, to_state(network, experiment), network.extra
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
     state, extra = checkpoints.restore(wanted, which=which, holding=BESIDE, without="opt_state")
@@ -262,3 +274,34 @@ def evaluate(
     with contextlib.closing(Evaluator(experiment, experiment.dataset.test)) as evaluator:
         found = evaluator.record(experiment.devices.put(state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}
+
+
+def pack(run: str | Path, folder: str | Path, *, which: Which = "last", model: nn.Module | None = None) -> Path:
+    """Write a trained network into a folder to be handed on: the codes of its weights, all other parameters, the
+    configuration and the records, as text.
+
+    `load`, `evaluate`, `cimjax train --from` and all that looks at a run take such a folder for one; training cannot go
+    on in it.
+
+    Args:
+      run: the run folder.
+      folder: a new or empty one; its parents are created too.
+      which, model: as for `restore`.
+
+    Returns:
+      The file of the network.
+
+    Raises:
+      RunFolderError: as `restore`; where the folder is not empty, or cannot be written.
+    """
+    experiment, state, extra = restore(run, which=which, model=model)
+    run, folder = local_copy(run), Path(folder)
+    with in_one_line("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise RunFolderError(f"{folder} is not empty; give another folder.")
+        options = {name: value for name, value in read_config(run).items() if name not in _OF_A_MACHINE}
+        write_json(folder / CONFIG, options)
+        if (run / METRICS).exists():
+            shutil.copyfile(run / METRICS, folder / METRICS)
+    return network_file.write(folder, to_network(experiment, state, extra))

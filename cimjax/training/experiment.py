@@ -26,6 +26,7 @@ from cimjax.nn.models import build_model
 from cimjax.nn.parameters import stored_steps, trained_as
 from cimjax.nn.rules import check_rules, conv_maker
 from cimjax.nn.transfer import Given, put_in
+from cimjax.nn.weight_codes import has_codes
 from cimjax.spec import CIMSpec, Execution
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
@@ -291,7 +292,7 @@ def _freezing(
             f"`config.optimizer.freeze_oscillating` is {threshold}, but the network stacks the weights of "
             "several layers (`nn.scan`, `nn.vmap`); give 0."
         )
-    if any(spec.weight.step_per_plane for spec in specs.values()):
+    if not all(map(has_codes, specs.values())):
         raise ValueError(
             f"`config.optimizer.freeze_oscillating` is {threshold}, but with a step for each plane a weight has no one "
             "code; give 0, or one step."

@@ -11,11 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from cimjax.core import lsq
-from cimjax.core.cells import quantize_weight
-from cimjax.core.step_sizes import expand_weight
-from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.nn.layers import PARAMETERS
+from cimjax.nn.weight_codes import weight_codes, weight_steps
 from cimjax.spec import CIMSpec
 
 # What a step counts in the running averages.
@@ -65,7 +62,7 @@ def freeze_oscillating(
     """
 
     def init(params: Any) -> Watched:
-        found = {name: _first(codes) for name, codes in _codes(params, specs).items()}
+        found = {name: _first(codes) for name, codes in weight_codes(params, specs).items()}
         return Watched(optimizer.init(params), found, jnp.int32(0))
 
     def update(updates: Any, state: Watched, params: Any = None) -> tuple[Any, Watched]:
@@ -73,10 +70,11 @@ def freeze_oscillating(
         part = jnp.minimum(state.step / max(1, total_steps), 1.0)
         limit = threshold * (1 + (AT_FIRST - 1) * (1 + jnp.cos(jnp.pi * part)) / 2)
         moved = optax.apply_updates(params, updates)
-        layers = {name: _next(state.layers[name], codes, limit) for name, codes in _codes(moved, specs).items()}
-        flat, before = flax.traverse_util.flatten_dict(updates, sep="/"), _flat(params)
+        layers = {name: _next(state.layers[name], codes, limit) for name, codes in weight_codes(moved, specs).items()}
+        flat, before, after = (_flat(tree) for tree in (updates, params, moved))
         for name, weights in layers.items():
-            kernel, step = _flat(moved)[f"{name}/kernel"], _steps(moved, name, specs[name])
+            kernel = after[f"{name}/kernel"]
+            step = weight_steps(after[f"{name}/{PARAMETERS.weight}"], kernel.shape, specs[name])
             held = jnp.where(weights.frozen, weights.codes * step, kernel)
             flat[f"{name}/kernel"] = (held - before[f"{name}/kernel"]).astype(flat[f"{name}/kernel"].dtype)
         return flax.traverse_util.unflatten_dict(flat, sep="/"), Watched(inner, layers, state.step + 1)
@@ -94,25 +92,6 @@ def frozen_part(optimizer_state: Any) -> float | None:
 
 def _flat(params: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(params, sep="/")
-
-
-def _codes(params: Any, specs: Mapping[str, CIMSpec]) -> dict[str, Array]:
-    """The weight codes of all layers, int8, by path."""
-    flat, found = _flat(params), {}
-    for name, spec in specs.items():
-        kernel = flat[f"{name}/kernel"]
-        tiling, step = tile(kernel.shape, spec), lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
-        found[name] = _untiled(quantize_weight(kernel, step, tiling, spec), tiling, kernel.shape).astype(jnp.int8)
-    return found
-
-
-def _steps(params: Any, name: str, spec: CIMSpec) -> Array:
-    """The step of every weight of a layer, of the shape of its kernel."""
-    flat = _flat(params)
-    shape = flat[f"{name}/kernel"].shape
-    tiling, step = tile(shape, spec), lsq.step_from_log(flat[f"{name}/{PARAMETERS.weight}"])
-    per_group = jnp.expand_dims(expand_weight(step, tiling)[:, 0], -2)  # (R, 1, O)
-    return _untiled(jnp.broadcast_to(per_group, (*tiling.stored.shape, tiling.features)), tiling, shape)
 
 
 def _first(codes: Array) -> Weights:
@@ -135,9 +114,3 @@ def _next(weights: Weights, codes: Array, limit: Array) -> Weights:
         mean=mean,
         frozen=weights.frozen | now,
     )
-
-
-def _untiled(values: Array, tiling: Tiling, shape: tuple[int, ...]) -> Array:
-    """From the layout of the arrays, (kh, kw, R, c, O), to that of the kernel, whose every weight has one place."""
-    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.linear_transpose(lambda kernel: tile_kernel(kernel, tiling), kernel)(values)[0]

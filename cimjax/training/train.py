@@ -26,6 +26,7 @@ from cimjax.training.processes.alike import require_same_config, require_same_da
 from cimjax.training.processes.group import Group, group
 from cimjax.training.processes.together import together
 from cimjax.training.result import Callback, Result
+from cimjax.training.run import network_file
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.remote import Mirror, is_remote
@@ -117,6 +118,7 @@ def train(
 
 def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunFolder:
     """The run folder, in which process 0 alone writes."""
+    network_file.refuse(Path(folder))
     if not processes.first:
         return SilentFolder(Path(folder))
     plain = json.loads(config.to_json_best_effort())
