@@ -79,16 +79,6 @@ def test_what_is_handed_on_is_text_of_its_weight_bits(trained: Path, packed: Pat
 
 @pytest.mark.parametrize("case", CODED[::9], ids=lambda case: case.name)
 def test_codes_times_steps_have_the_same_codes(case: Case) -> None:
-    require_same_codes(case)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("case", CODED, ids=lambda case: case.name)
-def test_codes_times_steps_have_the_same_codes_in_every_row_of_the_table(case: Case) -> None:
-    require_same_codes(case)
-
-
-def require_same_codes(case: Case) -> None:
     _, kernel, steps = draw(case)
     log_step, tiling = lsq.log_from_step(steps.weight), tile(kernel.shape, case.spec)
 
