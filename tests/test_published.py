@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,11 +24,13 @@ def test_a_published_network_is_that_of_the_table(run: Path) -> None:
     (row,) = re.findall(rf"^\| .*\[{run.name}\]\(runs/{run.name}/\).*$", (DOCS / "accuracy.md").read_text(), re.M)
     assert f"| {100 * accuracy:.2f} |" in row
     bits = {"ideal": None, "3bit": 3, "2bit": 2, "1bit": 1}[run.name.rpartition("-")[2]]
-    model, variables, spec = cimjax.load(run)
+    loaded = cimjax.load(run)
+    spec = loaded.spec
     assert isinstance(spec, cimjax.CIMSpec) and (spec.adc and spec.adc.bits) == bits
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    logits = model.apply(variables, cimjax.load(run).normalise(pixels), train=False)
-    assert logits.shape == (2, 100) and np.isfinite(logits).all()
+    if bits == 3:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+        logits = jax.jit(loaded.model.apply)(loaded.variables, loaded.normalise(pixels))
+        assert logits.shape == (2, 100) and np.isfinite(logits).all()
 
 
 def test_there_are_published_networks() -> None:

@@ -12,6 +12,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from cimjax.nn.layers import PARAMETERS
 from cimjax.nn.parameters import stored_steps
@@ -50,11 +51,16 @@ def to_state(network: Network, experiment: Experiment) -> TrainState:
     for path, leaf in there.items():
         if arrays[path].shape != leaf.shape or (path in network.codes and path not in specs):
             raise RunFolderError(f"the packed {path} is not what config.json describes; fetch both again.")
-        if path in network.codes:
-            log_step = jnp.asarray(arrays[path.removesuffix("kernel") + PARAMETERS.weight])
-            arrays[path] = arrays[path] * weight_steps(log_step, leaf.shape, specs[path])
-        arrays[path] = jnp.asarray(arrays[path], leaf.dtype)
-    variables = flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+    def decoded(arrays: dict[str, Array]) -> dict[str, Array]:
+        def kernel(path: str) -> Array:
+            log_step = arrays[path.removesuffix("kernel") + PARAMETERS.weight]
+            return arrays[path] * weight_steps(log_step, arrays[path].shape, specs[path])
+
+        found = {**arrays, **{path: kernel(path) for path in network.codes}}
+        return {path: found[path].astype(leaf.dtype) for path, leaf in there.items()}
+
+    variables = flax.traverse_util.unflatten_dict(jax.jit(decoded)(arrays), sep="/")
     params = variables.pop("params")
     return TrainState(
         seed=jnp.int32(experiment.config.seed),

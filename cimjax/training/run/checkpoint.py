@@ -109,6 +109,8 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"`step` is {step}; give the number of training steps done, at least 0.")
         self.wait()
+        if not self._number:
+            self._sweep()  # what killed processes left may have the name of what is written now
         # The count in memory: no number is given twice, whatever was removed meanwhile.
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
