@@ -294,8 +294,8 @@ def pack(run: str | Path, folder: str | Path, *, which: Which = "last", model: n
     Raises:
       RunFolderError: as `restore`; where the folder is not empty, or cannot be written.
     """
-    experiment, state, extra = restore(run, which=which, model=model)
     run, folder = local_copy(run), Path(folder)
+    experiment, state, extra = restore(run, which=which, model=model)
     with in_one_line("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
