@@ -851,6 +851,14 @@ TRAINING = [
         ("test_start.py::test_steps_are_taken_where_what_they_quantize_is_built_alike",),
     ),
     Fault(
+        "ADCs are set behind steps that give way to those of the run that is started from",
+        "training/experiment.py",
+        "calibrate_and_report(model, variables, images, kept=given.kept, rngs=rngs, **mode)",
+        "calibrate_and_report(model, variables, images, rngs=rngs, **mode)\n"
+        "            variables = put_in(variables, given.steps)",
+        ("test_start.py::test_adcs_are_set_behind_the_steps_that_were_taken",),
+    ),
+    Fault(
         "images on the host come in the order of the next epoch",
         "training/batches.py",
         "np.asarray(order_of_epoch(self.key, epoch, images))",

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.traverse_util
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from test_training import config, quiet
 
 import cimjax
-from cimjax.nn.transfer import fits
+from cimjax.nn.transfer import choose, fits
 from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
 from cimjax.training.run.folder import read_records
@@ -100,3 +101,40 @@ def test_steps_are_taken_where_what_they_quantize_is_built_alike() -> None:
     alone = "params/Quantize_0/log_step"
     assert fits({"conv": other["adc"]}, {"conv": here})(alone)
     assert not fits({"conv": other["activation"]}, {"conv": here})(alone)
+
+
+def test_adcs_are_set_behind_the_steps_that_were_taken(tmp_path: Path) -> None:
+    """Ladders are those of the partial sums that the network has, not of those that fresh steps would give."""
+    cimjax.train(of("psum=none", epochs=4.0), workdir=tmp_path / "ideal", display=quiet())
+    given = cimjax.load(tmp_path / "ideal")
+    experiment = build(of("adc_bits=4"))
+    there, here = given.variables, experiment.abstract_state().variables
+    taken, _ = choose(there, here, fits(given.specs, experiment.specs))
+    assert taken.kept == {(layer, kind) for layer in experiment.specs for kind in ("activation", "weight")}
+    state, reports = experiment.first_state(taken)
+    params, steps = flat(state.params), flat(there["params"])
+    for path, value in steps.items():
+        np.testing.assert_array_equal(params[path], value)
+    moved = [
+        abs(steps[path] - first).max() for path, first in flat(build(of("psum=none")).first_state()[0].params).items()
+    ]
+    assert max(moved) > 0.1  # the steps that training moved are not those that calibration sets
+    images, mode = experiment.calibration_images(), experiment.setup.mode(train=True)
+    again = cimjax.calibrate(experiment.model, state.variables, images, kinds=("psum",), **mode)
+    for path, value in flat(again["params"]).items():
+        np.testing.assert_allclose(params[path], value, rtol=1e-5, atol=1e-5, err_msg=path)
+    assert set(reports) == set(experiment.specs) and all(report.calls for report in reports.values())
+
+
+def test_what_is_kept_stays_and_what_follows_is_set_behind_it() -> None:
+    x = jax.random.uniform(jax.random.key(0), (8, 6, 6, 3))
+    model = cimjax.CIMConv(4, (3, 3))
+    variables = model.init(jax.random.key(1), x)
+    wide = {**variables["params"], "activation_log_step": variables["params"]["activation_log_step"] + 1.0}
+    kept = cimjax.calibrate(model, {"params": wide}, x, kept={("", "activation")})["params"]
+    assert kept["activation_log_step"] == wide["activation_log_step"]
+    behind = cimjax.calibrate(model, {"params": wide}, x, kinds=("weight", "psum"))["params"]
+    chex.assert_trees_all_equal(kept, behind)
+    assert not np.array_equal(kept["psum_log_step"], variables["params"]["psum_log_step"])
+    every = {("", kind) for kind in ("activation", "weight", "psum")}
+    chex.assert_trees_all_equal(cimjax.calibrate(model, {"params": wide}, x, kept=every)["params"], wide)

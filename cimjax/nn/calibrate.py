@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,13 +30,25 @@ _OF_ARRAYS, _OF_QUANTIZE = "weight_log_step", "log_step"
 # The name under which a scope counts its passes, beside its random numbers.
 _PASSES = "cimjax_passes"
 
-# The kinds of steps that layers shall set, and leave a report. None: `init` sets all and says at once what is wrong;
-# `apply` sets none.
+
+class _Request(NamedTuple):
+    """What layers shall set, and leave a report: steps of some kinds, but for those of a layer and a kind that stay."""
+
+    kinds: tuple[str, ...]
+    kept: frozenset[tuple[str, str]] = frozenset()
+
+
+# None: `init` sets all and says at once what is wrong; `apply` sets none.
 _requested = jax.make_user_context(None)
 
 
 def calibrate(
-    model: nn.Module, variables: Mapping[str, Any], *args: Any, kinds: Collection[str] = KINDS, **kwargs: Any
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    kinds: Collection[str] = KINDS,
+    kept: Collection[tuple[str, str]] = (),
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Set a network's steps from data, layer by layer in network order, every ADC on before the next layer is measured.
 
@@ -50,6 +62,7 @@ def calibrate(
       *args, **kwargs: what `model.apply` takes after the variables: the images, and switches such as `train=True` for
         batch normalisation in batch mode.
       kinds: which steps to set, of "activation", "weight" and "psum" (which includes offsets).
+      kept: whose steps stay nevertheless, and are what others are set behind: ("block1/conv2", "weight"), ....
 
     Returns:
       Variables with new steps; everything else, batch statistics too, as it was.
@@ -61,21 +74,26 @@ def calibrate(
       CalibrationWarning: for each layer whose steps cannot be good: much of the input lost, an input that is the same
         everywhere, ADC steps or weights of which nothing was seen; or whose steps were not set at all.
     """
-    variables, reports = calibrate_and_report(model, variables, *args, kinds=kinds, **kwargs)
+    variables, reports = calibrate_and_report(model, variables, *args, kinds=kinds, kept=kept, **kwargs)
     for name, report in reports.items():
         tell(name, report)
     return variables
 
 
 def calibrate_and_report(
-    model: nn.Module, variables: Mapping[str, Any], *args: Any, kinds: Collection[str] = KINDS, **kwargs: Any
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    kinds: Collection[str] = KINDS,
+    kept: Collection[tuple[str, str]] = (),
+    **kwargs: Any,
 ) -> tuple[dict[str, Any], dict[str, CalibrationReport]]:
     """As `calibrate`, which says nothing but returns what there is to say, by layer: for traced programs."""
     if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
         unknown = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind not in KINDS), kinds)
         raise ValueError(f"`kinds` names {shown(unknown)}; give a tuple of {', '.join(KINDS)}.")
     given: Any = {**variables, "params": _with_records(variables.get("params", {}))}
-    with _requested(tuple(kinds)):
+    with _requested(_Request(tuple(kinds), frozenset(kept))):
         _, updated = model.apply(given, *args, mutable=list(given), **kwargs)
     params, reports = _without_records(updated["params"])
     return {**variables, "params": params}, reports
@@ -86,7 +104,7 @@ def init_and_report(
 ) -> tuple[dict[str, Any], dict[str, CalibrationReport]]:
     """As `model.init`, which says nothing but returns what there is to say, by layer: for traced programs."""
     # No kind is set inside `without_calibration`.
-    with _requested(KINDS if _requested.value is None else _requested.value):
+    with _requested(_Request(KINDS) if _requested.value is None else _requested.value):
         variables = model.init(rngs, *args, **kwargs)
     params, reports = _without_records(variables.get("params", {}))
     return {**variables, "params": params}, reports
@@ -98,18 +116,23 @@ def without_calibration() -> contextlib.AbstractContextManager[None]:
     >>> with without_calibration():
     ...     variables = model.init(jax.random.key(0), x)  # doctest: +SKIP
     """
-    return _requested(())
+    return _requested(_Request(()))
 
 
-def kinds_to_set(module: nn.Module) -> tuple[str, ...]:
+def kinds_to_set(module: nn.Module) -> tuple[str, ...] | None:
     """Which kinds of steps a layer shall set from its input now: what `calibrate` asks for, or else all in `init`.
 
-    None where its parameters cannot be changed, as inside `nn.while_loop`: what is set nowhere else is reported.
+    No kind where all that is asked for is kept; None where nothing is asked for, and where its parameters cannot be
+    changed, as inside `nn.while_loop`: what is set nowhere else is reported.
     """
     if module.scope is None or not module.is_mutable_collection("params"):
-        return ()
-    of_init = KINDS if module.is_initializing() else ()
-    return of_init if _requested.value is None else _requested.value
+        return None
+    of_init = _Request(KINDS if module.is_initializing() else ())
+    request: _Request = of_init if _requested.value is None else _requested.value
+    if not request.kinds:
+        return None
+    path = "/".join(module.path)
+    return tuple(kind for kind in request.kinds if (path, kind) not in request.kept)
 
 
 def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationReport, *, first: bool) -> None:

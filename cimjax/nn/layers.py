@@ -66,7 +66,7 @@ class Quantize(nn.Module):
         first, log_step = not self.has_variable("params", "log_step"), None
         if self.spec.step != StepKind.FIXED:
             log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
-        if kinds := kinds_to_set(self):
+        if (kinds := kinds_to_set(self)) is not None:
             found = log_step
             if log_step is not None and "activation" in kinds:
                 refuse_unknown(self, x)
@@ -117,7 +117,7 @@ class ArrayLayer(nn.Module):
         first = not self.has_variable("params", PARAMETERS.weight)
         stored = self._declare(steps_lib.shapes(tiled, spec), spec, has_step=not isinstance(x, Codes))
         key = self._variation_key(spec)
-        if kinds := kinds_to_set(self):
+        if (kinds := kinds_to_set(self)) is not None:
             refuse_unknown(self, x.codes if isinstance(x, Codes) else x)
             found, report = calibrate_layer(x, kernel, stored, window, spec, kinds=kinds, variation_key=key)
             set_steps(self, dict(zip(PARAMETERS, found, strict=True)), report, first=first)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cimjax.nn.parameters import kind_of_step
+from cimjax.nn.parameters import kind_of_step, trained_as
 from cimjax.spec import CIMSpec, StepStart
 
 
@@ -24,6 +24,11 @@ class Given(NamedTuple):
 
     values: dict[str, Array]
     steps: dict[str, Array]
+
+    @property
+    def kept(self) -> set[tuple[str, str]]:
+        """Whose steps need not be set: (layer, kind), as `calibrate` takes them."""
+        return {(_layer(path), trained_as(path)) for path in self.steps}
 
 
 def choose(

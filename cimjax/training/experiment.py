@@ -135,7 +135,7 @@ class Experiment:
         """
         given = given or Given({}, {})
         return jax.jit(self._init, compiler_options=compiler_options())(
-            jnp.int32(self.config.seed), self.calibration_images(), given.values, given.steps
+            jnp.int32(self.config.seed), self.calibration_images(), given
         )
 
     def recalibrated(self, state: TrainState, images: Array) -> tuple[TrainState, Reports]:
@@ -167,19 +167,16 @@ class Experiment:
         with without_calibration():
             images = jnp.zeros((2, *self.dataset.image_shape))
             seed = jnp.int32(self.config.seed)
-            return jax.jit(lambda seed, images: self._init(seed, images, {}, {})[0])(seed, images)
+            return jax.jit(lambda seed, images: self._init(seed, images, Given({}, {}))[0])(seed, images)
 
-    def _init(
-        self, seed: Array, images: Array, values: dict[str, Array], steps: dict[str, Array]
-    ) -> tuple[TrainState, Reports]:
+    def _init(self, seed: Array, images: Array, given: Given) -> tuple[TrainState, Reports]:
         key = jax.random.key(seed)
         rngs = {"params": key, "variation": chip_key(seed), "dropout": jax.random.fold_in(key, 5)}
         model, mode = self._model_on_one_device(), self.setup.mode(train=True)
-        if values:
+        if given.values:
             with without_calibration():
-                variables = put_in(model.init(rngs, images, **mode), values)
-            variables, reports = calibrate_and_report(model, variables, images, rngs=rngs, **mode)
-            variables = put_in(variables, steps)
+                variables = put_in(model.init(rngs, images, **mode), {**given.values, **given.steps})
+            variables, reports = calibrate_and_report(model, variables, images, kept=given.kept, rngs=rngs, **mode)
         else:
             variables, reports = init_and_report(model, rngs, images, **mode)
         params = variables["params"]
