@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
-from cimjax.nn.calibrate import calibrate_and_report, without_calibration
-from cimjax.nn.layers import ArrayLayer, Quantize
+from cimjax.nn.calibrate import calibrate_and_report
 from cimjax.spec import CIMSpec
 from cimjax.training.evaluate import restore
 from cimjax.training.run.files import read_json, write_json
@@ -122,24 +120,11 @@ class Measurement:
 
     def _calibrated(self, model: nn.Module, layers: Collection[str]) -> dict[str, Any]:
         """The variables with ADC steps of some layers set anew."""
-        with nn.intercept_methods(_only(layers)):
-            found, _ = calibrate_and_report(
-                model, self.state.variables, self.calibration_images, kinds=("psum",), **self._options()
-            )
+        kept = [(path, "psum") for path in self.experiment.specs if path not in layers]
+        found, _ = calibrate_and_report(
+            model, self.state.variables, self.calibration_images, kinds=("psum",), kept=kept, **self._options()
+        )
         return found
-
-
-def _only(layers: Collection[str]) -> Any:
-    """What keeps all other layers from setting steps."""
-
-    def call(function: Any, given: Any, named: Any, context: nn.module.InterceptorContext) -> Array:
-        module = context.module
-        if isinstance(module, ArrayLayer | Quantize) and "/".join(module.path) not in layers:
-            with without_calibration():
-                return function(*given, **named)
-        return function(*given, **named)
-
-    return call
 
 
 class KeptMeasurement:
