@@ -554,3 +554,26 @@ def test_a_layer_compiled_with_its_adcs_is_not_taken_for_one_without() -> None:
     ideal = Compiled(dataclasses.replace(SIGNED, adc=None)).apply(variables, X)
     chex.assert_trees_all_close(without, ideal, rtol=1e-5, atol=1e-5)
     assert not np.allclose(with_adcs, without, atol=1e-3)
+
+
+class LoopAndParts(nn.Module):
+    """Layers that `nn.scan` stacks, and such that `nn.vmap` stacks."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = scanned(Body, 2)(name="loop")(x, None)[0]
+        parts = nn.vmap(CIMDense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1)
+        return parts(3, spec=SIGNED, name="parts")(x.reshape(len(x), 3, -1))
+
+
+def test_what_is_kept_is_found_in_stacks_too() -> None:
+    x = jax.random.normal(jax.random.key(0), (6, 12))
+    first = LoopAndParts().init(jax.random.key(1), x)["params"]
+    flat = flax.traverse_util.flatten_dict(first, sep="/")
+    layers = [path.removesuffix("/activation_log_step") for path in flat if path.endswith("activation_log_step")]
+    assert len(layers) == 2
+    wide = {**flat, **{f"{layer}/activation_log_step": flat[f"{layer}/activation_log_step"] + 1.0 for layer in layers}}
+    variables = {"params": flax.traverse_util.unflatten_dict(wide, sep="/")}
+    found = cimjax.calibrate(LoopAndParts(), variables, x, kept={(layer, "activation") for layer in layers})["params"]
+    for path, value in flax.traverse_util.flatten_dict(found, sep="/").items():
+        assert np.allclose(value, wide[path], atol=1e-5) == ("psum" not in path), path
