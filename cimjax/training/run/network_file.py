@@ -3,15 +3,13 @@
     {"about": ..., "step": ..., "extra": ..., "arrays": {PATH: {"dtype", "shape", "data"}}, "seal": SHA-256 of the rest}
 
 `data` are an array's bytes (little endian, C order; the first byte of all numbers, then the second of all, ...),
-compressed by LZMA and written in base 85. The array of a
-kernel is that of its codes where its path is in `codes`. What kernels follow from codes is told elsewhere.
+compressed by LZMA and written in base 85. The array of a kernel is that of its codes where its path is in `codes`. What
+kernels follow from codes is told elsewhere.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import lzma
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cimjax.training.run.files import RunFolderError, read_json, write_json
+from cimjax.training.run.seal import seal_of
 
 NETWORK = "network.json"
 
@@ -51,7 +50,7 @@ def write(folder: Path, network: Network) -> Path:
     arrays = {path: _text_of(array) for path, array in network.arrays.items()}
     content = {"about": _ABOUT, **network._asdict(), "arrays": arrays}
     file = folder / NETWORK
-    write_json(file, {**content, "seal": _seal(content)})
+    write_json(file, {**content, "seal": seal_of(content)})
     return file
 
 
@@ -66,7 +65,7 @@ def read(folder: Path) -> Network | None:
         return None
     content = read_json(file, dict)
     seal = content.pop("seal", None)
-    if seal != _seal(content):
+    if seal != seal_of(content):
         raise RunFolderError(f"{file} is damaged: it is not what was written; fetch it again.")
     arrays = {path: _array_of(text) for path, text in content["arrays"].items()}
     return Network(content["step"], content["extra"], arrays, content["codes"])
@@ -96,7 +95,3 @@ def _array_of(text: dict[str, Any]) -> np.ndarray:
     dtype, data = jnp.dtype(text["dtype"]), lzma.decompress(base64.b85decode(text["data"]), lzma.FORMAT_ALONE)
     in_order = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1).T.tobytes()
     return np.frombuffer(in_order, dtype).reshape(text["shape"])
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -40,7 +40,7 @@ def close(step: int, leaves: dict[str, Any], extra: dict[str, Any], options: dic
     named = {name: [kind(leaf), _digest_of(leaf)] for name, leaf in leaves.items()}
     # As JSON gives it back.
     content = json.loads(json.dumps({"extra": extra, "step": step, "options": options, "leaves": named}))
-    return {**content, "seal": _seal(content)}
+    return {**content, "seal": seal_of(content)}
 
 
 def open(found: Any, step: int, stored: dict[str, str]) -> Content:
@@ -59,7 +59,7 @@ def open(found: Any, step: int, stored: dict[str, str]) -> Content:
     if found.keys() == {"extra"} and isinstance(found["extra"], dict):
         return Content(found["extra"], None, None)
     content = {name: value for name, value in found.items() if name != "seal"}
-    if found.get("seal") != _seal(content):
+    if found.get("seal") != seal_of(content):
         raise ValueError("what is saved beside its arrays was changed")
     if content["step"] != step:
         raise ValueError(f"it was saved after step {content['step']}")
@@ -73,7 +73,8 @@ def kind(leaf: Any) -> str:
     return f"{leaf.dtype} {tuple(leaf.shape)}"
 
 
-def _seal(content: dict[str, Any]) -> str:
+def seal_of(content: dict[str, Any]) -> str:
+    """The checksum over all of a JSON-able dictionary."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
