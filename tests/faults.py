@@ -804,7 +804,7 @@ TRAINING = [
     Fault(
         "what stands beside the arrays is not held against its checksum",
         "training/run/seal.py",
-        'if found.get("seal") != _seal(content):',
+        'if found.get("seal") != seal_of(content):',
         "if False:",
         ("test_checkpoint.py::test_every_bit_of_what_stands_beside_the_arrays_counts",),
     ),
