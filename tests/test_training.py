@@ -27,6 +27,7 @@ from cimjax.data import Dataset, load
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.parameters import kind_of
+from cimjax.nn.transfer import Given
 from cimjax.training import batches as batches_lib
 from cimjax.training import loop
 from cimjax.training.batches import Resident, augment, order_of_epoch
@@ -269,7 +270,7 @@ def test_a_run_says_first_from_what_data_no_good_steps_follow(tmp_path: Path) ->
 
 def first_program(chosen: Any) -> str:
     experiment = build(chosen)
-    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images(), {}, {}).as_text()
+    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images(), Given({}, {})).as_text()
 
 
 class OwnNet(nn.Module):
