@@ -589,6 +589,27 @@ CALIBRATION = [
 
 PROGRAMS = [
     Fault(
+        "without ADCs an offset's constant is lost",
+        "core/programs/dequantized.py",
+        "if arrays.reference is None:",
+        "if True:",
+        ("test_programs.py::test_without_adcs_cells_vary_as_the_definition_has_it[offset-adc]",),
+    ),
+    Fault(
+        "without ADCs varied cells hold the codes they were made of",
+        "core/programs/dequantized.py",
+        "if spec.skips_decomposition:",
+        "if not spec.weight.step_per_plane:",
+        ("test_programs.py::test_without_adcs_cells_vary_as_the_definition_has_it[offset-adc]",),
+    ),
+    Fault(
+        "without ADCs every read group has the first one's steps",
+        "core/programs/dequantized.py",
+        "arrays.codes * expand_weight(steps.weight, tiling)",
+        "arrays.codes * expand_weight(steps.weight, tiling)[:1]",
+        ("test_programs.py::test_without_adcs_a_layer_is_one_convolution[offset-adc]",),
+    ),
+    Fault(
         "partial sums are kept in 16 bits that do not fit",
         "core/programs/joined.py",
         "SMALL_INTEGERS = 2**15 - 1",

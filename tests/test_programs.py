@@ -20,6 +20,7 @@ from compare import assert_equals_oracle, assert_near
 from cimjax.core import adc, conv, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.array_mac import snap_to_integers
+from cimjax.core.numerics import smallest_type
 from cimjax.core.programs import contract, cpu, joined, pallas, pallas_backward, pallas_blocks, products
 from cimjax.core.programs import ladders as ladders_lib
 from cimjax.core.programs.contract import Layer, by_platform
@@ -28,7 +29,7 @@ from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.tiling import tile
 from cimjax.core.window import resolve
 from cimjax.data import Dataset
-from cimjax.spec import CodeRange, Execution, Operands, Product, Residuals
+from cimjax.spec import CodeRange, Execution, Operands, Product, Residuals, VariationSpec
 from cimjax.spec.codes import code_range
 from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
@@ -338,7 +339,37 @@ def test_the_definition_is_what_reference_runs(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_codes_are_kept_in_the_smallest_type(codes: CodeRange, dtype: type) -> None:
-    assert joined.smallest_type(codes) == dtype
+    assert smallest_type(codes) == dtype
+
+
+@pytest.mark.parametrize("weight", ["offset-adc", "twos-planes"])
+def test_without_adcs_a_layer_is_one_convolution(weight: str) -> None:
+    """However many read groups, planes and slices."""
+    case = without_adcs(weight)
+    assert_equals_oracle(case)
+    step = jax.grad(lambda *args: jnp.sum(jnp.cos(conv.cim_conv(*args, case.spec))), (0, 1, 2))
+    text = jax.jit(step).lower(*draw(case)).compile().as_text()
+    assert text.count(" convolution(") == 3  # forwards, to inputs and to the kernel
+
+
+@pytest.mark.parametrize("weight", ["offset-adc", "twos-planes"])
+def test_without_adcs_cells_vary_as_the_definition_has_it(weight: str) -> None:
+    case = without_adcs(weight)
+    varied = dataclasses.replace(case.spec, variation=VariationSpec(sigma=0.2))
+
+    def run(program: str) -> Any:
+        how = {"variation_key": jax.random.key(0), "execution": Execution(program=program)}
+        y, pull = jax.vjp(lambda *args: conv.cim_conv(*args, varied, **how), *draw(case))
+        return jax.tree.leaves((y, pull(jnp.cos(y))))
+
+    for want, got in zip(*map(run, PROGRAMS), strict=True):
+        assert_near(got, want, "")
+
+
+def without_adcs(weight: str) -> Case:
+    array = {"rows": 64, "active_rows": 9, "tiling": "im2col"}
+    layer = spec(activation={"bits": 3, "slice_bits": 1}, weight=ENCODINGS[weight], adc=False, array=array)
+    return Case("", layer, x_shape=(2, 5, 4, 20), kernel_shape=(3, 3, 20, 5))
 
 
 def temporary(layer: Any, execution: Execution, x: Any, kernel: Any, layers: int = 1) -> int:

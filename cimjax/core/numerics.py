@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
+
+from cimjax.spec import CodeRange
 
 
 def reciprocal(step: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -87,3 +91,11 @@ def sum_to_shape(x: Array, shape: tuple[int, ...]) -> Array:
     x = x.reshape(rest)
     axes = tuple(axis for axis, size in enumerate(kept[leading:]) if size == 1)
     return jnp.sum(x, axis=axes).reshape(shape)
+
+
+def smallest_type(code_range: CodeRange) -> Any:
+    """The smallest of the types that hold all codes, and 0; the code of a sign is +1 or -1."""
+    for dtype in (np.int8, np.uint8, np.int16, np.uint16):
+        if np.iinfo(dtype).min <= min(code_range.q_min, 0) and code_range.q_max <= np.iinfo(dtype).max:
+            return dtype
+    return np.float32

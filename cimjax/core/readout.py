@@ -41,10 +41,15 @@ def add_reference(read: Float[Array, "T M R"], steps: StepSizes, tiling: Tiling,
     Returns:
       (M, O) float32.
     """
+    significances = slice_significances(spec)
+    return jnp.einsum("tmr,t,ro->mo", read, significances, constant(steps, tiling, spec), precision="highest")
+
+
+def constant(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "R O"]:
+    """What every input counts, but for its slice, for the constant of an `offset` encoding."""
     # The top plane carries the constant, so its step is the constant's.
-    constant = expand_weight(steps.weight, tiling)[:, -1] * spec.weight.constant
-    constant = jnp.broadcast_to(constant, (tiling.groups, tiling.features))
-    return jnp.einsum("tmr,t,ro->mo", read, slice_significances(spec), constant, precision="highest")
+    each = expand_weight(steps.weight, tiling)[:, -1] * spec.weight.constant
+    return jnp.broadcast_to(each, (tiling.groups, tiling.features))
 
 
 def output_scale(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -74,7 +75,14 @@ class Tiling:
     @functools.cached_property
     def of_one_group(self) -> Tiling:
         """A single read group, as large as the largest one here, all of whose places store weights."""
-        channels = self.channels.shape[1]
+        return self._one_group(self.channels.shape[1])
+
+    @functools.cached_property
+    def undivided(self) -> Tiling:
+        """A single read group of all channels, as if arrays had rows without end."""
+        return self._one_group(self.in_channels)
+
+    def _one_group(self, channels: int) -> Tiling:
         return dataclasses.replace(
             self,
             in_channels=channels,
@@ -179,6 +187,12 @@ def tile_kernel(kernel: Shaped[Array, "*kernel C O"], tiling: Tiling) -> Shaped[
     tiled = _by_group(kernel, tiling, kernel.ndim - 2)
     tiled = tiled.reshape(*tiling.kernel_size, *tiling.channels.shape, kernel.shape[-1])
     return jnp.where(tiling.stored[..., None], tiled, 0)
+
+
+def untile_kernel(tiled: Shaped[Array, "*kernel R c O"], tiling: Tiling) -> Shaped[Array, "*kernel C O"]:
+    """The transpose of `tile_kernel`: each weight from the one place that stores it."""
+    kernel = jax.ShapeDtypeStruct((*tiling.kernel_size, tiling.in_channels, tiled.shape[-1]), tiled.dtype)
+    return jax.linear_transpose(lambda kernel: tile_kernel(kernel, tiling), kernel)(tiled)[0]
 
 
 def _by_group(x: Array, tiling: Tiling, axis: int) -> Array:

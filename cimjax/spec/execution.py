@@ -65,7 +65,8 @@ class Execution(Spec):
     program: Program = Program.AUTO
     # `joined` only: the product of inputs and digits.
     product: Product = Product.AUTO
-    # The numbers that are multiplied; `auto`: float32 on CPU, elsewhere bfloat16 where that is exact.
+    # The numbers that are multiplied; `auto`: float32 on CPU, elsewhere bfloat16 where that is exact. By `joined`,
+    # layers without ADCs are always multiplied in float32.
     operands: Operands = Operands.AUTO
     # `psums`: fast; `inputs`: a fraction of the memory, for one more array product in the backward pass. `auto` is
     # `psums`, but `inputs` for layers of many read groups or slices, whose partial sums would fill the memory.

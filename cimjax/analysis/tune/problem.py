@@ -97,9 +97,11 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
     """
     spec, built_in = layer.spec, contract.built_in(layer.spec, cpu=contract.runs_on("cpu"))
     operands = [one for one in Operands if one != Operands.AUTO and contract.exact_in(spec, one)]
-    # A loop over read groups has a product of its own.
-    products = list(PRODUCTS) if layer.tiling.groups <= MOST_WRITTEN_OUT else [built_in.product]
-    found = [dataclasses.replace(built_in, product=product, operands=one) for product in products for one in operands]
+    # A loop over read groups has a product of its own; without ADCs there is neither, and one type of operands.
+    loop = layer.tiling.groups > MOST_WRITTEN_OUT and spec.adc is not None
+    products = [built_in.product] if loop else list(PRODUCTS)
+    of_products = operands if spec.adc is not None else [Operands.FLOAT32]
+    found = [dataclasses.replace(built_in, product=row, operands=one) for row in products for one in of_products]
     kernels = [Execution(program=Program.PALLAS, operands=one) for one in operands]
     if contract.runs_on("gpu", "cuda", "rocm"):
         found += kernels

@@ -2,7 +2,7 @@
 
 It keeps nothing of the partial sums but small integers, and computes one weight gradient for all planes. Layers of few
 read groups are written out, one group after the other; those of many are a loop, whose program and memory do not grow
-with the groups, and whose partial sums are computed again in the backward pass.
+with the groups, and whose partial sums are computed again in the backward pass. Layers without ADCs are `dequantized`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from cimjax.core import adc, encoding, readout
 from cimjax.core.array_mac import by_column, snap_to_integers, sum_columns
 from cimjax.core.cells import StoredArrays
-from cimjax.core.programs import products
+from cimjax.core.numerics import smallest_type
+from cimjax.core.programs import dequantized, products
 from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import materialize
 from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
-from cimjax.spec import CIMSpec, CodeRange, Product, Residuals
+from cimjax.spec import CIMSpec, Product, Residuals
 
 # With more read groups than these a layer is a loop.
 MOST_WRITTEN_OUT = 8
@@ -66,6 +66,8 @@ class Kernels(NamedTuple):
 def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer, *, kernels: Kernels | None = None) -> Array:
     """As `contract.ArrayProgram`, by other kernels where they are given."""
     tiling, window, spec, _ = layer
+    if spec.adc is None and kernels is None:
+        return dequantized.run(codes, arrays, steps, layer)
     if spec.skips_decomposition:
         return _joined(layer, kernels, codes, Columns(by_column(arrays.codes[None]), None, _scales(steps, layer)))
     one_gradient = has_one_gradient(spec)
@@ -171,18 +173,10 @@ def _as_product(layer: Layer, to_psums: Array, codes_shape: tuple[int, ...]) -> 
 def _as_small(psums: Array, layer: Layer) -> Array:
     """Partial sums as they are kept: as 16-bit integers where these hold them."""
     spec = layer.spec
-    if spec.variation is not None or layer.tiling.largest_psum(spec) > SMALL_INTEGERS or spec.skips_decomposition:
+    if spec.variation is not None or layer.tiling.largest_psum(spec) > SMALL_INTEGERS:
         return psums
     # XLA's CPU backend would keep the numbers that these are made of instead.
     return materialize(lambda psums: psums.astype(jnp.int16), psums)
-
-
-def smallest_type(code_range: CodeRange) -> Any:
-    """The smallest of the types that hold all codes, and 0; the code of a sign is +1 or -1."""
-    for dtype in (np.int8, np.uint8, np.int16, np.uint16):
-        if np.iinfo(dtype).min <= min(code_range.q_min, 0) and code_range.q_max <= np.iinfo(dtype).max:
-            return dtype
-    return np.float32
 
 
 def _product_gradients(

@@ -93,8 +93,7 @@ class SliceADC(NamedTuple):
 
     def read(self, psums: Array, ladders: Ladders) -> Array:
         """`sum_{t,k} g_t output_scale P^`: (T, positions, K O) to (positions, O), all float32."""
-        if self.bounds is None:
-            return self._add(psums * ladders.output_scale)
+        assert self.bounds is not None
         u = lsq.in_steps(psums, ladders.reciprocal, ladders.offset)
         codes = lsq.round_to_codes(u, psums, ladders.offset, self.bounds, half_up=True)
         # `s w p + z w`, of which the second part is the same at all positions.
