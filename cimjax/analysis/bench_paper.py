@@ -154,12 +154,10 @@ def _in_full_precision(layer: Layer) -> list[Part]:
     return [each, each._replace(name=TO_INPUTS), each._replace(name=TO_WEIGHTS), Part(REST, memory=rest)]
 
 
-def _planes_and_slices(spec: CIMSpec) -> tuple[int, int]:
-    return (1, 1) if spec.skips_decomposition else (len(spec.weight.planes), len(spec.activation.slices))
-
-
 def _psums(layer: Layer, spec: CIMSpec) -> int:
-    planes, slices = _planes_and_slices(spec)
+    if spec.adc is None:
+        return 0
+    planes, slices = len(spec.weight.planes), len(spec.activation.slices)
     _, _, outputs = _sizes(layer)
     groups = 1 if layer.cost is None else layer.cost.read_groups
     return outputs * groups * planes * slices
@@ -168,10 +166,14 @@ def _psums(layer: Layer, spec: CIMSpec) -> int:
 def _in_arrays(layer: Layer, spec: CIMSpec) -> list[Part]:
     """A layer as `core.programs.joined` computes it: products of codes in the type in which they are exact, gradients
     in float32, one weight gradient for all planes of a sign; layers of many read groups as a loop, whose products are
-    computed again and write what each position sees."""
+    computed again and write what each position sees. Without ADCs it is one convolution in float32."""
     products, inputs, outputs = _sizes(layer)
-    planes, slices = _planes_and_slices(spec)
-    one_gradient = spec.variation is None and not spec.weight.step_per_plane and not spec.skips_decomposition
+    rest = Part(REST, memory=_QUANTIZED * inputs + (_NORMALISED * outputs if layer.output else 0))
+    if spec.adc is None:
+        each = Part(PRODUCT, float32=2 * products, memory=4 * (inputs + outputs))
+        return [each, each._replace(name=TO_INPUTS), each._replace(name=TO_WEIGHTS), rest]
+    planes, slices = len(spec.weight.planes), len(spec.activation.slices)
+    one_gradient = spec.variation is None and not spec.weight.step_per_plane
     mixed = len(plane_gradient_weights(spec.weight)) if one_gradient else planes
     psums, execution = _psums(layer, spec), layer.execution
     many = layer.cost is not None and layer.cost.read_groups > MOST_WRITTEN_OUT
@@ -193,7 +195,7 @@ def _in_arrays(layer: Layer, spec: CIMSpec) -> list[Part]:
         through,
         Part(TO_INPUTS, float32=flop, memory=back + 4 * psums),
         Part(TO_WEIGHTS, float32=2.0 * products * mixed * slices, memory=back + mixing),
-        Part(REST, memory=_QUANTIZED * inputs + (_NORMALISED * outputs if layer.output else 0)),
+        rest,
     ]
 
 
