@@ -32,6 +32,8 @@ from cimjax.core.programs.cache import KEPT_FROM, keep_compiled_programs  # noqa
 
 # Set within a run of the suite, for runs of it that its tests start.
 _WITHIN = "CIMJAX_WITHIN_SUITE"
+# A folder for compiled programs, which whoever names it removes.
+_PROGRAMS = "CIMJAX_SUITE_PROGRAMS"
 
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
@@ -55,17 +57,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure(config: pytest.Config) -> None:
     """Programs are compiled once for all workers and all processes that tests start, and quickly.
 
-    In a folder of this run: no test sees programs of another version, and none are left with the user.
+    In a folder of this run: no test sees programs of another version, and none are left with the user. Two runs of one
+    check share the folder that it names.
     """
     if not hasattr(config, "workerinput") and _WITHIN not in os.environ:
         os.environ[_WITHIN] = "1"
         os.environ.setdefault("XLA_FLAGS", compiles_quickly())
         # The small ones are kept too: a suite has thousands of them, most of them many times.
         os.environ.setdefault(KEPT_FROM, "0")
-        folder = tempfile.mkdtemp(prefix="cimjax-tests-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if _PROGRAMS not in os.environ:
+            os.environ[_PROGRAMS] = folder = tempfile.mkdtemp(prefix="cimjax-tests-")
+            config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.
-        os.environ["XDG_CACHE_HOME"] = folder
+        os.environ["XDG_CACHE_HOME"] = os.environ[_PROGRAMS]
     keep_compiled_programs()
     # Not in `pyproject.toml`: it would import the mathematics before its types are checked.
     config.addinivalue_line("filterwarnings", "error::cimjax.CalibrationWarning")
