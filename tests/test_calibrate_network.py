@@ -31,7 +31,7 @@ from cimjax import (
     Quantize,
     WeightSpec,
 )
-from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
+from cimjax.nn.calibrate import calibrate_and_report, without_calibration
 from cimjax.nn.calibration_warnings import messages
 from cimjax.nn.ideal import ideal_adcs
 
@@ -145,7 +145,13 @@ def spoiled(variables: Any) -> Any:
 calibrated = jax.jit(cimjax.calibrate, static_argnums=0)
 initialised = jax.jit(lambda model, x: model.init(KEY, x), static_argnums=0)
 applied = jax.jit(lambda model, variables, x: model.apply(variables, x), static_argnums=0)
-reported = jax.jit(lambda model, x: init_and_report(model, KEY, x), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reported(model: nn.Module, x: Any) -> Any:
+    with without_calibration():
+        variables = model.init(KEY, x)
+    return calibrate_and_report(model, variables, x)
 
 
 def settings(model: nn.Module, x: Any) -> Iterator[tuple[str, Any]]:
@@ -466,7 +472,7 @@ def test_a_report_is_of_what_a_layer_reads() -> None:
     x, ideal = nn.relu(X), dataclasses.replace(UNSIGNED, adc=None)
     codes = Quantize(UNSIGNED.activation).init_with_output(KEY, x)[0]
     for spec in (UNSIGNED, ideal):
-        variables, reports = init_and_report(CIMDense(8, spec=spec), KEY, codes)
+        variables, reports = reported(CIMDense(8, spec=spec), codes)
         assert set(reports) == {""} and "activation_log_step" not in variables["params"]
         assert reports[""].negative == 0 == reports[""].clipped and reports[""].calls == 1
         assert (reports[""].groups > 0) == (spec.adc is not None)

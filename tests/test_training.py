@@ -270,7 +270,8 @@ def test_a_run_says_first_from_what_data_no_good_steps_follow(tmp_path: Path) ->
 
 def first_program(chosen: Any) -> str:
     experiment = build(chosen)
-    return jax.jit(experiment._init).lower(jnp.int32(0), experiment.calibration_images(), Given({}, {})).as_text()
+    images = experiment.calibration_images()
+    return jax.jit(experiment._first_state).lower(jnp.int32(0), images, Given({}, {})).as_text()
 
 
 class OwnNet(nn.Module):

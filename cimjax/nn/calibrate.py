@@ -99,17 +99,6 @@ def calibrate_and_report(
     return {**variables, "params": params}, reports
 
 
-def init_and_report(
-    model: nn.Module, rngs: Any, *args: Any, **kwargs: Any
-) -> tuple[dict[str, Any], dict[str, CalibrationReport]]:
-    """As `model.init`, which says nothing but returns what there is to say, by layer: for traced programs."""
-    # No kind is set inside `without_calibration`.
-    with _requested(_Request(KINDS) if _requested.value is None else _requested.value):
-        variables = model.init(rngs, *args, **kwargs)
-    params, reports = _without_records(variables.get("params", {}))
-    return {**variables, "params": params}, reports
-
-
 def without_calibration() -> contextlib.AbstractContextManager[None]:
     """Inside, `init` leaves steps at 1: quick, where only shapes are wanted, or where steps are set later.
 
@@ -200,7 +189,7 @@ def _is_of(trace: Any, value: Any) -> bool:
 
 
 def _record(module: nn.Module) -> CalibrationReport:
-    """What is known of a layer before this call; `init` starts it, of the shape that `_with_records` gives it."""
+    """What is known of a layer before this call, of the shape that `_with_records` gives it."""
     if module.has_variable("params", _RECORD):
         record: CalibrationReport = module.get_variable("params", _RECORD)
         return record

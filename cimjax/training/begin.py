@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from cimjax.nn.transfer import choose, fits
 from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import Experiment
+from cimjax.training.forking import take_over
 from cimjax.training.programs import Programs
 from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
@@ -18,16 +20,23 @@ from cimjax.training.state import TrainState
 Start = tuple[TrainState, int, float, dict[str, list[float]]]
 
 
-def start(programs: Programs, folder: RunFolder, tell: Teller, checkpoints: Checkpoints, variables: Any) -> Start:
+def start(
+    programs: Programs, folder: RunFolder, tell: Teller, checkpoints: Checkpoints, variables: Any, fork: Path | None
+) -> Start:
     """What a run goes on from, on every device, while its first program is compiled in the background.
 
     Args:
       variables: what a new run starts from instead of random weights; None for these.
+      fork: a run whose epochs with ideal ADCs a new run takes over; None where it trains its own.
 
     Raises:
       ValueError: for a run that has done more steps than it is to do.
     """
     saved = checkpoints.latest_step()
+    if saved is None and fork is not None:
+        state, step = take_over(programs.experiment, fork, folder)
+        tell.taken_over(fork, step)
+        return state, step, -1.0, {}
     with ThreadPoolExecutor(1) as background:
         if (saved or 0) < programs.experiment.total_steps:
             tell.compiling("the training step")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def _train(arguments: argparse.Namespace) -> None:
     where = arguments.coordinator_address, arguments.num_processes, arguments.process_id
     asked = None
+    if arguments.start is not None and arguments.fork is not None:
+        raise UsageError("--from starts from a run's weights, --fork goes on from where it is; give one of them.")
     if arguments.distributed:
         _come_together(*where)
     elif any(value is not None for value in where):
@@ -45,7 +47,7 @@ def _train(arguments: argparse.Namespace) -> None:
         try:
             if first:
                 print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
-            train(config, workdir=workdir, variables=variables)
+            train(config, workdir=workdir, variables=variables, fork=arguments.fork)
         finally:
             if first and not given:
                 with contextlib.suppress(OSError):
@@ -161,6 +163,7 @@ COMMANDS: dict[str, Command] = {
             },
             "--workdir": {"metavar": "DIR", "help": "the run folder, also gs://BUCKET/RUN; new in runs/ if not given"},
             "--from": {**RUN, "dest": "start", "help": "a trained run whose weights to start from"},
+            "--fork": {**RUN, "help": "a run of other ADCs, or none, whose epochs with ideal ADCs to take over"},
             "--distributed": {
                 "action": "store_true",
                 "help": "one of several processes, as SLURM, Open MPI, GKE or a TPU tells, or the next three",

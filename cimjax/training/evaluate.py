@@ -194,8 +194,12 @@ def restore(
         return experiment, to_state(network, experiment), network.extra
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
-    state, extra = checkpoints.restore(wanted, which=which, holding=BESIDE, without="opt_state")
+    state, extra = checkpoints.restore(wanted, which=which, holding=BESIDE, passes_over=_of_the_optimizer)
     return experiment, state, extra
+
+
+def _of_the_optimizer(name: str) -> bool:
+    return name.startswith("opt_state/")
 
 
 @dataclasses.dataclass(frozen=True)

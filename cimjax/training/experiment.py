@@ -15,12 +15,13 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from cimjax.core.calibration.report import CalibrationReport
+from cimjax.core.calibration.steps import KINDS
 from cimjax.core.programs.cpu import compiler_options
 from cimjax.data import Dataset, StreamedDataset, load
 from cimjax.data.dataset import Description
 from cimjax.data.decoding import View
 from cimjax.hardware.survey import Layer, layers_of
-from cimjax.nn.calibrate import calibrate_and_report, init_and_report, without_calibration
+from cimjax.nn.calibrate import calibrate_and_report, without_calibration
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.models import build_model
 from cimjax.nn.parameters import stored_steps, trained_as
@@ -134,7 +135,7 @@ class Experiment:
           given: what takes the place of random weights; None for random ones.
         """
         given = given or Given({}, {})
-        return jax.jit(self._init, compiler_options=compiler_options())(
+        return jax.jit(self._first_state, compiler_options=compiler_options())(
             jnp.int32(self.config.seed), self.calibration_images(), given
         )
 
@@ -164,23 +165,34 @@ class Experiment:
 
     def uncalibrated_state(self) -> TrainState:
         """A state with all steps at 1: quick, where values do not matter."""
-        with without_calibration():
-            images = jnp.zeros((2, *self.dataset.image_shape))
-            seed = jnp.int32(self.config.seed)
-            return jax.jit(lambda seed, images: self._init(seed, images, Given({}, {}))[0])(seed, images)
+        images = jnp.zeros((2, *self.dataset.image_shape))
+        return jax.jit(self._uncalibrated)(jnp.int32(self.config.seed), images)
 
-    def _init(self, seed: Array, images: Array, given: Given) -> tuple[TrainState, Reports]:
+    def _uncalibrated(self, seed: Array, images: Array) -> TrainState:
+        with without_calibration():
+            variables = self._model_on_one_device().init(self._rngs(seed), images, **self.setup.mode(train=True))
+        return self._state(seed, variables)
+
+    def _first_state(self, seed: Array, images: Array, given: Given) -> tuple[TrainState, Reports]:
+        model, mode, rngs = self._model_on_one_device(), self.setup.mode(train=True), self._rngs(seed)
+        with without_calibration():
+            variables = put_in(model.init(rngs, images, **mode), {**given.values, **given.steps})
+        # ADCs that come later are set when they do, and what is set before must not depend on them.
+        first = self.setup_in(0)
+        kinds = [kind for kind in KINDS if kind != "psum" or not first.ideal_adcs]
+        with first.adcs():
+            variables, reports = calibrate_and_report(
+                model, variables, images, kinds=kinds, kept=given.kept, rngs=rngs, **mode
+            )
+        return self._state(seed, variables), reports
+
+    def _rngs(self, seed: Array) -> dict[str, Array]:
         key = jax.random.key(seed)
-        rngs = {"params": key, "variation": chip_key(seed), "dropout": jax.random.fold_in(key, 5)}
-        model, mode = self._model_on_one_device(), self.setup.mode(train=True)
-        if given.values:
-            with without_calibration():
-                variables = put_in(model.init(rngs, images, **mode), {**given.values, **given.steps})
-            variables, reports = calibrate_and_report(model, variables, images, kept=given.kept, rngs=rngs, **mode)
-        else:
-            variables, reports = init_and_report(model, rngs, images, **mode)
+        return {"params": key, "variation": chip_key(seed), "dropout": jax.random.fold_in(key, 5)}
+
+    def _state(self, seed: Array, variables: Any) -> TrainState:
         params = variables["params"]
-        state = TrainState(
+        return TrainState(
             seed=seed,
             step=jnp.int32(0),
             failed_at=jnp.int32(-1),
@@ -191,7 +203,6 @@ class Experiment:
             average=jax.tree.map(jnp.copy, params) if self.setup.ema else None,
             first_steps=jax.tree.map(jnp.copy, stored_steps(params)),
         )
-        return state, reports
 
     def _model_on_one_device(self) -> nn.Module:
         # Initialisation and calibration run outside the mapped axis.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,11 +58,14 @@ class Run:
             self.validation.close()
         self.checkpoints.wait()
 
-    def run(self, variables: Any) -> Result:
-        """All epochs that are still to do."""
+    def run(self, variables: Any, fork: Path | None) -> Result:
+        """All epochs that are still to do; arguments as of `begin.start`."""
         experiment, per_epoch, total = self.experiment, self.experiment.steps_per_epoch, self.experiment.total_steps
         self.tell.start()
-        state, step, self.best, self.seen = start(self.programs, self.folder, self.tell, self.checkpoints, variables)
+        parts = self.programs, self.folder, self.tell, self.checkpoints
+        state, step, self.best, self.seen = start(*parts, variables, fork)
+        if step and self.checkpoints.latest_step() is None:
+            self._save(state, step)  # taken over from another run
         records: dict[str, Any] = {}
         while step < total:
             epoch = step // per_epoch

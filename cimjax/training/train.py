@@ -29,7 +29,7 @@ from cimjax.training.result import Callback, Result
 from cimjax.training.run import network_file
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
-from cimjax.training.run.remote import Mirror, is_remote
+from cimjax.training.run.remote import Mirror, is_remote, local_copy
 from cimjax.training.run.silent import SilentFolder, require_shared
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
@@ -45,6 +45,7 @@ def train(
     model: nn.Module | None = None,
     dataset: Dataset | StreamedDataset | None = None,
     variables: Mapping[str, Any] | Loaded | None = None,
+    fork: str | Path | None = None,
     loss_fn: LossFunction | None = None,
     optimizer: optax.GradientTransformation | None = None,
     writers: Sequence[Writer] = (),
@@ -66,6 +67,8 @@ def train(
       dataset: images of your own; else `config.dataset` names some.
       variables: what to start from, instead of random weights: what fits is taken, steps that it lacks are calibrated.
         Of a `Loaded` run, a step is taken where what it quantizes is built alike in both.
+      fork: a run whose first epochs, with ideal ADCs, a new one takes over instead of training them again: it differs
+        in its ADCs alone (their bits, granularity, steps ...), or has none, and keeps its state of that epoch.
       loss_fn: `loss_fn(logits, batch)`, () or (N,) float32; else cross entropy, or what `config.teacher` says. See
         `training.state.Batch`.
       optimizer: else `config.optimizer` describes one.
@@ -77,6 +80,8 @@ def train(
       ValueError: for what cannot be trained: a field of the configuration, missing data, a folder in use or of another
         run (`RunFolderError`), a loss that is not finite.
     """
+    if fork is not None and variables is not None:
+        raise ValueError("a run starts from given weights, or from where another one is; give one of them.")
     with together() as agreement, contextlib.ExitStack() as stack:
         processes = group()
         require_same_config(config, processes)
@@ -113,7 +118,7 @@ def train(
             stack.callback(writer.close)
         teller = Teller(experiment, run, screen, writers, own=model is not None or dataset is not None)
         job = stack.enter_context(contextlib.closing(Run(experiment, run, teller, stop, callbacks)))
-        return job.run(variables)
+        return job.run(variables, None if fork is None else local_copy(fork))
 
 
 def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunFolder:

@@ -55,9 +55,13 @@ class Setup:
         """The argument `train`, for networks that have it."""
         return {"train": train} if "train" in inspect.signature(type(self.model).__call__).parameters else {}
 
+    def adcs(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network is computed with its ADCs or without."""
+        return ideal_adcs() if self.ideal_adcs else contextlib.nullcontext()
+
     def apply(self, variables: Any, images: Array, *, train: bool, **options: Any) -> Any:
         """What the network makes of normalised images, with its ADCs or without."""
-        with ideal_adcs() if self.ideal_adcs else contextlib.nullcontext():
+        with self.adcs():
             return self.model.apply(variables, images, **self.mode(train=train), **options)
 
 

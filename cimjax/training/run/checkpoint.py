@@ -114,7 +114,7 @@ class Checkpoints:
         # The count in memory: no number is given twice, whatever was removed meanwhile.
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
-        leaves = _named_leaves(state)
+        leaves = named_leaves(state)
         sealed = seal.close(int(step), leaves, extra, self._options())
         with self._writing_in_one_line(path), _quiet():
             response = ocp.save_async(path, leaves, custom_metadata=sealed)
@@ -136,6 +136,10 @@ class Checkpoints:
         last = self._newest("last")
         return None if last is None else last.step
 
+    def steps(self) -> list[int]:
+        """The steps of all states that there are, in order."""
+        return sorted({save.step for save in self._saves()})
+
     def has(self, which: Which) -> bool:
         """Whether there is such a state, whole or not."""
         return self._newest(which) is not None
@@ -145,8 +149,9 @@ class Checkpoints:
         abstract_state: PyTree,
         *,
         which: Which = "last",
+        step: int | None = None,
         holding: Mapping[str, type] | None = None,
-        without: str | None = None,
+        passes_over: Callable[[str], bool] = lambda name: False,
     ) -> tuple[PyTree, dict[str, Any]]:
         """Restore a state exactly, on whatever devices `abstract_state` names.
 
@@ -157,8 +162,9 @@ class Checkpoints:
           abstract_state: the pytree of the state, with arrays or `jax.ShapeDtypeStruct`s as leaves. An array is
             restored to the devices of its leaf, or to one device where the leaf has no sharding.
           which: `"last"` or `"best"`.
+          step: training steps done, of the state that is wanted; None for any.
           holding: entries that the dictionary beside the state must have, and their types.
-          without: a part of the state that `abstract_state` lacks, whatever it is in the save.
+          passes_over: whether a leaf, by its name, may be in the save and is not wanted.
 
         Returns:
           The state, of the structure of `abstract_state`, and the dictionary that was saved with it.
@@ -169,9 +175,9 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[_Save, DamagedCheckpointError] = {}
-        while (save := next((save for save in self._candidates(which) if save not in damaged), None)) is not None:
+        while (save := next((save for save in self._candidates(which, step) if save not in damaged), None)) is not None:
             try:
-                state, extra = self._read(save, abstract_state, holding or {}, without)
+                state, extra = self._read(save, abstract_state, holding or {}, passes_over)
             except DamagedCheckpointError as error:
                 damaged[save] = error
                 continue
@@ -225,9 +231,9 @@ class Checkpoints:
             return self._writing[0]
         return next(iter(self._candidates(which)), None)
 
-    def _candidates(self, which: Which) -> list[_Save]:
+    def _candidates(self, which: Which, step: int | None = None) -> list[_Save]:
         """The saves that may be taken, the first of them first."""
-        saves = self._saves()[::-1]
+        saves = [save for save in self._saves()[::-1] if step in (None, save.step)]
         return saves if which == "last" else [save for save in saves if save.best][:1]
 
     def _kept(self) -> set[_Save]:
@@ -264,16 +270,16 @@ class Checkpoints:
             return about.metadata, seal.open(about.custom_metadata, save.step, stored)
 
     def _read(
-        self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], without: str | None
+        self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], passes_over: Callable[[str], bool]
     ) -> tuple[PyTree, dict[str, Any]]:
-        wanted = {name: _abstract(leaf) for name, leaf in _named_leaves(abstract_state).items()}
+        wanted = {name: _abstract(leaf) for name, leaf in named_leaves(abstract_state).items()}
         about, content = self._about(save)
         stored = {name: seal.kind(leaf) for name, leaf in about.items()}
         with _damage_in_one_line(save.path):
             for name, kind in holding.items():
                 if not isinstance(content.extra.get(name), kind):
                     raise ValueError(f"it holds no `{name}` of type {kind.__name__}")
-        passed_over = {name for name in stored if name.partition("/")[0] == without}
+        passed_over = {*filter(passes_over, stored)}
         compared = {name: of for name, of in stored.items() if name not in passed_over}
         _require_same(save.path, compared, {name: seal.kind(leaf) for name, leaf in wanted.items()})
         self._require_same_options(save.path, content.options)
@@ -299,8 +305,8 @@ class Checkpoints:
             )
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path, such as `params/stem/kernel`.
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves by path, such as `params/stem/kernel`, in the tree's order.
 
     States are saved in this form: containers without arrays (of optimizers, mostly) cannot then keep a state of the
     same arrays from being restored, and every difference has a name.

@@ -131,6 +131,14 @@ class RunFolder:
         self.records.take_back(step, marked)
         self._begin(anew=True)
 
+    def begin_with(self, records: Sequence[dict[str, Any]]) -> None:
+        """Begin a run with what another has logged, its times too; what was logged here without a state is forgotten
+        (`forget_after`)."""
+        self.forget_after(-1)
+        for record in records:
+            self.records.append(record)
+        self._begin(anew=True)
+
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock < 0:

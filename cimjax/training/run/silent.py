@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ class SilentFolder(RunFolder):
 
     def forget_after(self, step: int, marked: Any = None) -> None:
         """Process 0 forgets."""
+
+    def begin_with(self, records: Sequence[dict[str, Any]]) -> None:
+        """Process 0 does."""
 
     def close(self) -> None:
         """There is nothing to close."""

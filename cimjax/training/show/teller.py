@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -53,6 +54,12 @@ class Teller:
         """What the network starts from."""
         for name, text in facts.items():
             self.display.note(f"{name:<10}  {text}")
+
+    def taken_over(self, run: Path, step: int) -> None:
+        """The epochs with ideal ADCs are those of another run."""
+        self._looked = time.monotonic(), step
+        epochs = self.experiment.ideal_epochs
+        self.display.note(f"forked from {run} after its first {epochs} epoch{'s' * (epochs > 1)}, with ideal ADCs")
 
     def resumed(self, step: int) -> None:
         self._looked = time.monotonic(), step
