@@ -715,6 +715,27 @@ LAYERS = [
         ("test_layers.py::test_pretrained_weights_of_flax_drop_in",),
     ),
     Fault(
+        "a fork goes on from the last state of the other run",
+        "training/forking.py",
+        "checkpoints.restore(common, step=step, passes_over=_of_adcs)",
+        "checkpoints.restore(common, passes_over=_of_adcs)",
+        ("test_forking.py::test_a_fork_comes_to_what_a_run_by_itself_comes_to[adc_bits=2]",),
+    ),
+    Fault(
+        "what is set before training depends on ADCs that come later",
+        "training/experiment.py",
+        "first = self.setup_in(0)",
+        "first = self.setup",
+        ("test_forking.py::test_a_fork_comes_to_what_a_run_by_itself_comes_to[adc_bits=2]",),
+    ),
+    Fault(
+        "a run of other ADCs from an earlier epoch on can be forked",
+        "training/forking.py",
+        "if ideal is not None and ideal < epochs:",
+        "if False:",
+        ("test_forking.py::test_a_run_with_adcs_too_soon_cannot_be_forked",),
+    ),
+    Fault(
         "ADCs stay on where they should be ideal",
         "nn/ideal.py",
         "dataclasses.replace(spec, adc=None) if _ideal.value else spec",
@@ -874,8 +895,8 @@ TRAINING = [
     Fault(
         "ADCs are set behind steps that give way to those of the run that is started from",
         "training/experiment.py",
-        "calibrate_and_report(model, variables, images, kept=given.kept, rngs=rngs, **mode)",
-        "calibrate_and_report(model, variables, images, rngs=rngs, **mode)\n"
+        "calibrate_and_report(model, variables, images, **what, **mode)",
+        "calibrate_and_report(model, variables, images, **{**what, 'kept': ()}, **mode)\n"
         "            variables = put_in(variables, given.steps)",
         ("test_start.py::test_adcs_are_set_behind_the_steps_that_were_taken",),
     ),

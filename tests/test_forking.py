@@ -85,6 +85,14 @@ def test_what_cannot_be_taken_over_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_with_adcs_too_soon_cannot_be_forked(tmp_path: Path) -> None:
+    early = config("smoke", **HALF | {"epochs": 3.0, "ideal_share": 0.4})
+    cimjax.train(early, workdir=tmp_path / "early", callbacks=[lambda *_: True], display=quiet())
+    later = config("smoke", **HALF | {"epochs": 3.0, "ideal_share": 0.7})
+    with pytest.raises(ValueError, match="has ideal ADCs until epoch 1 alone, and this run until 2"):
+        cimjax.train(later, workdir=tmp_path / "later", fork=tmp_path / "early", display=quiet())
+
+
 def test_a_state_that_is_gone_packed_or_of_other_images_cannot_be_taken_over(ideal: Path, tmp_path: Path) -> None:
     chosen = config("smoke", **HALF)
     gone = tmp_path / "gone"
@@ -106,7 +114,14 @@ def test_a_state_that_is_gone_packed_or_of_other_images_cannot_be_taken_over(ide
         cimjax.train(chosen, workdir=tmp_path / "run", fork=ideal, variables=cimjax.load(ideal), display=quiet())
 
 
-def test_the_command_forks(ideal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_before_its_adcs_are_set_is_measured_without_them(ideal: Path, tmp_path: Path) -> None:
+    cimjax.train(config("smoke", **HALF), workdir=tmp_path, fork=ideal, display=quiet())
+    shutil.rmtree(tmp_path / "checkpoints" / "000002_step_44")
+    found, (record, *_) = cimjax.evaluate(tmp_path), [r for r in read_records(ideal) if r["split"] == "test"]
+    assert found["ideal_adcs"] and found["accuracy"] == record["accuracy"]
+
+
+def test_the_commands_fork(ideal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = [f"--config.{name}={value}" for name, value in HALF.items()]
     command = ["train", "--config", "configs/digits.py:smoke,adc_bits=2", "--config.model.width=4", *fields]
     command += [f"--config.rules={RULES}", "--workdir", str(tmp_path / "run"), "--fork", str(ideal)]
@@ -114,5 +129,10 @@ def test_the_command_forks(ideal: Path, tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert f"forked from {ideal} after its first 1 epoch, with ideal ADCs" in out.replace("\n", " ")
     assert "epoch 2/2" in out and "epoch 1/2 " not in out
+    sweep = ["sweep", *command[1:3], "--over", "adc_bits=1,3", *command[3:-4], "--workdir", str(tmp_path / "all")]
+    sweep[2] = "configs/digits.py:smoke"
+    assert main([*sweep, "--fork", str(ideal)]) == 0
+    for run in ("adc_bits=1", "adc_bits=3"):
+        assert numbers(tmp_path / "all" / run)[0] == numbers(ideal)[0]
     assert main([*command, "--from", str(ideal)]) == 2
     assert "--fork goes on from where it is; give one of them" in capsys.readouterr().err

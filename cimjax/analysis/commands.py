@@ -21,7 +21,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
     workdir, fields = checked_folder(arguments.workdir), [str(override) for override in arguments.overrides]
     executor, stop = executor_of(arguments, workdir), None
     try:
-        rows = sweep(arguments.config, axes, workdir, executor=executor, fields=fields, retry=arguments.retry)
+        how = {"executor": executor, "fields": fields, "retry": arguments.retry, "fork": arguments.fork}
+        rows = sweep(arguments.config, axes, workdir, **how)
     except Stopped as stopped:
         rows, stop = stopped.rows, stopped
     print(show(table(rows, axes), axes))
@@ -169,6 +170,7 @@ COMMANDS: dict[str, Command] = {
                 "help": "an option, or a field as config.NAME, and its values",
             },
             "--workdir": {"required": True, "metavar": "DIR", "help": "a folder for all runs; finished ones are kept"},
+            "--fork": {**RUN, "help": "a run of other ADCs, or none, whose epochs with ideal ADCs all runs take over"},
             **EXECUTOR_FLAGS,
         },
         _sweep,

@@ -122,7 +122,9 @@ def require_jobs(jobs: int) -> None:
 def command_of(run: PlannedRun) -> list[str]:
     """What trains a run."""
     command = [sys.executable, "-m", "cimjax", "train", "--config", run.config, "--workdir", str(run.folder)]
-    return [*command, *([] if run.start is None else ["--from", str(run.start)]), *run.fields]
+    for word, other in (("--from", run.start), ("--fork", run.fork)):
+        command += [] if other is None else [word, str(other)]
+    return [*command, *run.fields]
 
 
 def of_process(code: int) -> End:

@@ -46,6 +46,7 @@ def sweep(
     executor: Executor | None = None,
     fields: Sequence[str] = (),
     retry: bool = False,
+    fork: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train every combination of options and fields; progress goes to standard error.
 
@@ -56,6 +57,7 @@ def sweep(
       executor: what trains the runs; processes on this machine, one at a time, if not given.
       fields: further arguments of every run, such as `--config.epochs=5`.
       retry: whether runs that failed are tried again.
+      fork: a run whose epochs with ideal ADCs all of them take over.
 
     Returns:
       A row for each run, in order: its options, `workdir`, and `accuracy` of the last state on the test images (0 to
@@ -66,7 +68,8 @@ def sweep(
       ValueError: before any run starts, where a combination cannot be trained or a folder cannot be used.
       Stopped: after Ctrl-C or SIGTERM, when all runs have saved their states and ended.
     """
-    return train_all(plan(config, axes, workdir, fields), workdir, executor=executor, retry=retry)
+    runs = [run._replace(fork=None if fork is None else Path(fork)) for run in plan(config, axes, workdir, fields)]
+    return train_all(runs, workdir, executor=executor, retry=retry)
 
 
 def train_all(

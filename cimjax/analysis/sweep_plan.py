@@ -28,8 +28,8 @@ _LONGEST = 200
 
 
 class PlannedRun(NamedTuple):
-    """One combination: its values as typed, the config and fields of its run, its epochs, its folder, and the folders
-    of the runs that it starts and learns from, which must have ended before."""
+    """One combination: its values as typed, the config and fields of its run, its epochs, its folder, the folders of
+    the runs that it starts and learns from, which must have ended before, and that of one to fork."""
 
     values: dict[str, str]
     config: str
@@ -38,6 +38,7 @@ class PlannedRun(NamedTuple):
     folder: Path
     start: Path | None = None
     teacher: Path | None = None
+    fork: Path | None = None
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.values.items()) or self.config

@@ -273,10 +273,12 @@ def evaluate(
     dataset: Dataset | StreamedDataset | None = None,
 ) -> dict[str, Any]:
     """Test accuracy and loss of a run: {"step", "split", "which", "images", "loss", "accuracy"}; with an average of the
-    parameters also `average_accuracy`."""
+    parameters also `average_accuracy`, and `ideal_adcs` for a state of the epochs with ideal ADCs."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
     with contextlib.closing(Evaluator(experiment, experiment.dataset.test)) as evaluator:
-        found = evaluator.record(experiment.devices.put(state))
+        # ADCs that have not been set yet say nothing.
+        ideal = int(state.step) <= experiment.ideal_epochs * experiment.steps_per_epoch and experiment.ideal_epochs > 0
+        found = evaluator.record(experiment.devices.put(state), ideal_adcs=ideal)
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}
 
 

@@ -180,10 +180,9 @@ class Experiment:
         # ADCs that come later are set when they do, and what is set before must not depend on them.
         first = self.setup_in(0)
         kinds = [kind for kind in KINDS if kind != "psum" or not first.ideal_adcs]
+        what: dict[str, Any] = {"kinds": kinds, "kept": given.kept, "rngs": rngs}
         with first.adcs():
-            variables, reports = calibrate_and_report(
-                model, variables, images, kinds=kinds, kept=given.kept, rngs=rngs, **mode
-            )
+            variables, reports = calibrate_and_report(model, variables, images, **what, **mode)
         return self._state(seed, variables), reports
 
     def _rngs(self, seed: Array) -> dict[str, Array]:

@@ -94,8 +94,8 @@ def _require_same_training(run: Path, experiment: Experiment, epochs: int) -> No
         )
     if ideal is not None and ideal < epochs:
         raise RunFolderError(
-            f"{run} has ideal ADCs in its first {ideal} epochs alone, and this run in {epochs}; give "
-            "--config.ideal_share, or another run."
+            f"{run} has ideal ADCs until epoch {ideal} alone, and this run until {epochs}; give --config.ideal_share, "
+            "or another run."
         )
 
 
