@@ -18,15 +18,17 @@ from types import MappingProxyType
 
 import pytest
 from rich.console import Console
+from test_training import config
 
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TIMES, count, layer_table
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, WeightSpec
+from cimjax.training.experiment import build
 from cimjax.training.result import Result
 from cimjax.training.show import bar as bar_lib
 from cimjax.training.show import display as display_lib
 from cimjax.training.show.display import Display
-from cimjax.training.show.report import final_rows, step_table
+from cimjax.training.show.report import describe_run, final_rows, step_table
 
 RECORDS = {
     "train": {"loss": 0.51234, "accuracy": 0.8, "learning_rate": 0.0123},
@@ -426,3 +428,8 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
         with Display(stream=stream) as display:
             display.start("title", {}, layer_table([]))
         assert ("\x1b" in stream.getvalue()) == escapes
+
+
+def test_kernels_that_a_cpu_interprets_are_said_to_be_slow():
+    found = [describe_run(build(config(execution={"program": name})))["facts"] for name in ("pallas", "auto")]
+    assert "a CPU interprets for tests, very slowly" in found[0]["programs"] and "programs" not in found[1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cimjax.core.programs import contract
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import Column, TextTable, show
+from cimjax.spec import Program
 from cimjax.spec.words import describe_specs
 from cimjax.training.experiment import Experiment
 
@@ -40,8 +41,12 @@ def describe_run(experiment: Experiment) -> dict[str, Any]:
 
 
 def _programs(experiment: Experiment) -> dict[str, str]:
-    """For how many layers of a training step a table of this device chooses the program; nothing where it does not."""
+    """For how many layers of a training step a table of this device chooses the program, or that kernels for GPUs are
+    interpreted; otherwise nothing."""
     config, devices = experiment.config, experiment.devices
+    asked = {layer.execution.program for layer in experiment.layers if layer.spec is not None}
+    if devices.platform == "cpu" and Program.PALLAS in asked:
+        return {"programs": "kernels for GPUs, which a CPU interprets for tests, very slowly; program='auto' is fast"}
     images = config.batch_size // devices.count // config.optimizer.accumulate
     layers = [layer.behind_seam(images) for layer in experiment.layers if layer.spec is not None]
     changed = sum(contract.tuned(layer, shape) != layer.execution for layer, shape in layers)
