@@ -117,7 +117,7 @@ def test_every_pairing_can_be_built(name: str, options: str) -> None:
 )
 def test_one_pairing_of_each_data_set_takes_real_steps(name: str, options: str, size: int) -> None:
     """Loss on the same few images falls, and every kind of parameter moves."""
-    config = loaded(name, options, batch_size=8, eval_batch_size=4, warmup_epochs=0.0, epochs=8.0)
+    config = loaded(name, options, batch_size=8, eval_batch_size=4, warmup_epochs=0.0, epochs=8.0, ideal_share=0.0)
     with config.unlocked():
         config.subset = {"classes": 0, "images": 0}
         # Every stage, but one block of each: the others would compile to the same programs once more.

@@ -129,7 +129,7 @@ class Experiment:
 
     def first_state(self, given: Given | None = None) -> tuple[TrainState, Reports]:
         """The state before the first step, with steps calibrated on `calibration_images`; and what these were like, by
-        layer.
+        layer. Where ADCs are ideal at first, their steps are set by `recalibrated` when they are turned on.
 
         Args:
           given: what takes the place of random weights; None for random ones.
