@@ -40,7 +40,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[ConfigDict, pathlib.Path]]:
     """What the training room is called with."""
     seen: list[tuple[ConfigDict, pathlib.Path]] = []
-    replace_train(monkeypatch, lambda config, workdir, variables: seen.append((config, workdir)))
+    replace_train(monkeypatch, lambda config, workdir, **_: seen.append((config, workdir)))
     return seen
 
 
@@ -329,7 +329,7 @@ def test_taking_overrides_loses_no_word(argv: list[str]) -> None:
 def test_a_run_without_a_workdir_gets_a_new_folder_each_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    def train(config: ConfigDict, workdir: pathlib.Path, variables: Any) -> None:
+    def train(config: ConfigDict, workdir: pathlib.Path, **_: Any) -> None:
         assert workdir.is_dir()
         (workdir / "config.json").touch()
 
@@ -348,7 +348,7 @@ def test_a_run_without_a_workdir_gets_a_new_folder_each_time(
 def test_a_config_that_cannot_be_built_is_one_line_and_leaves_no_folder(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, kind: type[ValueError]
 ) -> None:
-    def train(config: ConfigDict, workdir: pathlib.Path, variables: Any) -> None:
+    def train(config: ConfigDict, workdir: pathlib.Path, **_: Any) -> None:
         raise kind("`batch_size` is 0;\ngive at least 1.")
 
     monkeypatch.chdir(tmp_path)
@@ -369,7 +369,7 @@ def test_runs_that_is_a_file_is_one_line(
 
 @pytest.mark.parametrize("bug", [lambda: int("x"), lambda: {}["x"], lambda: json.loads("{")])
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, bug: Any) -> None:
-    replace_train(monkeypatch, lambda config, workdir, variables: bug())
+    replace_train(monkeypatch, lambda config, workdir, **_: bug())
     with pytest.raises((ValueError, KeyError)):
         main([*TRAIN, "--workdir", str(tmp_path)])
 
@@ -563,7 +563,7 @@ import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be born deaf to it
 from cimjax.cli import main
 loop = types.ModuleType("cimjax.training.train")
-loop.train = lambda config, workdir, variables: time.sleep(30)
+loop.train = lambda config, workdir, **_: time.sleep(30)
 sys.modules["cimjax.training.train"] = loop
 sys.exit(main(sys.argv[1:]))
 """

@@ -84,5 +84,5 @@ def find(name: str) -> Source:
     hint = nearest(name.lower(), names(), otherwise_all=False) if isinstance(name, str) else ""
     raise ValueError(
         f"unknown dataset {shown(name)}{hint}: known are {', '.join(names())}; "
-        "your own images go in as `folder:PATH`, your own arrays as `cimjax.data.Dataset.from_arrays(...)`"
+        "your own images go in as `folder:PATH`, arrays as `npz:PATH` or `cimjax.data.Dataset.from_arrays(...)`"
     )

@@ -34,6 +34,16 @@ def resolve(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
         ) from error
 
 
+def own_path(name: str, prefix: str, data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    """The path that the name of a user's own data, `prefix` and a path, means; a relative one lies in `data_dir`, if
+    that is given."""
+    try:
+        given = pathlib.Path(name.removeprefix(prefix)).expanduser()
+        return (pathlib.Path(data_dir or "").expanduser() / given).absolute()
+    except RuntimeError as error:  # a user of a container may have no home
+        raise DataError(f"there is no home for {name!r}; give the whole path") from error
+
+
 def require_folder_of_all(source: Source, root: pathlib.Path) -> None:
     """`DataError` with the folder that is meant, where `root` is the folder of one data set, which holds no others."""
     of_one = {(known.folder, known.version) for known in map(find, names())}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cimjax.data.folder import DataError, one_line
+from cimjax.data.folder import DataError, one_line, own_path
 from cimjax.data.stored import Files
 
 PREFIX = "folder:"
@@ -52,13 +52,9 @@ def path_of(name: str, data_dir: str | os.PathLike[str] | None = None) -> pathli
     Raises:
       DataError: where there is no such folder.
     """
-    given = name.removeprefix(PREFIX)
-    if not given:
+    if name == PREFIX:
         raise DataError(f"{name!r} names no folder; give the path of a folder of class folders, as in folder:images")
-    try:
-        path = (pathlib.Path(data_dir or "").expanduser() / pathlib.Path(given).expanduser()).absolute()
-    except RuntimeError as error:  # a user of a container may have no home
-        raise DataError(f"there is no home for {name!r}; give the whole path") from error
+    path = own_path(name, PREFIX, data_dir)
     if not path.is_dir():
         raise DataError(f"{path} is no folder; `folder:PATH` wants one that holds train/ and val/ of class folders")
     return path

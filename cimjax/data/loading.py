@@ -11,6 +11,7 @@ from cimjax.data.dataset import Dataset, channel_statistics
 from cimjax.data.decoding import View
 from cimjax.data.folder import absent, is_there, require_folder_of_all, resolve
 from cimjax.data.image_folder import is_folder, read_folder
+from cimjax.data.npz import is_npz, read_npz
 from cimjax.data.preparation import prepare
 from cimjax.data.shards import class_names, stored_records
 from cimjax.data.streams import StreamedDataset, StreamedSplit
@@ -24,9 +25,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, view: Vie
     Args:
       name: one of `names()`: "digits" (8 x 8 x 1; prepared on first use), "cifar10", "cifar100" (32 x 32 x 3),
         "imagenet2012" (prepared before by `prepare`, by `cimjax data prepare`, or by tensorflow-datasets itself as
-        ArrayRecord); or "folder:PATH", as `cimjax.data.image_folder` describes it.
+        ArrayRecord); or "folder:PATH" or "npz:PATH", as `cimjax.data.image_folder` and `cimjax.data.npz` tell.
       data_dir: where data sets lie; tensorflow-datasets' default, `$TFDS_DATA_DIR` or `~/tensorflow_datasets`, when
-        not given. A relative path of a folder of images is relative to it, when it is given.
+        not given. A relative path of a folder or file of images is relative to it, when it is given.
       view: what of each image of a stream is given out.
 
     Returns:
@@ -41,6 +42,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, view: Vie
     """
     if is_folder(name):
         return _folder(name, data_dir, view)
+    if is_npz(name):
+        return read_npz(name, data_dir)
     source = find(name)
     root = resolve(data_dir)
     require_folder_of_all(source, root)
@@ -65,6 +68,9 @@ def shape_and_classes(
     """
     if is_folder(name):
         return view.shape, len(read_folder(name, data_dir).classes)
+    if is_npz(name):
+        arrays = read_npz(name, data_dir)
+        return arrays.image_shape, arrays.classes
     source = find(name)
     return view.shape if source.streamed else source.image_shape, source.classes
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from cimjax.data import Dataset, StreamedDataset
 from cimjax.data.image_folder import is_folder, path_of
+from cimjax.data.npz import file_of, is_npz
 from cimjax.training.batch_norm import check_statistics
 from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
@@ -132,8 +133,11 @@ def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunF
 
 def default_workdir(config: ConfigDict) -> Path:
     """Where a run goes when no folder is given."""
-    folder = is_folder(config.dataset)
-    data = path_of(config.dataset, config.data_dir or None).name if folder else config.dataset
+    data, folder = config.dataset, config.data_dir or None
+    if is_folder(data):
+        data = path_of(data, folder).name
+    elif is_npz(data):
+        data = file_of(data, folder).stem
     return Path("runs", f"{data}-{config.model.name}")
 
 

@@ -153,7 +153,7 @@ FROZEN = ("network", "activation", "weight", "psum")
 # By what they are about.
 SECTIONS: dict[str, tuple[Field, ...]] = {
     "data": (
-        Field("dataset", "", TEXT, "a name of `cimjax data list`, or folder:PATH of class folders of images"),
+        Field("dataset", "", TEXT, "a name of `cimjax data list`, folder:PATH of class folders, or npz:PATH of arrays"),
         Field("data_dir", "", TEXT, "folder of data sets; empty: tensorflow-datasets' own"),
         Field("subset.classes", 0, _whole(), "only the first so many classes; 0: all"),
         Field("subset.images", 0, _whole(), "only so many training images of these; 0: all"),
