@@ -98,6 +98,11 @@ def test_programs_change_no_result() -> None:
     assert len({variant.execution for variant in found.values()}) == len(found)
 
 
+def test_without_adcs_there_is_nothing_to_recompute() -> None:
+    found = bench.programs_of(CIMSpec(adc=None))
+    assert list(found) == ["default", "reference", "grouped_conv", "conv_per_tile", "patches"]
+
+
 def test_variants_change_the_adc_only() -> None:
     config = load_config(CONFIG, [])
     assert list(bench.variants(CIMSpec())) == ["full precision", "ideal ADC", "psum layer", "psum array", "psum column"]

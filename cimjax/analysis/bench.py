@@ -59,11 +59,14 @@ def variants(spec: CIMSpec) -> dict[str, Variant]:
 
 def programs_of(spec: CIMSpec) -> dict[str, Variant]:
     """The programs of one specification: the default, the definition, every product, cheap operands where they are
-    exact, and partial sums computed again in the backward pass; where there is a GPU also its kernels, and without."""
+    exact, and partial sums computed again in the backward pass; where there is a GPU also its kernels, and without.
+    Without ADCs there are no partial sums, and operands of one type."""
     found = {"default": Variant(spec), "reference": Variant(spec, Execution(program=Program.REFERENCE))}
     found |= {str(product): Variant(spec, Execution(product=product)) for product in PRODUCTS}
     if runs_on("gpu", "cuda", "rocm"):
         found |= {str(one): Variant(spec, Execution(program=one)) for one in (Program.PALLAS, Program.JOINED)}
+    if spec.adc is None:
+        return found
     for operands in (Operands.FLOAT32, Operands.BFLOAT16, Operands.INT8):
         if exact_in(spec, operands):
             found[f"{operands} operands"] = Variant(spec, Execution(operands=operands))
