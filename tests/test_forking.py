@@ -12,7 +12,7 @@ from test_training import RULES, config, quiet
 
 import cimjax
 from cimjax.cli import main
-from cimjax.training.run.folder import read_records
+from cimjax.training.run.folder import RunFolderWarning, read_records
 
 HALF = {"epochs": 2.0, "ideal_share": 0.5, "checkpoint_epochs": 1.0}
 
@@ -119,6 +119,8 @@ def test_a_state_before_its_adcs_are_set_is_measured_without_them(ideal: Path, t
     shutil.rmtree(tmp_path / "checkpoints" / "000002_step_44")
     found, (record, *_) = cimjax.evaluate(tmp_path), [r for r in read_records(ideal) if r["split"] == "test"]
     assert found["ideal_adcs"] and found["accuracy"] == record["accuracy"]
+    with pytest.warns(RunFolderWarning, match="stands in its epochs with ideal ADCs: their steps are not set yet"):
+        cimjax.load(tmp_path)
 
 
 def test_the_commands_fork(ideal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

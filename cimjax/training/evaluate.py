@@ -28,7 +28,7 @@ from cimjax.training.metrics import health_by_layer
 from cimjax.training.packing import to_network, to_state
 from cimjax.training.parallel import AXIS, Devices
 from cimjax.training.run import network_file
-from cimjax.training.run.files import RunFolderError, in_one_line, write_json
+from cimjax.training.run.files import RunFolderError, in_one_line, warn, write_json
 from cimjax.training.run.folder import CONFIG, read_config
 from cimjax.training.run.records import METRICS
 from cimjax.training.run.remote import local_copy
@@ -251,6 +251,8 @@ def load(
     >>> logits = run.model.apply(run.variables, run.normalise(pixels))  # doctest: +SKIP
     """
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
+    if _lacks_adcs(experiment, state):
+        warn(f"{run} stands in its epochs with ideal ADCs: their steps are not set yet, what they give means nothing.")
     average = None if state.average is None else {"params": state.average, **state.collections}
     return Loaded(
         model=experiment.model,
@@ -265,6 +267,11 @@ def load(
     )
 
 
+def _lacks_adcs(experiment: Experiment, state: TrainState) -> bool:
+    """Whether a state is of the epochs with ideal ADCs, after which their steps are set."""
+    return experiment.ideal_epochs > 0 and int(state.step) <= experiment.ideal_epochs * experiment.steps_per_epoch
+
+
 def evaluate(
     run: str | Path,
     which: Which = "last",
@@ -276,9 +283,7 @@ def evaluate(
     parameters also `average_accuracy`, and `ideal_adcs` for a state of the epochs with ideal ADCs."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
     with contextlib.closing(Evaluator(experiment, experiment.dataset.test)) as evaluator:
-        # ADCs that have not been set yet say nothing.
-        ideal = int(state.step) <= experiment.ideal_epochs * experiment.steps_per_epoch and experiment.ideal_epochs > 0
-        found = evaluator.record(experiment.devices.put(state), ideal_adcs=ideal)
+        found = evaluator.record(experiment.devices.put(state), ideal_adcs=_lacks_adcs(experiment, state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}
 
 
