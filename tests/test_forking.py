@@ -54,16 +54,15 @@ def test_a_fork_comes_to_what_a_run_by_itself_comes_to(options: str, ideal: Path
 
 def test_a_fork_goes_on_by_itself(ideal: Path, tmp_path: Path) -> None:
     """Its first state is its own; of one with ADCs that has come further, and is no longer there, too."""
-    chosen, folder = config("smoke", **HALF, ema=0.0), tmp_path / "run"
+    chosen, folder = config("smoke", **HALF), tmp_path / "run"
     whole = cimjax.train(chosen, workdir=tmp_path / "whole", fork=ideal, display=quiet())
     cimjax.train(chosen, workdir=folder, fork=ideal, callbacks=[lambda *_: True], display=quiet())
     shutil.rmtree(folder / "checkpoints" / "000002_step_44")
     assert cimjax.train(chosen, workdir=folder, display=quiet()).accuracy == whole.accuracy
     other = config("smoke,adc_bits=1", **HALF)
     cimjax.train(other, workdir=tmp_path / "other", fork=tmp_path / "whole", display=quiet())
-    assert [len(read_records(tmp_path / name)) for name in ("run", "other")] == [
-        len(read_records(tmp_path / "whole"))
-    ] * 2
+    wanted, *found = (len(read_records(tmp_path / name)) for name in ("whole", "run", "other"))
+    assert found == [wanted, wanted]
 
 
 @pytest.mark.parametrize(

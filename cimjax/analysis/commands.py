@@ -119,9 +119,7 @@ def _bench_data(arguments: argparse.Namespace, config: Any) -> None:
 def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
     from cimjax.analysis import bench_paper
     from cimjax.analysis.studies.runs import described, with_options
-    from cimjax.data.catalog import find
-    from cimjax.data.image_folder import is_folder
-    from cimjax.data.npz import is_npz
+    from cimjax.data.loading import is_streamed
 
     fields = [str(override) for override in arguments.overrides]
     networks = {"full precision": with_options(arguments.config, "weight=none")}
@@ -132,7 +130,7 @@ def _bench_paper(arguments: argparse.Namespace, config: Any) -> None:
     print(f"{arguments.config}, {config.batch_size} images on each device, on paper: nothing is computed")
     print(f"{bench_paper.assumptions(bench_paper.H100)}\n")
     print(bench_paper.show_steps(steps, bench_paper.H100), end="\n\n")
-    from_files = is_folder(config.dataset) or (not is_npz(config.dataset) and find(config.dataset).streamed)
+    from_files = is_streamed(config.dataset)
     print(bench_paper.show_devices(steps, bench_paper.H100, (1, 8, 64), from_files=from_files))
     if arguments.save:
         bench_paper.save(steps, bench_paper.H100, arguments.save)

@@ -58,6 +58,15 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, view: Vie
     return Dataset(name, splits["train"], splits["test"], source.classes, mean, std)
 
 
+def is_streamed(name: str) -> bool:
+    """Whether a data set's images stay in files while a network trains.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    return is_folder(name) or (not is_npz(name) and find(name).streamed)
+
+
 def shape_and_classes(
     name: str, data_dir: str | os.PathLike[str] | None = None, *, view: View = _VIEW
 ) -> tuple[tuple[int, int, int], int]:

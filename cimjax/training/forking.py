@@ -49,7 +49,7 @@ def take_over(experiment: Experiment, run: Path, folder: RunFolder) -> tuple[Tra
     _require_same_training(run, experiment, epochs)
     step, checkpoints = epochs * experiment.steps_per_epoch, Checkpoints(run)
     if step not in checkpoints.steps():
-        kept = ", ".join(f"{step:,}" for step in checkpoints.steps()) or "none"
+        kept = ", ".join(f"{other:,}" for other in checkpoints.steps()) or "none"
         raise RunFolderError(
             f"{run} keeps no state of epoch {epochs} (step {step:,}; it has {kept}); train it with "
             f"--config.checkpoint_epochs={epochs} --config.checkpoint_keep=2."
