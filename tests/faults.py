@@ -946,6 +946,13 @@ SCALE = [
         ("test_cluster.py::test_a_job_that_outlives_its_sweep_is_taken_up",),
     ),
     Fault(
+        "a cancelled job is left before its run has saved",
+        "analysis/cluster.py",
+        "return None if self._asked and self._saves() else super().ended()",
+        "return super().ended()",
+        ("test_cluster.py::test_a_cancelled_job_has_ended_once_its_state_is_saved",),
+    ),
+    Fault(
         "a job that goes on is submitted again",
         "analysis/cluster.py",
         "return self._shown(job, run) if waits_or_runs else None",

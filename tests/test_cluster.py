@@ -206,6 +206,18 @@ def test_a_study_submits_a_run_once_the_one_that_it_starts_from_has_ended(
     assert [b"/first/seed=0" in text for text in pickled] == [True, False]
 
 
+@pytest.mark.usefixtures("slurm")
+def test_a_cancelled_job_has_ended_once_its_state_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM calls it cancelled from the moment on when it asks for that."""
+    fake_runs(monkeypatch, SAVES.replace("time.sleep(0.5)", "time.sleep(2)"))
+    job = jobs_on("slurm", tmp_path).start(PlannedRun({}, PLAIN, [], 0.0, tmp_path))
+    with meanwhile(lambda: "began" in printed(tmp_path), job.stop):
+        pass
+    while job.ended() is None:
+        time.sleep(0.1)
+    assert printed(tmp_path) == "began\nsaved\n" and not (tmp_path / JOB).exists()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["local", "slurm"])
 @pytest.mark.usefixtures("slurm")
@@ -264,7 +276,7 @@ def test_what_slurm_refuses_is_told_in_one_line(
 def test_a_job_at_the_end_of_its_time_is_queued_again_and_one_without_a_word_has_failed(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAKE_MINUTE", "0.6")
+    monkeypatch.setenv("FAKE_MINUTE", "1.2")
     deaf = """if 1:
         import signal, sys, time
         if "--config.seed=1" in sys.argv:

@@ -63,6 +63,8 @@ _ALIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "CONFIGURING", "SUSPEN
 _TIMEOUTS = 1000
 # Seconds that a job which was told to end waits for what the cluster does next.
 _WAIT_FOR_CLUSTER = 600
+# Seconds that a cancelled job has at most to save: `KillWait` of SLURM, 30 unless set otherwise, and some more.
+_KILL_WAIT = 40
 
 
 def parse_options(words: Sequence[str], cluster: str) -> dict[str, Any]:
@@ -190,12 +192,23 @@ class _Job:
 
 
 class _SlurmJob(_Job):
+    _cancelled = 0.0
+
     def ended(self) -> End | None:
-        return End(None, "left alone") if self._asked > 1 else super().ended()
+        if self._asked > 1:
+            return End(None, "left alone")
+        return None if self._asked and self._saves() else super().ended()
+
+    def _saves(self) -> bool:
+        """Whether the run of a cancelled job may still be saving its state: SLURM calls a job cancelled from the moment
+        on when it asks for that. `Training` removes the file when it is saved."""
+        began = (self._run.folder / OUTPUT).exists() and not self._job.paths.result_pickle.exists()
+        return began and (self._run.folder / JOB).exists() and time.monotonic() - self._cancelled < _KILL_WAIT
 
     def stop(self) -> None:
         self._asked += 1
         if self._asked == 1:
+            self._cancelled = time.monotonic()
             self._job.cancel(check=False)
             self._job.watcher.clear()  # asks for states every few seconds from here on, instead of minutes
 
@@ -229,6 +242,7 @@ class Training:
         self._wait()
         code = self._process.wait()
         if self._asked and _on_slurm():
+            (self.output.parent / JOB).unlink(missing_ok=True)  # no job trains the run any more
             # SLURM ends a cancelled job next. It also ends one that it takes the machine from, and queues it again;
             # but not one that has ended by itself. Or SIGUSR2 follows.
             time.sleep(_WAIT_FOR_CLUSTER)
