@@ -175,7 +175,9 @@ MISUSES_OF_TRAIN = [
     ("--config.spec.adc.bits=two", "`config.spec.adc.bits` is 'two'; give a whole number"),
     ("--config.spec.weight.granularity=colum", "`config.spec.weight.granularity` is 'colum' (did you mean 'column'?)"),
     ("--config.spec.array.rows=32 --config.spec.adc.bits=0", "`config.spec.adc.bits` is 0"),
-    ("--config.spec.variation.sigma=1", "config.spec.variation is None here, so nothing in it can be set"),
+    ("--config.spec.adc=none --config.spec.adc.bits=2", "config.spec.adc is None here, so nothing in it can be set"),
+    ("--config.spec.variation.sigm=1", "unknown field config.spec.variation.sigm (did you mean 'sigma'?)."),
+    ("--config.spec.variation.on=cells", "`config.spec.variation.sigma` is None; give a number from 0 to 2."),
     ("--config.spec.variation={}", "`VariationSpec` is given without `config.spec.variation.sigma`"),
     ("--config.spec.variation={'sigma':100}", "`config.spec.variation.sigma` is 100; give a number from 0 to 2."),
     ("--config.spec.adc.bits=1" + "0" * 400, "`config.spec.adc.bits` is 10000"),
@@ -260,7 +262,8 @@ def test_options_and_overrides_reach_training_typed(calls: list[Any], tmp_path: 
         "spec.weight.encoding": "differential",
         "spec.weight.bits": "1.5",
         "spec.array.active_rows": "16",
-        "spec.variation": "{'sigma': 0.1}",
+        "spec.variation.on": "cells",
+        "spec.variation.sigma": "0.1",
     }
     words = [f"--config.{field}={text}" for field, text in overrides.items()]
     words += ["--config.augment.flip", "--config.batch_size", "8"]
@@ -276,7 +279,7 @@ def test_options_and_overrides_reach_training_typed(calls: list[Any], tmp_path: 
     assert spec.to_dict() == config.spec.to_dict()
     assert spec.adc == cimjax.ADCSpec(bits=2, granularity="layer", offset=True)
     assert (spec.weight.bits, spec.weight.subtract, spec.array.active_rows) == (1.5, "analog", 16)
-    assert spec.variation == cimjax.VariationSpec(sigma=0.1)
+    assert spec.variation == cimjax.VariationSpec(sigma=0.1, on="cells")
 
 
 @pytest.mark.parametrize("file", [*sorted(ROOT.glob("configs/*.py")), ROOT / "README.md"], ids=lambda file: file.stem)
@@ -448,7 +451,7 @@ def test_a_config_is_shown_with_values_and_meanings(capsys: pytest.CaptureFixtur
     for line in (
         "epochs=3.0 passes over the training images; 0:",
         "spec.adc.granularity=layer what shares an ADC step",
-        "spec.variation=None of cells, as {'sigma': 0.1}; None: none",
+        "spec.variation=None of cells: set its sigma, or None",
     ):
         assert line in lines
     assert any(line.startswith("model.width=4 ") for line in lines)

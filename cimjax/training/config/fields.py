@@ -262,7 +262,7 @@ _SPEC_MEANINGS = {option.field: option.help for option in CIM_OPTIONS if option.
     "adc.gradient_bumps": "deviation of Gaussians at thresholds that pass gradients; 0: none",
     "adc.digital_gain": "a learned factor behind each ADC",
     "adc": "None: an ideal ADC",
-    "variation": "of cells, as {'sigma': 0.1}; None: none",
+    "variation": "of cells: set its sigma, or None",
     "variation.sigma": "of the logarithm of what a cell holds",
     "variation.on": "weights or cells: what varies by itself",
 }

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from cimjax.spec import VariationSpec
 from cimjax.spec.base import closest, nearest, shortened
 from cimjax.training.config.fields import TEXT, completed, field_of
 from cimjax.training.config.options import OptionError
@@ -180,6 +181,8 @@ def _inside(plain: dict[str, Any], override: Override, groups: Sequence[str]) ->
             hint = nearest(name, tree) if isinstance(tree, dict) else ""
             raise ConfigError(f"unknown field config.{shortened(override.field)}{hint}.")
         if depth < len(groups):
+            if tree[name] is None and name == "variation":  # setting a field of it switches it on
+                tree[name] = VariationSpec(sigma=0).to_dict() | {"sigma": None}
             tree = tree[name]
     return tree
 
