@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import chex
 import pytest
 from test_training import RULES, config, quiet
 
 import cimjax
 from cimjax.cli import main
+from cimjax.nn.parameters import stored_steps, trained_as
+from cimjax.training.experiment import build
 from cimjax.training.run.folder import RunFolderWarning, read_records
 
 HALF = {"epochs": 2.0, "ideal_share": 0.5, "checkpoint_epochs": 1.0}
@@ -34,6 +37,14 @@ def ideal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def with_adcs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with 3-bit ADCs in its second epoch, which keeps its state of every epoch."""
+    folder = tmp_path_factory.mktemp("with_adcs") / "run"
+    cimjax.train(config("smoke", **HALF), workdir=folder, display=quiet())
+    return folder
+
+
 def require_equal(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.pop("split") == other.pop("split")
@@ -42,14 +53,26 @@ def require_equal(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize("options", ["adc_bits=2", pytest.param("psum=layer,offset=true", marks=pytest.mark.full)])
-def test_a_fork_comes_to_what_a_run_by_itself_comes_to(options: str, ideal: Path, tmp_path: Path) -> None:
+def test_a_fork_comes_to_what_a_run_by_itself_comes_to(options: str, with_adcs: Path, tmp_path: Path) -> None:
+    """Of a run without ADCs to rounding alone, as its program is another: on one core XLA rounds otherwise in it."""
     chosen = config(f"smoke,{options}", **HALF)
-    for name, fork in (("own", None), ("forked", ideal)):
+    for name, fork in (("own", None), ("forked", with_adcs)):
         cimjax.train(chosen, workdir=tmp_path / name, fork=fork, display=quiet())
     forked = numbers(tmp_path / "forked")
     assert [record["split"] for record in forked] == ["train", "test", "train", "test", "result"]
     assert [record.get("ideal_adcs") for record in forked] == [None, True, None, None, None]
     require_equal(forked, numbers(tmp_path / "own"))
+
+
+def test_steps_that_are_set_before_training_know_nothing_of_adcs_that_come_later() -> None:
+    first = []
+    for options in ("smoke,psum=none", "smoke", "smoke,adc_bits=1,psum=layer"):
+        state, _ = build(config(options, rules=(), **HALF)).first_state()
+        steps = stored_steps(state.params)
+        first.append({name: step for name, step in steps.items() if trained_as(name) != "psum"})
+    assert len(first[0]) == 6
+    for other in first[1:]:
+        chex.assert_trees_all_close(other, first[0], rtol=1e-6)
 
 
 def test_a_fork_goes_on_by_itself(ideal: Path, tmp_path: Path) -> None:

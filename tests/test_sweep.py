@@ -60,6 +60,11 @@ def test_all_combinations_are_checked_before_the_first_one_starts(
         (["--over", "seed=a"], "none of the 1 combinations can be trained: seed is 'a'"),
         (["--over", "seed=0", "--jobs", "0"], "`jobs` is 0"),
         (["--over", "seed=0", "--workdir", CONFIG], "is a file, not a folder"),
+        (
+            ["--over", "seed=0,1", "--config.teacher=nowhere"],
+            "none of the 2 combinations can be trained: nowhere is no",
+        ),
+        (["--over", "seed=0,1", "--fork", "nowhere"], "none of the 2 combinations can be trained: nowhere is no run"),
         (["--over", "config.data_dir=a b,a_b"], "another combination has the same folder"),
     ):
         assert main([*command, *wrong]) == 2

@@ -68,8 +68,7 @@ def sweep(
       ValueError: before any run starts, where a combination cannot be trained or a folder cannot be used.
       Stopped: after Ctrl-C or SIGTERM, when all runs have saved their states and ended.
     """
-    runs = [run._replace(fork=None if fork is None else Path(fork)) for run in plan(config, axes, workdir, fields)]
-    return train_all(runs, workdir, executor=executor, retry=retry)
+    return train_all(plan(config, axes, workdir, fields, fork), workdir, executor=executor, retry=retry)
 
 
 def train_all(

@@ -20,6 +20,7 @@ from cimjax.training.run.folder import CONFIG, LOCK, read_config
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
 from cimjax.training.run.records import METRICS, Records
+from cimjax.training.run.remote import is_remote
 
 # In the folder of a run: the job of a cluster that trains it, while it waits or runs.
 JOB = "job.json"
@@ -78,7 +79,11 @@ def _split(values: str) -> list[str]:
 
 
 def plan(
-    config: str, axes: Mapping[str, Sequence[str]], workdir: str | Path, fields: Sequence[str] = ()
+    config: str,
+    axes: Mapping[str, Sequence[str]],
+    workdir: str | Path,
+    fields: Sequence[str] = (),
+    fork: str | Path | None = None,
 ) -> list[PlannedRun]:
     """Every combination of a sweep, each checked as far as it can be without data and devices.
 
@@ -91,6 +96,7 @@ def plan(
     wrong: dict[str, list[str]] = {}
     for chosen in itertools.product(*axes.values()):
         run = _planned(config, dict(zip(axes, chosen, strict=True)), Path(workdir), fields)
+        run = run._replace(fork=None if fork is None else Path(fork))
         try:
             runs.append(checked(run, {other.folder for other in runs}))
         except ValueError as error:
@@ -118,7 +124,8 @@ def _planned(config: str, values: dict[str, str], workdir: Path, fields: Sequenc
 
 
 def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
-    """The run with its epochs, where its config can be trained, and its folder is free and of this config.
+    """The run with its epochs, where its config can be trained, and its folder is free and of this config. A new one
+    also needs the runs that it forks and learns from, but for one that is trained before it.
 
     Args:
       taken: the folders of other runs.
@@ -136,6 +143,10 @@ def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
         old, new = (json.loads(one.to_json_best_effort()) for one in (completed(read_config(run.folder)), config))
         if found := list(differences(old, new, may_change)):
             raise ValueError(f"{run.folder} holds a run of other options ({in_a_line(found)}); give another --workdir.")
+    else:
+        for other in (run.fork, config.teacher if run.teacher is None else None):
+            if other and not is_remote(other):
+                read_config(other)
     if (run.folder / LOCK).exists() and not (run.folder / JOB).exists():
         give_back(take_lock(run.folder / LOCK))
     return run._replace(epochs=config.epochs)
