@@ -90,6 +90,7 @@ def test_a_folder_is_copied_with_whole_saves_only_and_taken_up(bucket: type[Buck
     copy = local_copy(URL + "/")
     assert copy.name == "a" and (copy / "checkpoints" / "000002_step_8" / "data").read_text() == "y"
     assert local_copy("runs/a") == Path("runs/a") and not is_remote("runs/a") and is_remote(Path(URL))
+    assert local_copy("~/runs/a") == Path.home() / "runs" / "a"
 
 
 def test_a_save_that_is_half_there_does_not_count(bucket: type[Bucket]) -> None:

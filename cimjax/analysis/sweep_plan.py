@@ -20,7 +20,7 @@ from cimjax.training.run.folder import CONFIG, LOCK, read_config
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
 from cimjax.training.run.records import METRICS, Records
-from cimjax.training.run.remote import is_remote
+from cimjax.training.run.remote import is_remote, local_copy
 
 # In the folder of a run: the job of a cluster that trains it, while it waits or runs.
 JOB = "job.json"
@@ -146,7 +146,7 @@ def checked(run: PlannedRun, taken: set[Path]) -> PlannedRun:
     else:
         for other in (run.fork, config.teacher if run.teacher is None else None):
             if other and not is_remote(other):
-                read_config(other)
+                read_config(local_copy(other))
     if (run.folder / LOCK).exists() and not (run.folder / JOB).exists():
         give_back(take_lock(run.folder / LOCK))
     return run._replace(epochs=config.epochs)

@@ -48,13 +48,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def local_copy(run: str | os.PathLike[str]) -> Path:
-    """A run as a folder on this machine: itself, or a copy of what a bucket holds, which is gone when the process ends.
+    """A run as a folder on this machine: itself (`~` is the home folder), or a copy of what a bucket holds, which
+    is gone when the process ends.
 
     Raises:
       RunFolderError: in one line, where there is none.
     """
     if not is_remote(run):
-        return Path(run)
+        return Path(os.path.expanduser(run))
     bucket = _Bucket(run)
     kept = tempfile.TemporaryDirectory(prefix="cimjax-")
     _COPIES.append(kept)
