@@ -1,17 +1,25 @@
-"""The full-precision step that the README's table is compared with: ResNet-20 in PyTorch, one training step on CPU.
+"""What docs/speed.md compares steps on a CPU with: ResNet-20 in PyTorch, one training step on CPU.
 
     python -m venv torch-env && torch-env/bin/pip install torch==2.13.0 numpy
     torch-env/bin/python docs/torch_baseline.py --batch 64 --runs 10
 
 The same network as `resnet20` here (He et al. 2016, CIFAR form, shortcuts of option A), SGD with Nesterov momentum, in
 PyTorch's default layout and in channels-last, of which the quicker counts.
+
+With `--authors CLONE` the step of the paper's authors' network instead, by their code, of a clone at the last commit
+whose convolution is the paper's, with the import that it lacks. It needs matplotlib, and takes no channels-last:
+
+    git clone https://github.com/jiyoonkm/ColumnQuant && cd ColumnQuant
+    git checkout 2cdd78e && git checkout 3792fc8 utils.py
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +58,20 @@ class ResNet20(nn.Module):
         return self.classifier(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
 
 
-def median_step(batch: int, runs: int, layout: torch.memory_format) -> list[float]:
+def authors_network(clone: Path, bits: int, cell_bits: int) -> nn.Module:
+    """Their `ResNet20_arr` with steps for each column and 3-bit ADCs in arrays of 128 x 128."""
+    sys.path.insert(0, str(clone))
+    import resnet_quan
+
+    columns = {"w_mode": "Array", "w_per_ch": True, "psum_mode": "Array", "ps_per_ch": True, "psumOpt": True}
+    widths = {"a_bit": bits, "w_bit": bits, "split_bit": cell_bits, "ps_bit": 3, "num_sigma": 6, "arr_size": 128}
+    return resnet_quan.ResNet20_arr(block=resnet_quan.BasicBlock_arr, isRow=True, expand=1, **widths, **columns)
+
+
+def times_of_steps(model: nn.Module, batch: int, runs: int, layout: torch.memory_format) -> list[float]:
     """Seconds of each of `runs` steps, after two to warm up."""
     torch.manual_seed(0)
-    model = ResNet20().to(memory_format=layout)
+    model = model.to(memory_format=layout)
     images = torch.randn(batch, 3, 32, 32).to(memory_format=layout)
     labels = torch.randint(0, 10, (batch,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -71,12 +89,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--authors", type=Path, metavar="CLONE", help="time the networks of this clone instead")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {arguments.batch}")
-    for name, layout in (("default", torch.contiguous_format), ("channels-last", torch.channels_last)):
-        times = median_step(arguments.batch, arguments.runs, layout)
+    layouts = {"default": torch.contiguous_format, "channels-last": torch.channels_last}
+    networks = {name: (ResNet20(), layout) for name, layout in layouts.items()}
+    if arguments.authors:
+        widths = {"W3 in 1-bit cells": (3, 1), "W4 in 2-bit cells": (4, 2)}
+        networks = {
+            name: (authors_network(arguments.authors, *bits), torch.contiguous_format) for name, bits in widths.items()
+        }
+    for name, (model, layout) in networks.items():
+        times = times_of_steps(model, arguments.batch, arguments.runs, layout)
         low, high = 1e3 * min(times), 1e3 * max(times)
-        print(f"{name:14} {1e3 * statistics.median(times):7.1f} ms ({low:.1f}-{high:.1f})")
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{name:17} {1e3 * statistics.median(times):7.1f} ms ({low:.1f}-{high:.1f}), {weights:,} parameters")
 
 
 if __name__ == "__main__":
