@@ -946,6 +946,13 @@ SCALE = [
         ("test_cluster.py::test_a_job_that_outlives_its_sweep_is_taken_up",),
     ),
     Fault(
+        "the averaged parameters are those of the last state",
+        "training/evaluate.py",
+        "state = state.replace(params=state.average, average=None)",
+        "state = state.replace(average=None)",
+        ("test_pack.py::test_the_averaged_parameters_are_evaluated_and_handed_on",),
+    ),
+    Fault(
         "a cancelled job is left before its run has saved",
         "analysis/cluster.py",
         "return None if self._asked and self._saves() else super().ended()",

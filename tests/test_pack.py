@@ -64,6 +64,22 @@ def test_a_packed_network_computes_the_same_numbers(trained: Path, packed: Path)
     assert np.abs(flat[kernel] - again[kernel]).max() > 0.1 * float(step.min())
 
 
+def test_the_averaged_parameters_are_evaluated_and_handed_on(trained: Path, tmp_path: Path) -> None:
+    last, averaged = cimjax.evaluate(trained), cimjax.evaluate(trained, which="average")
+    assert averaged["accuracy"] == last["average_accuracy"] != last["accuracy"] and "average_accuracy" not in averaged
+    chex.assert_trees_all_equal(cimjax.load(trained, which="average").variables, cimjax.load(trained).average)
+    assert main(["pack", str(trained), "--which", "average", "--save", str(tmp_path / "packed")]) == 0
+    packed = cimjax.evaluate(tmp_path / "packed")
+    assert {name: packed[name] for name in ("loss", "accuracy")} == {
+        name: averaged[name] for name in ("loss", "accuracy")
+    }
+    without = Path(shutil.copytree(trained, tmp_path / "without"))
+    options = json.loads((without / "config.json").read_text())
+    (without / "config.json").write_text(json.dumps({**options, "ema": 0.0}))
+    with pytest.raises(RunFolderError, match=r"has no average of its parameters, as --config.ema=0.999 keeps"):
+        cimjax.evaluate(without, which="average")
+
+
 def test_what_is_handed_on_is_text_of_its_weight_bits(trained: Path, packed: Path) -> None:
     assert sorted(path.name for path in packed.iterdir()) == ["config.json", "metrics.jsonl", NETWORK]
     assert (packed / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()

@@ -151,6 +151,12 @@ def _data_list(arguments: argparse.Namespace) -> None:
     print("\n".join(names()))
 
 
+_WHICH = {
+    "choices": ("average", "best", "last"),
+    "default": "last",
+    "help": "the last state, if not given; the best one; or the last one's averaged parameters",
+}
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a network through the arrays, or go on with a run; `python train.py` is the same",
@@ -186,7 +192,7 @@ COMMANDS: dict[str, Command] = {
         "cimjax evaluate runs/digits-20250131-120000 --json",
         {
             "run": RUN,
-            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
+            "--which": _WHICH,
             "--json": {"action": "store_true", "help": "print one JSON object"},
         },
         _evaluate,
@@ -197,7 +203,7 @@ COMMANDS: dict[str, Command] = {
         {
             "run": RUN,
             "--save": {"metavar": "DIR", "type": path, "required": True, "help": "a new folder"},
-            "--which": {"choices": ("best", "last"), "default": "last", "help": "which checkpoint; last if not given"},
+            "--which": _WHICH,
         },
         _pack,
     ),

@@ -35,7 +35,7 @@ from cimjax.training.run.remote import local_copy
 from cimjax.training.state import TrainState, chip_key
 from cimjax.training.train_step import eval_step
 
-Which = Literal["last", "best"]
+Which = Literal["last", "best", "average"]
 
 # Fields of a configuration that say nothing of what is computed, and may not suit another machine.
 _OF_A_MACHINE = ("data_dir", "images_on", "workers", "execution", "parallel", "writers")
@@ -174,7 +174,8 @@ def restore(
 
     Args:
       run: the run folder, or one that `pack` made.
-      which: the last state, or the one of the best accuracy on the images that `config.validation` holds out.
+      which: the last state, the one of the best accuracy on the images that `config.validation` holds out, or the last
+        with the averaged parameters of `config.ema` in place of its own.
       model, dataset: the network and images of the run when they were the caller's own.
       images: whether the images themselves are wanted; what a network must know of them is saved with its state.
 
@@ -185,16 +186,21 @@ def restore(
 
     run = local_copy(run)
     checkpoints, network = Checkpoints(run), network_file.read(run)
-    known = (network.extra if network else checkpoints.beside(which)).get("data")
+    kept: Literal["last", "best"] = "last" if which == "average" else which
+    known = (network.extra if network else checkpoints.beside(kept)).get("data")
     about: Any = Description.from_dict(known) if known and dataset is None and not images else dataset
     experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)
     if network:
         if which != "last":
             raise RunFolderError(f"{run} holds a packed network, of one state; leave out --which.")
         return experiment, to_state(network, experiment), network.extra
+    if which == "average" and not experiment.setup.ema:
+        raise RunFolderError(f"{run} has no average of its parameters, as --config.ema=0.999 keeps; leave out --which.")
     # What the optimizer keeps may be of one of the caller's own.
     wanted = experiment.abstract_state().replace(opt_state=None)
-    state, extra = checkpoints.restore(wanted, which=which, holding=BESIDE, passes_over=_of_the_optimizer)
+    state, extra = checkpoints.restore(wanted, which=kept, holding=BESIDE, passes_over=_of_the_optimizer)
+    if which == "average":
+        state = state.replace(params=state.average, average=None)
     return experiment, state, extra
 
 
