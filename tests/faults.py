@@ -960,6 +960,13 @@ SCALE = [
         ("test_cluster.py::test_a_cancelled_job_has_ended_once_its_state_is_saved",),
     ),
     Fault(
+        "a job that is queued again is forgotten",
+        "analysis/cluster.py",
+        "(self.output.parent / SAVED).touch()",
+        "(self.output.parent / SAVED).touch(); (self.output.parent / JOB).unlink(missing_ok=True)",
+        ("test_cluster.py::test_a_job_that_is_queued_again_can_still_be_taken_up",),
+    ),
+    Fault(
         "a job that goes on is submitted again",
         "analysis/cluster.py",
         "return self._shown(job, run) if waits_or_runs else None",

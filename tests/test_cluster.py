@@ -21,7 +21,7 @@ import fake_slurm
 import pytest
 
 from cimjax.analysis import cluster
-from cimjax.analysis.cluster import JOBS, Cluster, parse_options
+from cimjax.analysis.cluster import JOBS, SAVED, Cluster, parse_options
 from cimjax.analysis.executors import OUTPUT, Processes
 from cimjax.analysis.studies.runs import Case, Runs, train_cases
 from cimjax.analysis.sweep import FAILED, sweep
@@ -213,9 +213,31 @@ def test_a_cancelled_job_has_ended_once_its_state_is_saved(tmp_path: Path, monke
     job = jobs_on("slurm", tmp_path).start(PlannedRun({}, PLAIN, [], 0.0, tmp_path))
     with meanwhile(lambda: "began" in printed(tmp_path), job.stop):
         pass
+    kept = []
+    while job.ended() is None:
+        kept += [(tmp_path / JOB).exists()]
+        time.sleep(0.1)
+    assert printed(tmp_path) == "began\nsaved\n" and all(kept)
+    assert not (tmp_path / JOB).exists() and not (tmp_path / SAVED).exists()
+
+
+def test_a_job_that_is_queued_again_can_still_be_taken_up(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after SIGTERM, by which a preemption begins as a cancellation does."""
+    fake_runs(monkeypatch, SAVES)
+    run = PlannedRun({}, PLAIN, [], 0.0, tmp_path)
+    jobs_on("slurm", tmp_path).start(run)
+    (name,) = (path.name for path in slurm.iterdir())
+    with meanwhile(lambda: "began" in printed(tmp_path), lambda: fake_slurm.to_step(name, signal.SIGTERM)):
+        pass
+    with meanwhile((tmp_path / SAVED).exists, lambda: fake_slurm.to_step(name, signal.SIGUSR2)):
+        pass
+    assert json.loads((tmp_path / JOB).read_text())["job"] == name
+    job = jobs_on("slurm", tmp_path).start(run)
     while job.ended() is None:
         time.sleep(0.1)
-    assert printed(tmp_path) == "began\nsaved\n" and not (tmp_path / JOB).exists()
+    assert printed(tmp_path) == "began\nsaved\nwent on\n" and [path.name for path in slurm.iterdir()] == [name]
 
 
 @pytest.mark.full

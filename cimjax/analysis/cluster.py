@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CLUSTERS = ("slurm", "local")
 # In the folder of a sweep: the files of submitit.
 JOBS = ".jobs"
+# In the folder of a run: there once a job that was told to end has saved its state, until it goes on.
+SAVED = "job.saved"
 # Options of submitit that all clusters share, by its names.
 _SHARED: dict[str, type] = {
     "timeout_min": int,
@@ -182,7 +184,8 @@ class _Job:
         """How it has ended."""
         if not self._job.done():
             return None
-        (self._run.folder / JOB).unlink(missing_ok=True)
+        for name in (JOB, SAVED):
+            (self._run.folder / name).unlink(missing_ok=True)
         if not self._job.paths.result_pickle.exists():
             state = self._job.state.split()[0]
             return End(None, f"job {self._job.job_id} has ended as {state}, see {self._job.paths.stderr}")
@@ -201,9 +204,9 @@ class _SlurmJob(_Job):
 
     def _saves(self) -> bool:
         """Whether the run of a cancelled job may still be saving its state: SLURM calls a job cancelled from the moment
-        on when it asks for that. `Training` removes the file when it is saved."""
+        on when it asks for that."""
         began = (self._run.folder / OUTPUT).exists() and not self._job.paths.result_pickle.exists()
-        return began and (self._run.folder / JOB).exists() and time.monotonic() - self._cancelled < _KILL_WAIT
+        return began and not (self._run.folder / SAVED).exists() and time.monotonic() - self._cancelled < _KILL_WAIT
 
     def stop(self) -> None:
         self._asked += 1
@@ -236,13 +239,14 @@ class Training:
     def __call__(self) -> int:
         """Train."""
         signal.signal(signal.SIGTERM, self._pass_on)
+        (self.output.parent / SAVED).unlink(missing_ok=True)
         self._process = start_process(self.command, self.output, dict(os.environ))
         if self._asked:
             self._process.terminate()
         self._wait()
         code = self._process.wait()
         if self._asked and _on_slurm():
-            (self.output.parent / JOB).unlink(missing_ok=True)  # no job trains the run any more
+            (self.output.parent / SAVED).touch()
             # SLURM ends a cancelled job next. It also ends one that it takes the machine from, and queues it again;
             # but not one that has ended by itself. Or SIGUSR2 follows.
             time.sleep(_WAIT_FOR_CLUSTER)
