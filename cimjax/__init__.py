@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cimjax.hardware.cost import LayerCost, layer_cost
     from cimjax.nn.calibrate import calibrate, without_calibration
     from cimjax.nn.calibration_warnings import CalibrationWarning
+    from cimjax.nn.convert import convert_network
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
     from cimjax.training.evaluate import evaluate, load
@@ -46,6 +47,7 @@ _HOMES = {
     "cimjax.core.programs.cpu": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
     "cimjax.nn.calibrate": ("calibrate", "without_calibration"),
+    "cimjax.nn.convert": ("convert_network",),
     "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
     "cimjax.training.state": ("Batch",),
@@ -66,6 +68,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "CIMConv",
     "CIMDense",
     "Quantize",
+    "convert_network",
     "calibrate",
     "without_calibration",
     "CalibrationWarning",

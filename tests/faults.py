@@ -756,6 +756,34 @@ LAYERS = [
         "return x",
         ("test_models.py::test_a_tensor_that_two_layers_read_is_quantized_once",),
     ),
+    Fault(
+        "a compiled part of a network is not compiled anew for arrays",
+        "nn/convert.py",
+        "nearest = _converting.value == how",
+        "nearest = True",
+        ("test_convert.py::test_a_converted_network_stays_so_inside_another",),
+    ),
+    Fault(
+        "functions that are applied to a converted network pass the arrays by",
+        "nn/convert.py",
+        'own or name in ("__call__", "apply", "init_with_output")',
+        'own or name == "__call__"',
+        ("test_convert.py::test_every_way_to_call_the_network_goes_through_arrays",),
+    ),
+    Fault(
+        "a layer that arrays stand in for is counted beside them",
+        "hardware/survey.py",
+        "if calls[0] > before:",
+        "if False:",
+        ("test_convert.py::test_a_converted_network_is_the_one_written_with_array_layers[layers of setup]",),
+    ),
+    Fault(
+        "weights that are missing are drawn at random when a network is calibrated",
+        "nn/calibrate.py",
+        "if trained_as(path) not in kinds",
+        "if False",
+        ("test_convert.py::test_variables_without_a_weight_are_refused",),
+    ),
 ]
 
 TRAINING = [

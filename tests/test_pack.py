@@ -23,7 +23,7 @@ from cimjax.cli import main
 from cimjax.core import lsq
 from cimjax.core.cells import quantize_weight
 from cimjax.core.tiling import tile
-from cimjax.nn.layers import PARAMETERS
+from cimjax.nn.parameters import PARAMETERS
 from cimjax.nn.weight_codes import has_codes, weight_codes, weight_steps
 from cimjax.training.evaluate import pack
 from cimjax.training.experiment import build

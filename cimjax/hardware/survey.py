@@ -94,12 +94,17 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         `nn.while_loop`, whose conversions cannot be counted.
     """
     found: dict[str, Layer] = {}
+    calls = [0]
 
     def record(call: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
+        before = calls[0]
         result = call(*given, **named)
         module = context.module
         if context.method_name != "__call__" or not isinstance(module, CIMConv | CIMDense | nn.Conv | nn.Dense):
             return result
+        if calls[0] > before:  # an array layer stood in for this one, as in `cimjax.convert_network`
+            return result
+        calls[0] += 1
         kernel: tuple[int, ...] = module.get_variable("params", "kernel").shape
         batched = result.ndim > len(kernel) - 1
         output, spec = result.shape[1:-1] if batched else result.shape[:-1], getattr(module, "spec", None)

@@ -15,12 +15,14 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.calibration.steps import KINDS
 from cimjax.nn.calibration_warnings import name_of, tell
+from cimjax.nn.parameters import trained_as
 from cimjax.spec.base import shown
 
 # What a layer leaves among its parameters while a network is calibrated: a `CalibrationReport`.
@@ -58,7 +60,8 @@ def calibrate(
 
     Args:
       model: any Flax module that contains cimjax layers.
-      variables: what `model.init` returned, or a trained network's; not changed.
+      variables: what `model.init` returned, or a trained network's, or one's of full precision, which has no steps and
+        gets them; not changed.
       *args, **kwargs: what `model.apply` takes after the variables: the images, and switches such as `train=True` for
         batch normalisation in batch mode.
       kinds: which steps to set, of "activation", "weight" and "psum" (which includes offsets).
@@ -68,7 +71,8 @@ def calibrate(
       Variables with new steps; everything else, batch statistics too, as it was.
 
     Raises:
-      ValueError: for an unknown kind, or a layer that iterations of a loop share (see `refuse_unknown`).
+      ValueError: for an unknown kind, for variables without a parameter that is not set here, or for a layer that
+        iterations of a loop share (see `refuse_unknown`).
 
     Warns:
       CalibrationWarning: for each layer whose steps cannot be good: much of the input lost, an input that is the same
@@ -93,9 +97,17 @@ def calibrate_and_report(
         unknown = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind not in KINDS), kinds)
         raise ValueError(f"`kinds` names {shown(unknown)}; give a tuple of {', '.join(KINDS)}.")
     given: Any = {**variables, "params": _with_records(variables.get("params", {}))}
+    # With a key for parameters, layers may make the steps that are not there.
+    rngs = {"params": jax.random.key(0), **(kwargs.pop("rngs", None) or {})}
     with _requested(_Request(tuple(kinds), frozenset(kept))):
-        _, updated = model.apply(given, *args, mutable=list(given), **kwargs)
+        _, updated = model.apply(given, *args, mutable=list(given), rngs=rngs, **kwargs)
     params, reports = _without_records(updated["params"])
+    made = _paths(params) - _paths(variables.get("params", {}))
+    if lacking := sorted(path for path in made if trained_as(path) not in kinds):
+        raise ValueError(
+            f"`variables` are without {lacking[0]}, which is not set from data; give all parameters but steps of the "
+            f"`kinds`, which are {', '.join(kinds)}."
+        )
     return {**variables, "params": params}, reports
 
 
@@ -254,6 +266,10 @@ def _with_records(params: Any) -> Any:
     if _OF_ARRAYS in params or set(params) == {_OF_QUANTIZE}:
         room[_RECORD] = _nothing_known(params)
     return room
+
+
+def _paths(params: Any) -> set[str]:
+    return set(flax.traverse_util.flatten_dict(params, sep="/"))
 
 
 def _without_records(params: Any) -> tuple[Any, dict[str, CalibrationReport]]:

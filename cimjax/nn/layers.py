@@ -27,18 +27,8 @@ from cimjax.core.window import Padding, PerAxis, Window
 from cimjax.nn.calibrate import kinds_to_set, refuse_unknown, set_steps
 from cimjax.nn.calibration_warnings import level_of_caller, name_of
 from cimjax.nn.ideal import as_asked
+from cimjax.nn.parameters import PARAMETERS
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
-
-# The parameter that stores each field of `StepSizes`.
-PARAMETERS = StepSizes(
-    activation="activation_log_step",
-    weight="weight_log_step",
-    psum="psum_log_step",
-    offset="psum_offset",
-    reference="reference_log_step",
-    reference_offset="reference_offset",
-    gain="psum_log_gain",
-)
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
 ADC_STATISTICS = "adc_statistics"

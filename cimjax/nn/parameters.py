@@ -7,7 +7,18 @@ from typing import Any
 import flax.traverse_util
 from jax import Array
 
-from cimjax.nn.layers import PARAMETERS
+from cimjax.core.step_sizes import StepSizes
+
+# The parameter that stores each field of `StepSizes`.
+PARAMETERS = StepSizes(
+    activation="activation_log_step",
+    weight="weight_log_step",
+    psum="psum_log_step",
+    offset="psum_offset",
+    reference="reference_log_step",
+    reference_offset="reference_offset",
+    gain="psum_log_gain",
+)
 
 # The kind of each stored step and offset, by name.
 STEP_KINDS = {

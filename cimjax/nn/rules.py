@@ -33,8 +33,8 @@ def conv_maker(spec: CIMSpec | None, execution: Execution = Execution()) -> Conv
 
 def conv_for(parent: nn.Module, name: str, default: ConvMaker, rules: Rules) -> ConvMaker:
     """The convolution for the layer `name` inside `parent`: the first rule that matches its path, else `default`."""
-    matched, spec = _match(parent, name, rules)
-    maker = conv_maker(spec, _keyword(default, "execution", Execution())) if matched else default
+    found = decided("/".join((*parent.path, name)), rules, default)
+    maker = default if found is default else conv_maker(found, _keyword(default, "execution", Execution()))
     return functools.partial(maker, name=name)
 
 
@@ -68,7 +68,7 @@ def dense_for(parent: nn.Module, name: str, conv: ConvMaker, rules: Rules) -> Ca
     """The matrix product for the layer `name` inside `parent`: full precision unless a rule matches its path, and then
     executed as the network's convolutions are.
     """
-    _, spec = _match(parent, name, rules)
+    spec = decided("/".join((*parent.path, name)), rules, None)
     if spec is None:
         return functools.partial(nn.Dense, name=name)
     return functools.partial(CIMDense, spec=spec, execution=_keyword(conv, "execution", Execution()), name=name)
@@ -97,6 +97,11 @@ def check_rules(rules: Any) -> Rules:
     return tuple(checked)
 
 
+def decided(path: str, rules: Rules, otherwise: Any) -> Any:
+    """What the first rule that matches a layer's path says, a specification or None; `otherwise` where none does."""
+    return next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), otherwise)
+
+
 def rules_without_layer(rules: Rules, paths: Iterable[str]) -> list[str]:
     """The patterns that match no layer, or only layers that rules before them match."""
     paths, idle = list(paths), []
@@ -106,11 +111,3 @@ def rules_without_layer(rules: Rules, paths: Iterable[str]) -> list[str]:
             idle.append(pattern)
         paths = left
     return idle
-
-
-def _match(parent: nn.Module, name: str, rules: Rules) -> tuple[bool, CIMSpec | None]:
-    path = "/".join((*parent.path, name))
-    for pattern, spec in rules:
-        if re.fullmatch(pattern, path):
-            return True, spec
-    return False, None

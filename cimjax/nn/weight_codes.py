@@ -14,7 +14,7 @@ from cimjax.core import lsq
 from cimjax.core.cells import quantize_weight
 from cimjax.core.step_sizes import expand_weight
 from cimjax.core.tiling import Tiling, tile, tile_kernel
-from cimjax.nn.layers import PARAMETERS
+from cimjax.nn.parameters import PARAMETERS
 from cimjax.spec import CIMSpec
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from cimjax.nn.layers import PARAMETERS
+from cimjax.nn.parameters import PARAMETERS
 from cimjax.nn.weight_codes import weight_codes, weight_steps
 from cimjax.spec import CIMSpec
 

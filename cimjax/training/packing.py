@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cimjax.nn.layers import PARAMETERS
-from cimjax.nn.parameters import stored_steps
+from cimjax.nn.parameters import PARAMETERS, stored_steps
 from cimjax.nn.weight_codes import has_codes, weight_codes, weight_steps
 from cimjax.spec import CIMSpec
 from cimjax.training.experiment import Experiment

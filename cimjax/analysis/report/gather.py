@@ -18,7 +18,7 @@ from cimjax.core.step_sizes import StepSizes, gradient_factors, offset_units, re
 from cimjax.core.tiling import tile
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TextTable, layer_table
-from cimjax.nn.layers import PARAMETERS
+from cimjax.nn.parameters import PARAMETERS
 from cimjax.spec import CIMSpec
 from cimjax.spec.words import describe_specs
 from cimjax.training.evaluate import restore
