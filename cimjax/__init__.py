@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cimjax.core.programs.cpu import compiler_options
     from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
+    from cimjax.hardware.freeze import FrozenLayer, freeze
     from cimjax.nn.calibrate import calibrate, without_calibration
     from cimjax.nn.calibration_warnings import CalibrationWarning
     from cimjax.nn.convert import convert_network
@@ -50,6 +51,7 @@ _HOMES = {
     "cimjax.nn.convert": ("convert_network",),
     "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
+    "cimjax.hardware.freeze": ("FrozenLayer", "freeze"),
     "cimjax.training.state": ("Batch",),
     "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),
@@ -82,6 +84,8 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "compiler_options",
     "LayerCost",
     "layer_cost",
+    "FrozenLayer",
+    "freeze",
     "Batch",
     "train",
     "load",

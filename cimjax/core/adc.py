@@ -61,8 +61,13 @@ def convert_reference(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSp
     """
     if spec.adc is None or spec.weight.reference != Reference.ADC:
         return sums
+    return lsq.dequantize(reference_codes(sums, steps, spec), steps.reference, steps.reference_offset)
+
+
+def reference_codes(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSpec) -> Float[Array, "T M R"]:
+    """The codes that the ADCs behind dummy columns give; arguments as for `convert_reference`, of `reference="adc"`."""
     code_range, offset = reference_ranges(spec), steps.reference_offset
-    return lsq.fake_quantize(sums, steps.reference, code_range, offset, half_up=True, **_gradient(spec))
+    return lsq.quantize(sums, steps.reference, code_range, offset, half_up=True, **_gradient(spec))
 
 
 def _gradient(spec: CIMSpec) -> dict[str, float]:

@@ -126,6 +126,27 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(f"cimjax evaluate {shlex.quote(str(file.parent))}")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from cimjax.training.run.folder import read_config
+
+    read_config(arguments.run)
+    with ended_by_ctrl_c():
+        from cimjax.training.exporting import export
+
+    options = {name: getattr(arguments, name) for name in ("which", "vectors", "images", "factor_bits")}
+    found = export(arguments.run, arguments.save, **options)
+    for name, layer in found.layers.items():
+        below, beside, rows, columns = layer.cells.shape
+        print(
+            f"{name}: {below * beside} arrays of {rows} x {columns}; {found.conversions[name]:,} conversions compared"
+        )
+    print(
+        f"{found.images} test images: {found.accuracy:.2%} by the chip's integers, {found.accuracy_as_trained:.2%} as "
+        f"trained; {found.other_class} in another class"
+    )
+    print(f"{shlex.quote(str(arguments.save))}: layers.json says what is in its files")
+
+
 def _config_show(arguments: argparse.Namespace) -> None:
     from cimjax.training.config.fields import describe_config
     from cimjax.training.config.file import load_config
@@ -206,6 +227,24 @@ COMMANDS: dict[str, Command] = {
             "--which": _WHICH,
         },
         _pack,
+    ),
+    "export": Command(
+        "write what goes into the chip: cells, ADC thresholds and factors as integers, and test vectors",
+        "cimjax export runs/digits-20250131-120000 --save chip",
+        {
+            "run": RUN,
+            "--save": {"metavar": "DIR", "type": path, "required": True, "help": "a new folder"},
+            "--which": _WHICH,
+            "--vectors": {"metavar": "N", "type": int, "default": 1, "help": "test images to write, 1 if not given"},
+            "--images": {
+                "metavar": "N",
+                "type": int,
+                "default": 100,
+                "help": "test images to compute by these integers, 100 if not given",
+            },
+            "--factor_bits": {"metavar": "B", "type": int, "help": "bits of a factor; 20, or what fits, if not given"},
+        },
+        _export,
     ),
     "config show": Command(
         "print all fields of a config, their values and what they mean",

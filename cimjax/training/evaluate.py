@@ -257,7 +257,7 @@ def load(
     >>> logits = run.model.apply(run.variables, run.normalise(pixels))  # doctest: +SKIP
     """
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset)
-    if _lacks_adcs(experiment, state):
+    if lacks_adcs(experiment, state):
         warn(f"{run} stands in its epochs with ideal ADCs: their steps are not set yet, what they give means nothing.")
     average = None if state.average is None else {"params": state.average, **state.collections}
     return Loaded(
@@ -273,7 +273,7 @@ def load(
     )
 
 
-def _lacks_adcs(experiment: Experiment, state: TrainState) -> bool:
+def lacks_adcs(experiment: Experiment, state: TrainState) -> bool:
     """Whether a state is of the epochs with ideal ADCs, after which their steps are set."""
     return experiment.ideal_epochs > 0 and int(state.step) <= experiment.ideal_epochs * experiment.steps_per_epoch
 
@@ -289,7 +289,7 @@ def evaluate(
     parameters also `average_accuracy`, and `ideal_adcs` for a state of the epochs with ideal ADCs."""
     experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
     with contextlib.closing(Evaluator(experiment, experiment.dataset.test)) as evaluator:
-        found = evaluator.record(experiment.devices.put(state), ideal_adcs=_lacks_adcs(experiment, state))
+        found = evaluator.record(experiment.devices.put(state), ideal_adcs=lacks_adcs(experiment, state))
     return {"step": int(state.step), "split": "test", "which": which, "images": evaluator.count, **found}
 
 

@@ -1,0 +1,113 @@
+"""What codes are multiplied by behind the ADCs, and added up with, in integers.
+
+`y = s_a (sum_{t,r,k} g_t f_k s_w s_p p + ...)`: but for its slice and the activation's step a code is multiplied by one
+factor for each column, `f_k s_w s_p`, in units of `2^exponent`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cimjax.core import readout, step_sizes
+from cimjax.core.step_sizes import StepSizes
+from cimjax.core.tiling import Tiling
+from cimjax.hardware.thresholds import ADCTable
+from cimjax.spec import CIMSpec, Encoding, Reference
+
+# What accumulators hold.
+_INT32 = 2**31 - 1
+# Bits of a factor that are worth having, where accumulators have room for them; and the fewest and most that are taken.
+_WANTED, _FEWEST, _MOST = 20, 2, 24
+
+
+class Factors(NamedTuple):
+    """What codes are multiplied by, (R, K, O), the sums of inputs, (R, O) or None, and what is added, (O,)."""
+
+    of_codes: np.ndarray
+    of_sums: np.ndarray | None
+    added: np.ndarray
+    exponent: int = 0
+
+    def rounded(self, bits: int) -> Factors:
+        """In units of the power of two by which the largest factor has so many bits, with its sign; int32."""
+        largest = max(float(np.abs(each).max()) for each in (self.of_codes, self.of_sums) if each is not None)
+        exponent = math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
+
+        def integers(values: np.ndarray) -> np.ndarray:
+            return np.clip(np.rint(np.ldexp(values, -exponent)), -_INT32, _INT32).astype(np.int32)
+
+        of_sums = None if self.of_sums is None else integers(self.of_sums)
+        return Factors(integers(self.of_codes), of_sums, integers(self.added), exponent)
+
+    def largest_total(self, codes: np.ndarray, sums: np.ndarray) -> int:
+        """What an accumulator can reach, with codes of at most (R, K) and sums of inputs of at most (R,)."""
+        total = np.einsum("rk,rko->o", codes, np.abs(self.of_codes.astype(np.int64)))
+        if self.of_sums is not None:
+            total += np.einsum("r,ro->o", sums, np.abs(self.of_sums.astype(np.int64)))
+        return int((total + np.abs(self.added.astype(np.int64))).max())
+
+
+def integer_factors(
+    steps: StepSizes,
+    tables: tuple[ADCTable | None, ADCTable | None],
+    tiling: Tiling,
+    spec: CIMSpec,
+    name: str,
+    bits: int | None,
+) -> Factors:
+    """Factors of so many bits, or of as many as an accumulator of 32 bits has room for, whatever comes in.
+
+    Args:
+      tables: of the ADCs of columns, and of dummy columns; None where they are ideal.
+      name: what messages call the layer.
+      bits: None for as many as are worth having.
+    """
+    table, dummy_table = tables
+    if bits is not None and not _FEWEST <= bits <= _MOST:
+        raise ValueError(f"`factor_bits` is {bits}; give {_FEWEST} to {_MOST}.")
+    significances, magnitudes = np.array([[abs(s.significance), s.magnitude] for s in spec.activation.slices]).T
+    inputs = tiling.rows_of_group[:, None] * magnitudes  # (R, T), the largest sums of inputs
+    planes = np.array([plane.magnitude for plane in spec.weight.planes])
+    of_columns = inputs[:, :, None] * planes if table is None else table.largest[None]
+    of_sums = inputs if dummy_table is None else dummy_table.largest[:, 0] * np.ones_like(inputs)
+    reach = (
+        np.einsum("rtk,t->rk", of_columns * np.ones_like(inputs[:, :, None]), significances),
+        of_sums @ significances,
+    )
+    real = _real_factors(steps, tiling, spec)
+    for tried in range(_WANTED if bits is None else bits, _FEWEST - 1, -1):
+        found = real.rounded(tried)
+        if found.largest_total(*reach) <= _INT32:
+            if bits is not None and tried < bits:
+                raise ValueError(
+                    f"{name} can leave an int32 with factors of {bits} bits; give `factor_bits` {tried}, or None."
+                )
+            return found
+    raise ValueError(f"{name} can leave an int32 whatever its factors are; use fewer bits or rows.")
+
+
+def _real_factors(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Factors:
+    """The factors before they are rounded, float64."""
+
+    def of_columns(value: Any) -> np.ndarray:
+        shape = (tiling.groups, len(spec.weight.planes), tiling.features)
+        return np.broadcast_to(np.asarray(value, np.float64), shape)
+
+    of_codes = of_columns(readout.output_scale(steps, tiling, spec))
+    slices, added = readout.slice_significances(spec).sum(), np.zeros(tiling.features)
+    if spec.adc is not None:
+        if steps.offset is not None:
+            offset = of_columns(step_sizes.expand_outputs(steps.offset, tiling))
+            added = added + slices * (of_codes * offset).sum((0, 1))
+        of_codes = of_codes * of_columns(step_sizes.expand_outputs(steps.psum, tiling))
+    if spec.weight.encoding != Encoding.OFFSET:
+        return Factors(of_codes, None, added)
+    of_sums = np.asarray(readout.constant(steps, tiling, spec), np.float64)
+    if spec.adc is not None and spec.weight.reference == Reference.ADC:
+        if steps.reference_offset is not None:
+            added = added + slices * (of_sums * np.asarray(steps.reference_offset, np.float64)[:, None]).sum(0)
+        of_sums = of_sums * np.asarray(steps.reference, np.float64)[:, None]
+    return Factors(of_codes, of_sums, added)

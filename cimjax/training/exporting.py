@@ -1,0 +1,148 @@
+"""A trained run as what is written into a chip: its array layers in integers, in files, held against the network."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from cimjax.core import adc
+from cimjax.core.tiling import tile
+from cimjax.data import Dataset, StreamedDataset, StreamedSplit
+from cimjax.hardware import export as files
+from cimjax.hardware.freeze import FrozenLayer, freeze
+from cimjax.hardware.on_chip import Call, apply_on_chip
+from cimjax.nn.layers import PARTIAL_SUMS
+from cimjax.training.evaluate import Which, lacks_adcs, restore
+from cimjax.training.experiment import Experiment
+from cimjax.training.run.files import RunFolderError, in_one_line
+
+# Images at a time, whose partial sums are in memory together.
+_AT_ONCE = 20
+
+
+class Exported(NamedTuple):
+    """What an export found.
+
+    layers: as written.
+    conversions: of each layer on the images of the test vectors, all of them equal to the network's.
+    images: how many test images were then computed by the chip's integers.
+    accuracy, accuracy_as_trained: on these, of integers and of the network, 0 to 1.
+    other_class: how many of them integers put into another class than the network.
+    """
+
+    layers: dict[str, FrozenLayer]
+    conversions: dict[str, int]
+    images: int
+    accuracy: float
+    accuracy_as_trained: float
+    other_class: int
+
+
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    which: Which = "last",
+    vectors: int = 1,
+    images: int = 100,
+    factor_bits: int | None = None,
+    model: nn.Module | None = None,
+    dataset: Dataset | StreamedDataset | None = None,
+) -> Exported:
+    """Freeze a run's array layers, hold them against the network, and write them (`cimjax.hardware.export`).
+
+    Args:
+      run: the run folder, or one that `pack` made.
+      folder: a new or empty one; its parents are created too.
+      which, model, dataset: as for `restore`.
+      vectors: test images whose conversions are compared one by one, and written.
+      images: test images that are computed by the chip's integers, to measure accuracy.
+      factor_bits: see `cimjax.freeze`.
+
+    Raises:
+      ValueError: for a network that is no table of integers, as `cimjax.freeze` says.
+      RunFolderError: as `restore`; where the folder is not empty, or cannot be written.
+      RuntimeError: where a conversion differs from the network's, which would be an error of this library.
+    """
+    for name, count in (("vectors", vectors), ("images", images)):
+        if count < 1:
+            raise ValueError(f"`{name}` is {count}; give at least 1.")
+    folder = Path(folder)
+    with in_one_line("write", folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise RunFolderError(f"{folder} is not empty; give another folder.")
+    experiment, state, _ = restore(run, which=which, model=model, dataset=dataset, images=True)
+    if lacks_adcs(experiment, state):
+        raise RunFolderError(f"{run} stands in its epochs with ideal ADCs, whose steps are not set yet; train it on.")
+    pixels, labels = _first_of_test(experiment, max(vectors, images))
+    setup = experiment.setup_on_one_device()
+    x, mode = experiment.preparation.normalise(jnp.asarray(pixels)), setup.mode(train=False)
+    layers = freeze(setup.model, state.variables, x[:1], factor_bits=factor_bits, **mode)
+    calls, conversions = _compared(setup.model, state.variables, layers, x[:vectors], mode)
+    classes = np.concatenate(
+        [
+            np.asarray(apply_on_chip(setup.model, state.variables, layers, part, **mode)).argmax(-1)
+            for part in np.split(x[:images], range(_AT_ONCE, images, _AT_ONCE))
+        ]
+    )
+    of_network = np.asarray(setup.apply(state.variables, x[:images], train=False)).argmax(-1)
+    with in_one_line("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(layers, folder, calls)
+    labels = labels[:images]
+    return Exported(
+        layers=layers,
+        conversions=conversions,
+        images=len(labels),
+        accuracy=float(np.mean(classes == labels)),
+        accuracy_as_trained=float(np.mean(of_network == labels)),
+        other_class=int(np.sum(classes != of_network)),
+    )
+
+
+def _first_of_test(experiment: Experiment, count: int) -> tuple[np.ndarray, np.ndarray]:
+    split = experiment.dataset.test
+    if not isinstance(split, StreamedSplit):
+        return np.asarray(split.images[:count]), np.asarray(split.labels[:count])
+    from cimjax.data.reading import EvaluationStream
+
+    with contextlib.closing(EvaluationStream(split, batch_size=min(count, len(split)), workers=0)) as stream:
+        pixels, labels = next(iter(stream))
+        return np.asarray(pixels), np.asarray(labels)
+
+
+def _compared(
+    model: nn.Module, variables: Any, layers: dict[str, FrozenLayer], x: Any, mode: dict[str, Any]
+) -> tuple[list[Call], dict[str, int]]:
+    """The calls of all layers on what the network gives them; and how many conversions they have, all compared."""
+    calls: list[Call] = []
+    _, sown = apply_on_chip(
+        model, variables, layers, x, watch=calls.append, feeds_on=False, mutable=[PARTIAL_SUMS], **mode
+    )
+    conversions = dict.fromkeys(layers, 0)
+    seen = dict.fromkeys(layers, 0)
+    for call in calls:
+        found = sown[PARTIAL_SUMS]
+        for part in call.layer.split("/") if call.layer else ():
+            found = found[part]
+        psums, steps = found["adc"][seen[call.layer]]
+        seen[call.layer] += 1
+        layer = layers[call.layer]
+        tiling = tile((*layer.kernel_size, layer.in_channels, layer.features), layer.spec)
+        codes = psums if layer.spec.adc is None else adc.adc_codes(psums, steps, tiling, layer.spec)
+        for what, mine, networks in (
+            ("partial sums", call.readings.psums, psums),
+            ("codes", call.readings.codes, codes),
+        ):
+            if not np.array_equal(mine, networks):
+                differ = int(np.sum(mine != np.asarray(networks)))
+                raise RuntimeError(
+                    f"{call.layer}: {differ} of {mine.size} {what} are not the network's; please report it."
+                )
+        conversions[call.layer] += codes.size
+    return calls, conversions
