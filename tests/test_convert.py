@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import cimjax
+from cimjax.hardware.on_chip import apply_on_chip
 from cimjax.hardware.survey import layers_of
 from cimjax.nn.parameters import kind_of_step
 from cimjax.training.config.file import load_config
@@ -252,6 +253,15 @@ def test_a_run_of_full_precision_goes_on_in_arrays(tmp_path: Any) -> None:
     loaded = cimjax.load(tmp_path / "chip", model=chip)
     assert loaded.spec == {"Conv_1": SPEC, "Dense_0": SIGNED}
     assert cimjax.evaluate(tmp_path / "chip", model=chip)["accuracy"] == result.accuracy
+
+
+def test_a_converted_network_is_frozen() -> None:
+    chip = cimjax.convert_network(InSetup(**PLAIN), SPEC)
+    variables = chip.init(KEY, IMAGES)
+    layers, calls = cimjax.freeze(chip, variables, IMAGES), []
+    y = apply_on_chip(chip, variables, layers, IMAGES, watch=lambda call: calls.append(call.layer))
+    assert calls == ["stem", "again", "again", "head"] and list(layers) == ["stem", "again", "head"]
+    chex.assert_trees_all_close(y, chip.apply(variables, IMAGES), atol=1e-3)
 
 
 def test_layers_stand_in_networks_of_nnx() -> None:
