@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from cimjax.training.evaluate import Which, lacks_adcs, restore
 from cimjax.training.experiment import Experiment
 from cimjax.training.run.files import RunFolderError, in_one_line
 
-# Images at a time, whose partial sums are in memory together.
-_AT_ONCE = 20
+# Pixels of images whose partial sums are in memory together.
+_AT_ONCE = 20 * 32 * 32
 
 
 class Exported(NamedTuple):
@@ -84,17 +85,15 @@ def export(
     x, mode = experiment.preparation.normalise(jnp.asarray(pixels)), setup.mode(train=False)
     layers = freeze(setup.model, state.variables, x[:1], factor_bits=factor_bits, **mode)
     calls, conversions = _compared(setup.model, state.variables, layers, x[:vectors], mode)
-    classes = np.concatenate(
-        [
-            np.asarray(apply_on_chip(setup.model, state.variables, layers, part, **mode)).argmax(-1)
-            for part in np.split(x[:images], range(_AT_ONCE, images, _AT_ONCE))
-        ]
-    )
-    of_network = np.asarray(setup.apply(state.variables, x[:images], train=False)).argmax(-1)
+    x, labels = x[:images], labels[:images]
+    at_once = max(1, _AT_ONCE // math.prod(x.shape[1:-1]))
+    parts = [x[start : start + at_once] for start in range(0, len(x), at_once)]
+    on_chip = [apply_on_chip(setup.model, state.variables, layers, part, **mode) for part in parts]
+    in_network = [setup.apply(state.variables, part, train=False) for part in parts]
+    classes, of_network = (np.concatenate(each).argmax(-1) for each in (on_chip, in_network))
     with in_one_line("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         files.write(layers, folder, calls)
-    labels = labels[:images]
     return Exported(
         layers=layers,
         conversions=conversions,
