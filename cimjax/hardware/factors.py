@@ -19,8 +19,8 @@ from cimjax.spec import CIMSpec, Encoding, Reference
 
 # What accumulators hold.
 _INT32 = 2**31 - 1
-# Bits of a factor that are worth having, where accumulators have room for them; and the fewest and most that are taken.
-_WANTED, _FEWEST, _MOST = 20, 2, 24
+# The fewest bits of a factor that are taken, and the most, which leave a network what it was (docs/export.md).
+_FEWEST, _MOST = 2, 24
 
 
 class Factors(NamedTuple):
@@ -63,7 +63,7 @@ def integer_factors(
     Args:
       tables: of the ADCs of columns, and of dummy columns; None where they are ideal.
       name: what messages call the layer.
-      bits: None for as many as are worth having.
+      bits: None for 24, or as many as there is room for.
     """
     table, dummy_table = tables
     if bits is not None and not _FEWEST <= bits <= _MOST:
@@ -78,7 +78,7 @@ def integer_factors(
         of_sums @ significances,
     )
     real = _real_factors(steps, tiling, spec)
-    for tried in range(_WANTED if bits is None else bits, _FEWEST - 1, -1):
+    for tried in range(_MOST if bits is None else bits, _FEWEST - 1, -1):
         found = real.rounded(tried)
         if found.largest_total(*reach) <= _INT32:
             if bits is not None and tried < bits:

@@ -96,7 +96,7 @@ def freeze(
     Args:
       model, variables: a trained network.
       images: (N, H, W, C) of the size that it is used on; only their shape counts.
-      factor_bits: of factors, with their sign, 2 to 24; None for 20, or as many as the accumulators of a layer hold.
+      factor_bits: of factors, with their sign, 2 to 24; None for 24, or as many as the accumulators of a layer hold.
       **kwargs: what `model.init` takes besides, such as `train=False`.
 
     Raises:

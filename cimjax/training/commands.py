@@ -242,7 +242,7 @@ COMMANDS: dict[str, Command] = {
                 "default": 100,
                 "help": "test images to compute by these integers, 100 if not given",
             },
-            "--factor_bits": {"metavar": "B", "type": int, "help": "bits of a factor; 20, or what fits, if not given"},
+            "--factor_bits": {"metavar": "B", "type": int, "help": "bits of a factor; 24, or what fits, if not given"},
         },
         _export,
     ),
