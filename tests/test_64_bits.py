@@ -22,6 +22,8 @@ import cimjax
 from cimjax import ActivationSpec, ADCSpec, ArraySpec, CIMConv, CIMDense, CIMSpec, Execution, StepSizes, WeightSpec
 from cimjax.core.step_sizes import shapes
 from cimjax.core.tiling import tile
+from cimjax.hardware import engine
+from cimjax.hardware.on_chip import apply_on_chip
 from cimjax.hardware.survey import layers_of
 from cimjax.training.config.file import load_config
 from cimjax.training.show.display import Display
@@ -113,6 +115,21 @@ def check_training(options: str = "smoke", *, folder: str = "", **fields: Any) -
     assert {leaf.dtype for leaf in jax.tree.leaves(cimjax.load(run).variables)} == {jnp.dtype(jnp.float32)}
 
 
+def check_frozen() -> None:
+    """The frozen form and its engine: every conversion is that of single precision."""
+    network, x = CIMConv(4, (3, 3), spec=SPEC), jax.nn.relu(jax.random.normal(jax.random.key(0), (2, 4, 4, 3)))
+    variables, calls = network.init(jax.random.key(1), x), list[Any]()
+    layers = cimjax.freeze(network, variables, x)
+    y = apply_on_chip(network, variables, layers, x, watch=calls.append)
+    chex.assert_trees_all_close(y, network.apply(variables, x), rtol=1e-4, atol=1e-4)
+    with jax.enable_x64(False):
+        again = cimjax.freeze(network, _single(variables), _single(x))
+    of_wide, of_single = (each[""].table for each in (layers, again))
+    assert of_wide is not None and of_single is not None
+    np.testing.assert_array_equal(of_wide.thresholds, of_single.thresholds)
+    np.testing.assert_array_equal(calls[0].readings.accumulators, engine.run(again[""], calls[0].codes).accumulators)
+
+
 def _single(tree: Any) -> Any:
     return jax.tree.map(lambda value: value.astype(jnp.float32), tree)
 
@@ -121,6 +138,7 @@ CHECKS = {
     "core": check_core,
     "layer": check_layer,
     "training": check_training,
+    "frozen": check_frozen,
     "ideal": lambda: check_core(IDEAL, shape=(3, 44)),
     "inputs": lambda: check_core(SPEC, Execution(residuals="inputs"), Execution(product="patches")),
     "grouped": lambda: check_core(SPEC, Execution(product="grouped_conv"), Execution(operands="int8")),

@@ -62,8 +62,8 @@ def line_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 MISUSES: list[tuple[str, str]] = [
     (
         "",
-        "give a command: train, launch, evaluate, pack, config show, config resolve, data prepare, data list, sweep, "
-        "plot, report, bench, tune, study ",
+        "give a command: train, launch, evaluate, pack, export, config show, config resolve, data prepare, data list, "
+        "sweep, plot, report, bench, tune, study ",
     ),
     ("trian", "unknown command 'trian' (did you mean 'train'?); see cimjax --help."),
     ("--verson", "unknown command '--verson'"),

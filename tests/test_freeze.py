@@ -109,13 +109,8 @@ def test_dense_layers_and_windows_of_one_axis() -> None:
         np.testing.assert_allclose(on_chip, y, atol=2e-3 * float(np.abs(y).max()), err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, marks=pytest.mark.full, id="plain"),
-        pytest.param({"shortcut": "projection", "preactivation": True}, id="codes"),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{}, {"shortcut": "projection", "preactivation": True}], ids=["plain", "codes"])
 def test_every_conversion_of_a_network_is_the_engines(options: dict[str, Any]) -> None:
     network = build_model("resnet8", classes=4, conv=conv_maker(SMALL), rules=(), width=0.5, **options)
     variables = network.init(KEY, IMAGES, train=False)
