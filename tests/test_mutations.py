@@ -47,7 +47,8 @@ def outcome_of(copy: Path, module: str, *tests: str) -> subprocess.CompletedProc
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", RUN, module, *(f"tests/{test}" for test in tests)]
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    # A fault must not keep its tests from ending.
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_every_fault_has_its_place() -> None:
