@@ -268,7 +268,8 @@ def test_a_run_is_exported_by_a_command(tmp_path: Path, capsys: pytest.CaptureFi
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     exec(code, {"folder": chip})
     assert capsys.readouterr().out == "True\n"
-    assert "30 test images: " in printed and " by the chip's integers, " in printed
+    assert "\n30 test images: " in printed and " by the chip's integers, " in printed
+    assert max(map(len, printed.replace(str(chip), "chip").splitlines())) <= 80
     for arguments, words in (
         (["--save", str(chip)], "is not empty; give another folder"),
         (["--save", str(tmp_path / "b"), "--images", "0"], "`images` is 0; give at least 1"),

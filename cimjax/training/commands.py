@@ -140,10 +140,9 @@ def _export(arguments: argparse.Namespace) -> None:
         print(
             f"{name}: {below * beside} arrays of {rows} x {columns}; {found.conversions[name]:,} conversions compared"
         )
-    print(
-        f"{found.images} test images: {found.accuracy:.2%} by the chip's integers, {found.accuracy_as_trained:.2%} as "
-        f"trained; {found.other_class} in another class"
-    )
+    accuracies = f"{found.accuracy:.2%} by the chip's integers, {found.accuracy_as_trained:.2%} as trained"
+    print(f"{found.images} test images: {accuracies}")
+    print(f"of these in another class than as trained: {found.other_class}")
     print(f"{shlex.quote(str(arguments.save))}: layers.json says what is in its files")
 
 
