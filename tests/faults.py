@@ -802,7 +802,7 @@ LAYERS = [
         ("test_models.py::test_a_tensor_that_two_layers_read_is_quantized_once",),
     ),
     Fault(
-        "a compiled part of a network is not compiled anew for arrays",
+        "a network inside a converted one is converted anew",
         "nn/convert.py",
         "nearest = _converting.value == how",
         "nearest = True",
@@ -823,11 +823,11 @@ LAYERS = [
         ("test_convert.py::test_a_converted_network_is_the_one_written_with_array_layers[layers of setup]",),
     ),
     Fault(
-        "weights that are missing are drawn at random when a network is calibrated",
+        "steps that are missing and not set stay at one",
         "nn/calibrate.py",
         "if trained_as(path) not in kinds",
         "if False",
-        ("test_convert.py::test_variables_without_a_weight_are_refused",),
+        ("test_convert.py::test_the_variables_of_full_precision_are_calibrated_as_they_are[layers of setup]",),
     ),
 ]
 

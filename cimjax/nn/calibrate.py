@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import flax.traverse_util
 import jax
@@ -97,10 +98,16 @@ def calibrate_and_report(
         unknown = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind not in KINDS), kinds)
         raise ValueError(f"`kinds` names {shown(unknown)}; give a tuple of {', '.join(KINDS)}.")
     given: Any = {**variables, "params": _with_records(variables.get("params", {}))}
-    # With a key for parameters, layers may make the steps that are not there.
-    rngs = {"params": jax.random.key(0), **(kwargs.pop("rngs", None) or {})}
     with _requested(_Request(tuple(kinds), frozenset(kept))):
-        _, updated = model.apply(given, *args, mutable=list(given), rngs=rngs, **kwargs)
+        try:
+            _, updated = model.apply(given, *args, mutable=list(given), **kwargs)
+        except flax.errors.InvalidRngError as error:
+            if '"params"' not in str(error):
+                raise
+            # Flax would draw what is not there.
+            raise ValueError(
+                f"`variables` are without a parameter that is not set from data; give all but steps. ({error})"
+            ) from error
     params, reports = _without_records(updated["params"])
     made = _paths(params) - _paths(variables.get("params", {}))
     if lacking := sorted(path for path in made if trained_as(path) not in kinds):
@@ -134,6 +141,12 @@ def kinds_to_set(module: nn.Module) -> tuple[str, ...] | None:
         return None
     path = "/".join(module.path)
     return tuple(kind for kind in request.kinds if (path, kind) not in request.kept)
+
+
+def make_room(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Make a step that a layer lacks, as the variables of full precision do, where `calibrate` is about to set it."""
+    if not module.is_initializing() and kinds_to_set(module) is not None and not module.has_variable("params", name):
+        module.put_variable("params", name, jnp.zeros(shape, jnp.float32))
 
 
 def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationReport, *, first: bool) -> None:

@@ -24,7 +24,7 @@ from cimjax.core.calibration.steps import activation_step, calibrate_layer
 from cimjax.core.lsq import Codes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import Padding, PerAxis, Window
-from cimjax.nn.calibrate import kinds_to_set, refuse_unknown, set_steps
+from cimjax.nn.calibrate import kinds_to_set, make_room, refuse_unknown, set_steps
 from cimjax.nn.calibration_warnings import level_of_caller, name_of
 from cimjax.nn.ideal import as_asked
 from cimjax.nn.parameters import PARAMETERS
@@ -55,6 +55,7 @@ class Quantize(nn.Module):
         factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
         first, log_step = not self.has_variable("params", "log_step"), None
         if self.spec.step != StepKind.FIXED:
+            make_room(self, "log_step", ())
             log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
         if (kinds := kinds_to_set(self)) is not None:
             found = log_step
@@ -137,12 +138,12 @@ class ArrayLayer(nn.Module):
             shapes = shapes._replace(activation=None)
         if spec.adc is not None and spec.adc.step == StepKind.FIXED:
             shapes = shapes._replace(psum=None, reference=None)
-        return StepSizes(
-            *(
-                None if shape is None else self.param(name, nn.initializers.zeros, shape, jnp.float32)
-                for name, shape in zip(PARAMETERS, shapes, strict=True)
-            )
-        )
+        stored = []
+        for name, shape in zip(PARAMETERS, shapes, strict=True):
+            if shape is not None:
+                make_room(self, name, shape)
+            stored.append(None if shape is None else self.param(name, nn.initializers.zeros, shape, jnp.float32))
+        return StepSizes(*stored)
 
     @nn.nowrap
     def _variation_key(self, spec: CIMSpec) -> Array | None:
