@@ -26,7 +26,7 @@ from cimjax.core.window import Window
 from cimjax.hardware.factors import integer_factors
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.hardware.thresholds import ADCTable, table_of_columns, table_of_dummies
-from cimjax.nn.parameters import PARAMETERS
+from cimjax.nn.parameters import steps_of_layer
 from cimjax.spec import CIMSpec
 from cimjax.spec.codes import Plane
 
@@ -107,24 +107,22 @@ def freeze(
     layers = [layer for layer in layers_of(model, images, **kwargs) if layer.spec is not None]
     if not layers:
         raise ValueError("the network has no layer in arrays, so there is nothing to freeze.")
-    params = flax.traverse_util.flatten_dict({"": dict(variables["params"])}, sep="/")
+    params = flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     return {layer.name: _of_network(layer, params, factor_bits) for layer in layers}
 
 
 def _of_network(layer: Layer, params: Mapping[str, Any], factor_bits: int | None) -> FrozenLayer:
-    """A layer of a network, with its `params` by path, "/conv1/kernel"."""
-    spec, window, path = layer.spec, layer.window, f"/{layer.name}" if layer.name else ""
+    """A layer of a network, with the `params` of all by path, "conv1/kernel"."""
+    spec, window = layer.spec, layer.window
     assert spec is not None and window is not None
     if layer.copies > 1:
         raise ValueError(
             f"{layer.name} is {layer.copies} layers that `nn.scan` or `nn.vmap` stack; freeze them unstacked."
         )
-    tiling = tile(layer.kernel, spec)
-    stored = StepSizes(*(params.get(f"{path}/{name}") for name in PARAMETERS))
-    # Factors of gradients change no value.
-    factors = step_sizes.gradient_factors(tiling, spec, 1, 1)
-    steps = step_sizes.real_steps(stored, factors, step_sizes.offset_units(tiling, spec), spec)
-    return freeze_layer(params[f"{path}/kernel"], steps, window, spec, name=layer.name, factor_bits=factor_bits)
+    steps = steps_of_layer(params, layer.name, layer.kernel, spec)
+    return freeze_layer(
+        params[f"{layer.name}/kernel".lstrip("/")], steps, window, spec, name=layer.name, factor_bits=factor_bits
+    )
 
 
 def freeze_layer(
@@ -164,7 +162,7 @@ def freeze_layer(
         in_channels=tiling.in_channels,
         features=tiling.features,
         slices=spec.activation.slices,
-        cells=_cells(np.asarray(stored.digits).astype(int), inputs, reads, columns, dummy, tiling, spec),
+        cells=_cells(np.asarray(stored.digits).astype(int), (inputs, reads), (columns, dummy), tiling, spec),
         inputs=inputs,
         reads=reads,
         array_of_output=tiling.column_tile_of_output.astype(np.int32),
@@ -222,13 +220,13 @@ def _columns(tiling: Tiling, spec: CIMSpec) -> tuple[np.ndarray, int]:
 
 def _cells(
     digits: np.ndarray,
-    inputs: np.ndarray,
-    reads: np.ndarray,
-    columns: np.ndarray,
-    dummy: int,
+    of_rows: tuple[np.ndarray, np.ndarray],
+    of_columns: tuple[np.ndarray, int],
     tiling: Tiling,
     spec: CIMSpec,
 ) -> np.ndarray:
+    """What every cell holds: digits (K, kh, kw, R, c, O) in the places that `_rows` and `_columns` give them."""
+    (inputs, reads), (columns, dummy) = of_rows, of_columns
     area, planes = math.prod(tiling.kernel_size), len(columns)
     held = np.zeros((tiling.arrays, tiling.column_tiles, spec.array.rows, spec.array.columns), np.uint16)
     by_place = digits.reshape(planes, area, tiling.groups, -1, tiling.features)

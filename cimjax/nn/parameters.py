@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 from jax import Array
 
+from cimjax.core import step_sizes
 from cimjax.core.step_sizes import StepSizes
+from cimjax.core.tiling import tile
+from cimjax.spec import CIMSpec
 
 # The parameter that stores each field of `StepSizes`.
 PARAMETERS = StepSizes(
@@ -31,6 +35,16 @@ STEP_KINDS = {
     PARAMETERS.reference_offset: "offset",
     PARAMETERS.gain: "gain",
 }
+
+
+def steps_of_layer(params: Mapping[str, Any], name: str, kernel_shape: tuple[int, ...], spec: CIMSpec) -> StepSizes:
+    """The real steps of an array layer, from the parameters of its network by path ("conv1/kernel")."""
+    tiling = tile(kernel_shape, spec)
+    stored = StepSizes(*(params.get(f"{name}/{step}".lstrip("/")) for step in PARAMETERS))
+    # Factors of gradients change no value.
+    factors = step_sizes.gradient_factors(tiling, spec, 1, 1)
+    return step_sizes.real_steps(stored, factors, step_sizes.offset_units(tiling, spec), spec)
+
 
 # "params/conv1/psum_log_step", or the path of a leaf in a tree of parameters or of what an optimizer keeps of them.
 Path = str | tuple[Any, ...]

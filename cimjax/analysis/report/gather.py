@@ -14,11 +14,11 @@ import numpy as np
 from cimjax.analysis.plot import Run, read_runs
 from cimjax.core.adc import psum_ranges
 from cimjax.core.cells import quantize_weight
-from cimjax.core.step_sizes import StepSizes, gradient_factors, offset_units, real_steps
+from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import tile
 from cimjax.hardware.survey import Layer
 from cimjax.hardware.table import TextTable, layer_table
-from cimjax.nn.parameters import PARAMETERS
+from cimjax.nn.parameters import steps_of_layer
 from cimjax.spec import CIMSpec
 from cimjax.spec.words import describe_specs
 from cimjax.training.evaluate import restore
@@ -180,9 +180,7 @@ def _array_state(layer: Layer, params: Mapping[str, Any]) -> ArrayState:
     spec = layer.spec
     assert spec is not None
     tiling = tile(layer.kernel, spec)
-    stored = StepSizes(*(params.get(f"{layer.name}/{name}") for name in PARAMETERS))
-    # Factors of gradients change no value.
-    steps = real_steps(stored, gradient_factors(tiling, spec, 1, 1), offset_units(tiling, spec), spec)
+    steps = steps_of_layer(params, layer.name, layer.kernel, spec)
     codes = np.asarray(quantize_weight(params[f"{layer.name}/kernel"], steps.weight, tiling, spec))
     stores = np.broadcast_to(tiling.stored[..., None], codes.shape)
     values, counts = np.unique(codes[stores].astype(int), return_counts=True)
