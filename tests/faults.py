@@ -737,7 +737,7 @@ FROZEN = [
     Fault(
         "accumulators may leave an int32",
         "hardware/factors.py",
-        "if found.largest_total(*reach) <= _INT32:",
+        "if found.largest_total(reach) <= INT32:",
         "if True:",
         ("test_freeze.py::test_accumulators_fit_int32_or_the_layer_is_refused_with_what_fits",),
     ),

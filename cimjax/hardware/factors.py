@@ -18,69 +18,101 @@ from cimjax.hardware.thresholds import ADCTable
 from cimjax.spec import CIMSpec, Encoding, Reference
 
 # What accumulators hold.
-_INT32 = 2**31 - 1
+INT32 = 2**31 - 1
 # The fewest bits of a factor that are taken, and the most, which leave a network what it was (docs/export.md).
-_FEWEST, _MOST = 2, 24
+_FEWEST, MOST_BITS = 2, 24
 
 
 class Factors(NamedTuple):
-    """What codes are multiplied by, (R, K, O), the sums of inputs, (R, O) or None, and what is added, (O,)."""
+    """What codes are multiplied by, (R, K, O), the sums of inputs, (R, O) or None, and what is added, (O,).
+
+    Real numbers, float64, or integers, int32, in units of `2^exponent`.
+    """
 
     of_codes: np.ndarray
     of_sums: np.ndarray | None
     added: np.ndarray
     exponent: int = 0
 
-    def rounded(self, bits: int) -> Factors:
-        """In units of the power of two by which the largest factor has so many bits, with its sign; int32."""
-        largest = max(float(np.abs(each).max()) for each in (self.of_codes, self.of_sums) if each is not None)
-        exponent = math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of what is multiplied by."""
+        return max(float(np.abs(each).max()) for each in (self.of_codes, self.of_sums) if each is not None)
+
+    def scaled(self, factor: np.ndarray | float, added: np.ndarray | float = 0.0) -> Factors:
+        """Of `factor` times the output, plus what is `added`, each of every output, (O,), or of all."""
+        of_sums = None if self.of_sums is None else self.of_sums * factor
+        return Factors(self.of_codes * factor, of_sums, self.added * factor + added)
+
+    def in_units(self, exponent: int) -> Factors:
+        """Rounded to units of `2^exponent`."""
 
         def integers(values: np.ndarray) -> np.ndarray:
-            return np.clip(np.rint(np.ldexp(values, -exponent)), -_INT32, _INT32).astype(np.int32)
+            return np.clip(np.rint(np.ldexp(values, -exponent)), -INT32, INT32).astype(np.int32)
 
         of_sums = None if self.of_sums is None else integers(self.of_sums)
         return Factors(integers(self.of_codes), of_sums, integers(self.added), exponent)
 
-    def largest_total(self, codes: np.ndarray, sums: np.ndarray) -> int:
-        """What an accumulator can reach, with codes of at most (R, K) and sums of inputs of at most (R,)."""
-        total = np.einsum("rk,rko->o", codes, np.abs(self.of_codes.astype(np.int64)))
+    def rounded(self, bits: int) -> Factors:
+        """In units of the power of two by which the largest factor has so many bits, with its sign."""
+        return self.in_units(exponent_of_bits(self.largest, bits))
+
+    def largest_total(self, reach: Reach) -> float:
+        """What an accumulator can come to."""
+        total = np.einsum("rk,rko->o", reach.codes, np.abs(self.of_codes.astype(np.float64)))
         if self.of_sums is not None:
-            total += np.einsum("r,ro->o", sums, np.abs(self.of_sums.astype(np.int64)))
-        return int((total + np.abs(self.added.astype(np.int64))).max())
+            total += np.einsum("r,ro->o", reach.sums, np.abs(self.of_sums.astype(np.float64)))
+        return float((total + np.abs(self.added.astype(np.float64))).max())
 
 
-def integer_factors(
-    steps: StepSizes,
-    tables: tuple[ADCTable | None, ADCTable | None],
-    tiling: Tiling,
-    spec: CIMSpec,
-    name: str,
-    bits: int | None,
-) -> Factors:
-    """Factors of so many bits, or of as many as an accumulator of 32 bits has room for, whatever comes in.
+class Reach(NamedTuple):
+    """The largest magnitudes of what is multiplied, all slices with their significances added up: of the codes behind
+    columns, (R, K), and of the sums of a read group's inputs, (R,)."""
+
+    codes: np.ndarray
+    sums: np.ndarray
+
+
+def exponent_of_bits(largest: float, bits: int) -> int:
+    """Of the least power of two in whose units `largest` is an integer of so many bits, with its sign."""
+    return math.ceil(math.log2(largest / (2 ** (bits - 1) - 1)))
+
+
+def check_bits(bits: int | None) -> None:
+    """Refuse a number of bits that factors cannot have."""
+    if bits is not None and not _FEWEST <= bits <= MOST_BITS:
+        raise ValueError(f"`factor_bits` is {bits}; give {_FEWEST} to {MOST_BITS}.")
+
+
+def reach_of(tables: tuple[ADCTable | None, ADCTable | None], tiling: Tiling, spec: CIMSpec) -> Reach:
+    """What codes and sums can come to, whatever drives the rows.
 
     Args:
       tables: of the ADCs of columns, and of dummy columns; None where they are ideal.
-      name: what messages call the layer.
-      bits: None for 24, or as many as there is room for.
     """
     table, dummy_table = tables
-    if bits is not None and not _FEWEST <= bits <= _MOST:
-        raise ValueError(f"`factor_bits` is {bits}; give {_FEWEST} to {_MOST}.")
     significances, magnitudes = np.array([[abs(s.significance), s.magnitude] for s in spec.activation.slices]).T
     inputs = tiling.rows_of_group[:, None] * magnitudes  # (R, T), the largest sums of inputs
     planes = np.array([plane.magnitude for plane in spec.weight.planes])
     of_columns = inputs[:, :, None] * planes if table is None else table.largest[None]
     of_sums = inputs if dummy_table is None else dummy_table.largest[:, 0] * np.ones_like(inputs)
-    reach = (
-        np.einsum("rtk,t->rk", of_columns * np.ones_like(inputs[:, :, None]), significances),
-        of_sums @ significances,
+    return Reach(
+        np.einsum("rtk,t->rk", of_columns * np.ones_like(inputs[:, :, None]), significances), of_sums @ significances
     )
-    real = _real_factors(steps, tiling, spec)
-    for tried in range(_MOST if bits is None else bits, _FEWEST - 1, -1):
+
+
+def integer_factors(real: Factors, reach: Reach, name: str, bits: int | None) -> Factors:
+    """Factors of so many bits, or of as many as an accumulator of 32 bits has room for, whatever comes in.
+
+    Args:
+      real: from `real_factors`.
+      name: what messages call the layer.
+      bits: None for 24, or as many as there is room for.
+    """
+    check_bits(bits)
+    for tried in range(MOST_BITS if bits is None else bits, _FEWEST - 1, -1):
         found = real.rounded(tried)
-        if found.largest_total(*reach) <= _INT32:
+        if found.largest_total(reach) <= INT32:
             if bits is not None and tried < bits:
                 raise ValueError(
                     f"{name} can leave an int32 with factors of {bits} bits; give `factor_bits` {tried}, or None."
@@ -89,8 +121,8 @@ def integer_factors(
     raise ValueError(f"{name} can leave an int32 whatever its factors are; use fewer bits or rows.")
 
 
-def _real_factors(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Factors:
-    """The factors before they are rounded, float64."""
+def real_factors(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Factors:
+    """The factors before they are rounded: what they give times the step of the input is the output."""
 
     def of_columns(value: Any) -> np.ndarray:
         shape = (tiling.groups, len(spec.weight.planes), tiling.features)

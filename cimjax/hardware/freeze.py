@@ -23,7 +23,7 @@ from cimjax.core import cells, step_sizes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile
 from cimjax.core.window import Window
-from cimjax.hardware.factors import integer_factors
+from cimjax.hardware.factors import Factors, Reach, integer_factors, reach_of, real_factors
 from cimjax.hardware.survey import Layer, layers_of
 from cimjax.hardware.thresholds import ADCTable, table_of_columns, table_of_dummies
 from cimjax.nn.parameters import steps_of_layer
@@ -82,6 +82,19 @@ class FrozenLayer:
     bias: np.ndarray
     exponent: int
     activation_step: float | None
+
+    def with_factors(
+        self, factors: np.ndarray, constant_factors: np.ndarray | None, bias: np.ndarray, exponent: int
+    ) -> FrozenLayer:
+        """The same layer in a network in integers, whose factors have the step of its input in them."""
+        return dataclasses.replace(
+            self,
+            factors=factors,
+            constant_factors=constant_factors,
+            bias=bias,
+            exponent=exponent,
+            activation_step=None,
+        )
 
 
 def freeze(
@@ -153,7 +166,8 @@ def freeze_layer(
     columns, dummy = _columns(tiling, spec)
     table = None if spec.adc is None else table_of_columns(steps, tiling, spec)
     dummy_table = None if dummy < 0 or spec.adc is None else table_of_dummies(steps, tiling, spec)
-    factors = integer_factors(steps, (table, dummy_table), tiling, spec, name, factor_bits)
+    reach = reach_of((table, dummy_table), tiling, spec)
+    factors = integer_factors(real_factors(steps, tiling, spec), reach, name, factor_bits)
     return FrozenLayer(
         name=name,
         spec=spec,
@@ -176,6 +190,18 @@ def freeze_layer(
         exponent=factors.exponent,
         activation_step=None if steps.activation is None else float(steps.activation),
     )
+
+
+def factors_of(layer: FrozenLayer, params: Mapping[str, Any]) -> tuple[Factors, Reach]:
+    """The factors of a layer of a network before they were rounded, and what they are multiplied with.
+
+    Args:
+      params: of all layers by path, "conv1/kernel".
+    """
+    kernel = (*layer.kernel_size, layer.in_channels, layer.features)
+    steps, tiling = steps_of_layer(params, layer.name, kernel, layer.spec), tile(kernel, layer.spec)
+    reach = reach_of((layer.table, layer.dummy_table), tiling, layer.spec)
+    return real_factors(steps, tiling, layer.spec), reach
 
 
 def _require_integers(name: str, spec: CIMSpec) -> None:

@@ -140,10 +140,13 @@ def _export(arguments: argparse.Namespace) -> None:
         print(
             f"{name}: {below * beside} arrays of {rows} x {columns}; {found.conversions[name]:,} conversions compared"
         )
-    accuracies = f"{found.accuracy:.2%} by the chip's integers, {found.accuracy_as_trained:.2%} as trained"
-    print(f"{found.images} test images: {accuracies}")
+    if found.network is None:
+        print(f"in float32 is what stands between the array layers: {found.in_float32}")
+    integers = "by the arrays' integers" if found.network is None else "in integers from the first codes on"
+    print(f"{found.images} test images: {found.accuracy:.2%} {integers}, {found.accuracy_as_trained:.2%} as trained")
     print(f"of these in another class than as trained: {found.other_class}")
-    print(f"{shlex.quote(str(arguments.save))}: layers.json says what is in its files")
+    index = "layers.json" if found.network is None else "layers.json and network.json"
+    print(f"{shlex.quote(str(arguments.save))}: what is in its files is said in {index}")
 
 
 def _config_show(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A trained run as what is written into a chip: its array layers in integers, in files, held against the network."""
+"""A trained run as what is written into a chip: its layers in integers, in files, held against the network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from cimjax.core import adc
 from cimjax.core.tiling import tile
 from cimjax.data import Dataset, StreamedDataset, StreamedSplit
 from cimjax.hardware import export as files
+from cimjax.hardware import network_files
+from cimjax.hardware.fold import integer_network
 from cimjax.hardware.freeze import FrozenLayer, freeze
+from cimjax.hardware.integer_network import IntegerNetwork
 from cimjax.hardware.on_chip import Call, apply_on_chip
+from cimjax.hardware.tracing import NotIntegersError
 from cimjax.nn.layers import PARTIAL_SUMS
 from cimjax.training.evaluate import Which, lacks_adcs, restore
 from cimjax.training.experiment import Experiment
@@ -24,6 +28,8 @@ from cimjax.training.run.files import RunFolderError, in_one_line
 
 # Pixels of images whose partial sums are in memory together.
 _AT_ONCE = 20 * 32 * 32
+# Images that say how large is what enters a network in integers.
+_SEEN_BEFORE = 100
 
 
 class Exported(NamedTuple):
@@ -31,6 +37,8 @@ class Exported(NamedTuple):
 
     layers: as written.
     conversions: of each layer on the images of the test vectors, all of them equal to the network's.
+    network: the whole in integers, as written; None where something between its array layers is no operation on these.
+    in_float32: what that is, else empty.
     images: how many test images were then computed by the chip's integers.
     accuracy, accuracy_as_trained: on these, of integers and of the network, 0 to 1.
     other_class: how many of them integers put into another class than the network.
@@ -38,6 +46,8 @@ class Exported(NamedTuple):
 
     layers: dict[str, FrozenLayer]
     conversions: dict[str, int]
+    network: IntegerNetwork | None
+    in_float32: str
     images: int
     accuracy: float
     accuracy_as_trained: float
@@ -55,7 +65,8 @@ def export(
     model: nn.Module | None = None,
     dataset: Dataset | StreamedDataset | None = None,
 ) -> Exported:
-    """Freeze a run's array layers, hold them against the network, and write them (`cimjax.hardware.export`).
+    """Freeze a run's array layers, hold them against the network, and write them (`cimjax.hardware.export`); with them
+    the network in integers from its first codes on (`cimjax.hardware.network_files`), where it is one.
 
     Args:
       run: the run folder, or one that `pack` made.
@@ -85,18 +96,28 @@ def export(
     x, mode = experiment.preparation.normalise(jnp.asarray(pixels)), setup.mode(train=False)
     layers = freeze(setup.model, state.variables, x[:1], factor_bits=factor_bits, **mode)
     calls, conversions = _compared(setup.model, state.variables, layers, x[:vectors], mode)
-    x, labels = x[:images], labels[:images]
+    seen, x, labels = x[:vectors], x[:images], labels[:images]
     at_once = max(1, _AT_ONCE // math.prod(x.shape[1:-1]))
     parts = [x[start : start + at_once] for start in range(0, len(x), at_once)]
-    on_chip = [apply_on_chip(setup.model, state.variables, layers, part, **mode) for part in parts]
+    network, in_float32 = None, ""
+    try:
+        network = integer_network(setup.model, state.variables, x[:_SEEN_BEFORE], factor_bits=factor_bits, **mode)
+        on_chip = [network(part) for part in parts]
+    except NotIntegersError as error:
+        in_float32 = str(error)
+        on_chip = [apply_on_chip(setup.model, state.variables, layers, part, **mode) for part in parts]
     in_network = [setup.apply(state.variables, part, train=False) for part in parts]
     classes, of_network = (np.concatenate(each).argmax(-1) for each in (on_chip, in_network))
     with in_one_line("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         files.write(layers, folder, calls)
+        if network is not None:
+            network_files.write(network, folder, network.enter(seen))
     return Exported(
         layers=layers,
         conversions=conversions,
+        network=network,
+        in_float32=in_float32,
         images=len(labels),
         accuracy=float(np.mean(classes == labels)),
         accuracy_as_trained=float(np.mean(of_network == labels)),
