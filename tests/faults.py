@@ -748,6 +748,41 @@ FROZEN = [
         "if True:",
         ("test_freeze.py::test_more_bits_of_factors_come_nearer",),
     ),
+    Fault(
+        "codes that fall with a value rise with it",
+        "hardware/fold.py",
+        "sign = np.where(ends[1] < ends[0], -1, 1)",
+        "sign = np.where(ends[1] < ends[0], 1, 1)",
+        ("test_integer_network.py::test_codes_at_every_edge_are_those_of_the_quantizer",),
+    ),
+    Fault(
+        "normalization is left out of a layer's factors",
+        "hardware/fold.py",
+        'scaled = real.scaled(node.fields["step"] * factor, added)',
+        'scaled = real.scaled(node.fields["step"], added)',
+        ("test_integer_network.py::test_what_may_stand_between_array_layers[factors]",),
+    ),
+    Fault(
+        "integers of a network may leave an int32",
+        "hardware/fold.py",
+        "_ROOM = 0.98 * INT32",
+        "_ROOM = 8.0 * INT32",
+        ("test_integer_network.py::test_what_may_stand_between_array_layers[a sum]",),
+    ),
+    Fault(
+        "what enters is not cut off",
+        "hardware/integer_network.py",
+        "value = np.clip(np.asarray(entries[step.operation.number]), -most, most)",
+        "value = np.asarray(entries[step.operation.number])",
+        ("test_integer_network.py::test_what_may_stand_between_array_layers[a sum]",),
+    ),
+    Fault(
+        "the largest value of a window may be its padding",
+        "hardware/integer_network.py",
+        "constant_values=-INT32 if largest else 0",
+        "constant_values=0",
+        ("test_integer_network.py::test_what_may_stand_between_array_layers[largest of negatives]",),
+    ),
 ]
 
 LAYERS = [

@@ -22,8 +22,9 @@ import cimjax
 from cimjax.cli import main
 from cimjax.core import window as window_lib
 from cimjax.core.tiling import tile
-from cimjax.hardware import engine, export
+from cimjax.hardware import engine, export, network_files
 from cimjax.hardware.freeze import FrozenLayer, freeze_layer
+from cimjax.hardware.integer_network import Entry
 from cimjax.hardware.on_chip import Call, apply_on_chip
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import conv_maker
@@ -268,7 +269,10 @@ def test_a_run_is_exported_by_a_command(tmp_path: Path, capsys: pytest.CaptureFi
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     exec(code, {"folder": chip})
     assert capsys.readouterr().out == "True\n"
-    assert "\n30 test images: " in printed and " by the chip's integers, " in printed
+    assert "\n30 test images: " in printed and " in integers from the first codes on, " in printed
+    network, integers = network_files.read(chip, read), np.load(chip / network_files.VECTORS)
+    entries = [integers[str(n)] for n, step in enumerate(network.steps) if isinstance(step.operation, Entry)]
+    np.testing.assert_array_equal(network.run(entries)[-1], integers[str(len(network.steps) - 1)])
     assert max(map(len, printed.replace(str(chip), "chip").splitlines())) <= 80
     for arguments, words in (
         (["--save", str(chip)], "is not empty; give another folder"),
