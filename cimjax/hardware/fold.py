@@ -43,6 +43,7 @@ _ROOM = 0.98 * INT32
 _WEIGHT_BITS, _FACTOR_BITS = 10, 31
 # What enters may be so many times as large as in the images that were seen, before it is cut off.
 _ENTRY_MARGIN = 2.0
+_HAVE_FACTORS = ("entry", "affine", "arrays", "product", "codes")
 _REARRANGED = ("pick", "pad", "reshape", "transpose")
 
 
@@ -199,14 +200,7 @@ class _Plan:
         if kind == "rising":
             raise NotIntegersError("tanh or a sigmoid stands elsewhere than before codes")
         if kind in ("add", "join"):
-            parts = [self.value(each) for each in node.inputs]
-            reach = sum(each.reach for each in parts) if kind == "add" else max(each.reach for each in parts)
-            unit = _Unit(reach)
-            for each in parts:
-                assert each.unit is not None
-                unit = unit.joined(each.unit)
-            operation = Add() if kind == "add" else Join(fields["axis"])
-            return _Value(tuple(parts), reach, unit, lambda exponent, bounds: operation)
+            return self._together(node)
         x = self.value(node.inputs[0])
         assert x.unit is not None
         if kind == "limit":
@@ -219,6 +213,24 @@ class _Plan:
             terms = _terms(node)
             return _Value((x,), x.reach * terms, _Unit(x.reach * terms, least=[(x.unit, 0)]), _adding(node, x))
         return _Value((x,), x.reach, x.unit, lambda exponent, bounds: _moved(node))
+
+    def _together(self, node: Node) -> _Value:
+        """A sum, or values side by side: what has factors of its own comes in its units, all else is shifted."""
+        parts = tuple(self.value(each) for each in node.inputs)
+        reach = (sum if node.kind == "add" else max)(each.reach for each in parts)
+        unit = _Unit(reach)
+        for part, made in zip(parts, node.inputs, strict=True):
+            assert part.unit is not None
+            if made.kind in _HAVE_FACTORS:
+                unit = unit.joined(part.unit)
+            else:
+                unit.root().least.append((part.unit, 0))
+
+        def make(exponent: int, bounds: Sequence[int]) -> Operation:
+            shifts = tuple(exponent - part.exponent for part in parts)
+            return Add(shifts) if node.kind == "add" else Join(node.fields["axis"], shifts)
+
+        return _Value(parts, reach, unit, make)
 
     def _of_codes(self, node: Node) -> _Value:
         if node.kind == "entry":

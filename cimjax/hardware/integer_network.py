@@ -81,13 +81,15 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Add:
-    """The sum of two values in the same units."""
+    """The sum of two values, each `x >> shift`, rounded: those in finer units than the sum are shifted."""
+
+    shifts: tuple[int, ...]
 
     def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return x + y
+        return shifted(x, self.shifts[0]) + shifted(y, self.shifts[1])
 
     def bound(self, x: int, y: int) -> int:
-        return x + y
+        return shifted_bound(x, self.shifts[0]) + shifted_bound(y, self.shifts[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,15 +214,16 @@ class Rearrange:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Join:
-    """Values side by side on an axis, in the same units."""
+    """Values side by side on an axis, each `x >> shift`, rounded."""
 
     axis: int
+    shifts: tuple[int, ...]
 
     def __call__(self, *parts: np.ndarray) -> np.ndarray:
-        return np.concatenate(parts, axis=self.axis)
+        return np.concatenate([shifted(x, shift) for x, shift in zip(parts, self.shifts, strict=True)], axis=self.axis)
 
     def bound(self, *parts: int) -> int:
-        return max(parts)
+        return max(shifted_bound(x, shift) for x, shift in zip(parts, self.shifts, strict=True))
 
 
 Operation = Entry | Arrays | Codes | Add | Limit | Rescale | Product | Reduce | Window | Join | Rearrange
