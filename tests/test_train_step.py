@@ -92,10 +92,13 @@ def test_the_average_follows_the_parameters() -> None:
     experiment = tiny(ema=0.9)
     state, batches = experiment.first_state()[0], resident(experiment)
     chex.assert_trees_all_equal(state.average, state.params)
-    before = state
-    state, _ = train_step(experiment.setup, state, batches.batch(batches.feed(0, 1), state, 0, None))
-    want = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, before.average, state.params)
-    chex.assert_trees_all_close(state.average, want, rtol=1e-6)
+    batch = batches.batch(batches.feed(0, 1), state, 0, None)
+    # A tenth of the random weights is left after a first step, and 0.9 of what there was after a hundredth.
+    for step, kept in ((0, 1 / 10), (3, 4 / 13), (99, 0.9)):
+        before = state.replace(step=jnp.int32(step))
+        state, _ = train_step(experiment.setup, before, batch)
+        want = jax.tree.map(lambda old, new, kept=kept: kept * old + (1 - kept) * new, before.average, state.params)
+        chex.assert_trees_all_close(state.average, want, rtol=1e-5, atol=1e-7)
 
 
 def test_a_gradient_is_no_longer_than_the_norm_it_is_clipped_to() -> None:

@@ -36,7 +36,7 @@ class Setup:
     """What is fixed while a run trains.
 
     accumulate: parts that a batch is computed in, one after the other, with the mean of their gradients.
-    ema: the decay of the average of the parameters; 0 without one.
+    ema: the decay of the average of the parameters, at first at most (1 + step) / (10 + step); 0 without one.
     fresh_chips: whether every step draws a chip of its own (`variation`), instead of one for the run.
     axis_name: the mapped axis over which a batch is spread; None on one device.
     ideal_adcs: whether the network is computed without its ADCs: the first stage of training in two.
@@ -109,6 +109,11 @@ def gradients(setup: Setup, state: TrainState, batch: Batch) -> tuple[Any, Any, 
     return gradient, collections, metrics
 
 
+def _decay(setup: Setup, state: TrainState) -> Array:
+    """What the average keeps of itself in a step: less at first, or it would hold the random weights for long."""
+    return jnp.minimum(setup.ema, (1 + state.step) / (10 + state.step))
+
+
 def _mean_over_devices(x: Array, axis_name: str | None) -> Array:
     return lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else lax.pmax(x, axis_name)
 
@@ -128,7 +133,7 @@ def train_step(setup: Setup, state: TrainState, batch: Batch) -> tuple[TrainStat
     going_on = (jnp.sqrt(wrong) == 0) & (state.failed_at < 0)
     updates, opt_state = setup.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    average = optax.incremental_update(params, state.average, 1 - setup.ema) if setup.ema else None
+    average = optax.incremental_update(params, state.average, 1 - _decay(setup, state)) if setup.ema else None
     moved = state.replace(
         step=state.step + 1, params=params, collections=collections, opt_state=opt_state, average=average
     )

@@ -231,7 +231,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
             _whole(),
             "training images that statistics of batch normalisation are taken of after the last epoch; 0: running ones",
         ),
-        Field("ema", 0.0, _PART, "decay of the average of weights; 0: none"),
+        Field("ema", 0.0, _PART, "decay of the average of weights, less at first; 0: none"),
         Field("teacher", "", TEXT, "a trained run whose probabilities are learned as well; empty: none"),
         Field("teacher_weight", 0.9, _number(0, 1), "part of the loss that is the teacher's"),
         Field("teacher_temperature", 4.0, _number(0, 100, without=0), "by which both networks' logits are divided"),
