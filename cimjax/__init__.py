@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from cimjax.core.programs.cpu import compiler_options
     from cimjax.core.step_sizes import StepSizes
     from cimjax.hardware.cost import LayerCost, layer_cost
-    from cimjax.hardware.fold import integer_network
     from cimjax.hardware.freeze import FrozenLayer, freeze
-    from cimjax.hardware.integer_network import IntegerNetwork
+    from cimjax.hardware.network.fold import integer_network
+    from cimjax.hardware.network.operations import IntegerNetwork
     from cimjax.nn.calibrate import calibrate, without_calibration
     from cimjax.nn.calibration_warnings import CalibrationWarning
     from cimjax.nn.convert import convert_network
@@ -54,8 +54,8 @@ _HOMES = {
     "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
     "cimjax.hardware.cost": ("LayerCost", "layer_cost"),
     "cimjax.hardware.freeze": ("FrozenLayer", "freeze"),
-    "cimjax.hardware.fold": ("integer_network",),
-    "cimjax.hardware.integer_network": ("IntegerNetwork",),
+    "cimjax.hardware.network.fold": ("integer_network",),
+    "cimjax.hardware.network.operations": ("IntegerNetwork",),
     "cimjax.training.state": ("Batch",),
     "cimjax.training.train": ("train",),
     "cimjax.training.evaluate": ("load", "evaluate"),

@@ -22,9 +22,10 @@ import cimjax
 from cimjax.cli import main
 from cimjax.core import window as window_lib
 from cimjax.core.tiling import tile
-from cimjax.hardware import engine, export, network_files
+from cimjax.hardware import engine, export
 from cimjax.hardware.freeze import FrozenLayer, freeze_layer
-from cimjax.hardware.integer_network import Entry
+from cimjax.hardware.network import files as network_files
+from cimjax.hardware.network.operations import Entry
 from cimjax.hardware.on_chip import Call, apply_on_chip
 from cimjax.nn.models import build_model
 from cimjax.nn.rules import conv_maker
@@ -266,7 +267,7 @@ def test_a_run_is_exported_by_a_command(tmp_path: Path, capsys: pytest.CaptureFi
         count = np.load(chip / f"{name}.vectors.npz")["codes"].size
         assert f"{name}: {below * beside} arrays of {rows} x {columns}; {count:,} conversions compared" in printed
         assert cimjax.layer_cost(variables["params"][name]["kernel"].shape, (1, 1), spec).arrays == below * beside
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
     exec(code, {"folder": chip})
     assert capsys.readouterr().out == "True\n"
     assert "\n30 test images: " in printed and " in integers from the first codes on, " in printed

@@ -15,9 +15,10 @@ import pytest
 from jax import Array
 
 import cimjax
-from cimjax.hardware import export, network_files
+from cimjax.hardware import export
 from cimjax.hardware.factors import INT32
-from cimjax.hardware.integer_network import (
+from cimjax.hardware.network import files as network_files
+from cimjax.hardware.network.operations import (
     Arrays,
     Codes,
     Entry,

@@ -15,12 +15,12 @@ from cimjax.core import adc
 from cimjax.core.tiling import tile
 from cimjax.data import Dataset, StreamedDataset, StreamedSplit
 from cimjax.hardware import export as files
-from cimjax.hardware import network_files
-from cimjax.hardware.fold import integer_network
 from cimjax.hardware.freeze import FrozenLayer, freeze
-from cimjax.hardware.integer_network import IntegerNetwork
+from cimjax.hardware.network import files as network_files
+from cimjax.hardware.network.fold import integer_network
+from cimjax.hardware.network.nodes import NotIntegersError
+from cimjax.hardware.network.operations import IntegerNetwork
 from cimjax.hardware.on_chip import Call, apply_on_chip
-from cimjax.hardware.tracing import NotIntegersError
 from cimjax.nn.layers import PARTIAL_SUMS
 from cimjax.training.evaluate import Which, lacks_adcs, restore
 from cimjax.training.experiment import Experiment
@@ -66,7 +66,7 @@ def export(
     dataset: Dataset | StreamedDataset | None = None,
 ) -> Exported:
     """Freeze a run's array layers, hold them against the network, and write them (`cimjax.hardware.export`); with them
-    the network in integers from its first codes on (`cimjax.hardware.network_files`), where it is one.
+    the network in integers from its first codes on (`cimjax.hardware.network.files`), where it is one.
 
     Args:
       run: the run folder, or one that `pack` made.

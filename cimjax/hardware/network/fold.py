@@ -7,9 +7,8 @@ the integers, so that nothing is rounded for them.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,28 +16,14 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from cimjax.hardware.factors import INT32, MOST_BITS, Factors, Reach, check_bits, exponent_of_bits
+from cimjax.hardware.factors import INT32, MOST_BITS, check_bits, exponent_of_bits
 from cimjax.hardware.freeze import MOST_ADC_BITS, FrozenLayer, factors_of, freeze
-from cimjax.hardware.integer_network import (
-    Add,
-    Arrays,
-    Codes,
-    Entry,
-    IntegerNetwork,
-    Join,
-    Limit,
-    Operation,
-    Product,
-    Rearrange,
-    Reduce,
-    Rescale,
-    Step,
-    Window,
-)
-from cimjax.hardware.tracing import Graph, Node, NotIntegersError
+from cimjax.hardware.network.nodes import Node, NotIntegersError
+from cimjax.hardware.network.operations import Add, Entry, IntegerNetwork, Join, Operation, Product, Rescale, Step
+from cimjax.hardware.network.rounding import adding, crossed, folded, function, int32, limits, moved, terms
+from cimjax.hardware.network.tracing import Graph
+from cimjax.hardware.network.units import Unit, Value, choose, ordered
 
-# Room for what rounding adds to the largest value.
-_ROOM = 0.98 * INT32
 # Of the weights of a matrix product, and of factors that are multiplied with 64 bits.
 _WEIGHT_BITS, _FACTOR_BITS = 10, 31
 # What enters may be so many times as large as in the images that were seen, before it is cut off.
@@ -74,6 +59,10 @@ def integer_network(
     graph = Graph(model, variables, layers, images, **kwargs)
     params = flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     plan = _Plan(params, MOST_BITS if factor_bits is None else factor_bits)
+    # What comes first is planned first: each codes then find those before them.
+    for node in ordered(graph.result):
+        if node.kind == "codes":
+            plan.codes(node)
     steps = plan.steps(plan.value(graph.result))
     places = [(graph.entries.index(node), exponent) for node, exponent in plan.entered()]
 
@@ -91,76 +80,20 @@ def _two_or_more(images: Any) -> Any:
     return jnp.concatenate([images, images]) if len(images) == 1 else images
 
 
-class _Unit:
-    """The power of two that some values are counted in.
-
-    exponent: of it; not yet known while the plan is made.
-    largest: the largest real magnitude of these values.
-    factor: the largest real factor behind ADCs that gives one of them.
-    least: units whose exponents this one's exceeds by so much at least: of values that are shifted into it.
-    """
-
-    def __init__(self, largest: float, factor: float = 0.0, least: Sequence[tuple[_Unit, int]] = ()) -> None:
-        self.largest, self.factor, self.least, self.exponent = largest, factor, list(least), 0
-        self._same: _Unit | None = None
-
-    def root(self) -> _Unit:
-        return self if self._same is None else self._same.root()
-
-    def joined(self, other: _Unit) -> _Unit:
-        """The unit of both, from now on."""
-        mine, theirs = self.root(), other.root()
-        if mine is not theirs:
-            theirs._same = mine
-            mine.largest, mine.factor = max(mine.largest, theirs.largest), max(mine.factor, theirs.factor)
-            mine.least += theirs.least
-        return mine
-
-
-def _choose(units: Sequence[_Unit], bits: int) -> None:
-    """The least exponents with which values fit, and factors behind ADCs have no more than so many bits."""
-    for unit in units:
-        unit.exponent = math.ceil(math.log2(max(unit.largest, 1e-30) / _ROOM))
-        if unit.factor:
-            unit.exponent = max(unit.exponent, exponent_of_bits(unit.factor, bits))
-    for _ in units:
-        for unit in units:
-            unit.exponent = max([unit.exponent, *(other.root().exponent + by for other, by in unit.least)])
-
-
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """A step that is planned.
-
-    reach: the largest real magnitude, of codes the largest code.
-    unit: None of codes.
-    make: the operation, when the exponent of the step and the bounds of its inputs' integers are known.
-    """
-
-    inputs: tuple[_Value, ...]
-    reach: float
-    unit: _Unit | None
-    make: Callable[[int, Sequence[int]], Operation]
-
-    @property
-    def exponent(self) -> int:
-        return 0 if self.unit is None else self.unit.root().exponent
-
-
 class _Plan:
     """The steps of a graph, each planned once."""
 
     def __init__(self, params: Mapping[str, Any], bits: int) -> None:
         """Nothing is planned yet; `params` are those of all layers, "conv1/kernel"."""
         self._params, self._bits = params, bits
-        self._values: dict[tuple[Node, bool], _Value] = {}
-        self._entries: list[tuple[Node, _Value]] = []
+        self._values: dict[tuple[Node, bool], Value] = {}
+        self._entries: list[tuple[Node, Value]] = []
 
-    def value(self, node: Node) -> _Value:
+    def value(self, node: Node) -> Value:
         """A tensor in integers of some unit."""
         return self._planned(node, codes=False)
 
-    def codes(self, node: Node) -> _Value:
+    def codes(self, node: Node) -> Value:
         """A tensor of codes."""
         return self._planned(node, codes=True)
 
@@ -168,15 +101,14 @@ class _Plan:
         """What enters, in the order of the entries' numbers, and the exponents that it enters with."""
         return [(node, value.exponent) for node, value in self._entries]
 
-    def steps(self, result: _Value) -> tuple[Step, ...]:
+    def steps(self, result: Value) -> tuple[Step, ...]:
         """The steps up to a result."""
-        ordered: list[_Value] = []
-        _order(result, ordered)
-        _choose([value.unit.root() for value in ordered if value.unit is not None], self._bits)
+        values: list[Value] = ordered(result)
+        choose([value.unit.root() for value in values if value.unit is not None], self._bits)
         made: list[Step] = []
         bounds: list[int] = []
-        for value in ordered:
-            numbers = tuple(ordered.index(each) for each in value.inputs)
+        for value in values:
+            numbers = tuple(values.index(each) for each in value.inputs)
             of_inputs = [bounds[number] for number in numbers]
             operation = value.make(value.exponent, of_inputs)
             bounds.append(operation.bound(*of_inputs))
@@ -185,13 +117,13 @@ class _Plan:
             made.append(Step(operation, numbers, None if value.unit is None else value.exponent))
         return tuple(made)
 
-    def _planned(self, node: Node, *, codes: bool) -> _Value:
+    def _planned(self, node: Node, *, codes: bool) -> Value:
         if (node, codes) not in self._values:
             plan = self._of_codes if codes else self._of_value
             self._values[node, codes] = plan(node)
         return self._values[node, codes]
 
-    def _of_value(self, node: Node) -> _Value:
+    def _of_value(self, node: Node) -> Value:
         kind, fields = node.kind, node.fields
         if kind == "entry":
             return self._entry(node, _ENTRY_MARGIN * float(np.abs(fields["value"]).max()), codes=False)
@@ -204,21 +136,18 @@ class _Plan:
         x = self.value(node.inputs[0])
         assert x.unit is not None
         if kind == "limit":
-            low, high = fields["low"], fields["high"]
-            ends = np.clip(np.array([[-x.reach], [x.reach]]), low, high)
-            return _Value(
-                (x,), float(np.abs(ends).max()), x.unit.joined(_Unit(float(np.abs(ends).max()))), _limits(low, high)
-            )
+            reach = float(np.abs(np.clip(np.array([[-x.reach], [x.reach]]), fields["low"], fields["high"])).max())
+            return Value((x,), reach, x.unit.joined(Unit(reach)), limits(fields["low"], fields["high"]))
         if kind == "sum" or (kind == "window" and not fields["largest"]):
-            terms = _terms(node)
-            return _Value((x,), x.reach * terms, _Unit(x.reach * terms, least=[(x.unit, 0)]), _adding(node, x))
-        return _Value((x,), x.reach, x.unit, lambda exponent, bounds: _moved(node))
+            reach = x.reach * terms(node)
+            return Value((x,), reach, Unit(reach, least=[(x.unit, 0)]), adding(node, x))
+        return Value((x,), x.reach, x.unit, lambda exponent, bounds: moved(node))
 
-    def _together(self, node: Node) -> _Value:
+    def _together(self, node: Node) -> Value:
         """A sum, or values side by side: what has factors of its own comes in its units, all else is shifted."""
         parts = tuple(self.value(each) for each in node.inputs)
         reach = (sum if node.kind == "add" else max)(each.reach for each in parts)
-        unit = _Unit(reach)
+        unit = Unit(reach)
         for part, made in zip(parts, node.inputs, strict=True):
             assert part.unit is not None
             if made.kind in _HAVE_FACTORS:
@@ -230,25 +159,25 @@ class _Plan:
             shifts = tuple(exponent - part.exponent for part in parts)
             return Add(shifts) if node.kind == "add" else Join(node.fields["axis"], shifts)
 
-        return _Value(parts, reach, unit, make)
+        return Value(parts, reach, unit, make)
 
-    def _of_codes(self, node: Node) -> _Value:
+    def _of_codes(self, node: Node) -> Value:
         if node.kind == "entry":
             return self._entry(node, float(np.abs(node.fields["value"]).max()), codes=True)
         if node.kind == "codes":
             return self._thresholds(node)
         if node.kind in _REARRANGED or (node.kind == "window" and node.fields["largest"]):
             x = self.codes(node.inputs[0])
-            return _Value((x,), x.reach, None, lambda exponent, bounds: _moved(node))
+            return Value((x,), x.reach, None, lambda exponent, bounds: moved(node))
         raise NotIntegersError(f"codes go through {node.kind!r} before an array layer reads them")
 
-    def _entry(self, node: Node, largest: float, *, codes: bool) -> _Value:
-        number, unit = len(self._entries), None if codes else _Unit(largest)
-        value = _Value((), largest, unit, lambda exponent, bounds: Entry(number, int(math.ldexp(largest, -exponent))))
+    def _entry(self, node: Node, largest: float, *, codes: bool) -> Value:
+        number, unit = len(self._entries), None if codes else Unit(largest)
+        value = Value((), largest, unit, lambda exponent, bounds: Entry(number, int(math.ldexp(largest, -exponent))))
         self._entries.append((node, value))
         return value
 
-    def _scaled(self, node: Node) -> _Value:
+    def _scaled(self, node: Node) -> Value:
         """`factor x + added`: in the factors of arrays or of a product that gives `x`, else by ones of its own."""
         (x,), factor, added = ((node,), np.ones(1), np.zeros(1)) if node.kind != "affine" else _of_affine(node)
         if x.kind == "arrays":
@@ -264,18 +193,18 @@ class _Plan:
             real = np.ldexp(factor, inner.exponent - exponent)
             shift = min(max(0, -exponent_of_bits(float(np.abs(real).max()) or 1.0, _FACTOR_BITS)), 2 * _FACTOR_BITS)
             factors, numbers = np.broadcast_arrays(np.ldexp(real, shift), np.ldexp(added, -exponent))
-            return Rescale(shift, _int32(factors), _int32(numbers))
+            return Rescale(shift, int32(factors), int32(numbers))
 
-        return _Value((inner,), reach, _Unit(reach), make)
+        return Value((inner,), reach, Unit(reach), make)
 
-    def _arrays(self, node: Node, factor: np.ndarray, added: np.ndarray) -> _Value:
+    def _arrays(self, node: Node, factor: np.ndarray, added: np.ndarray) -> Value:
         layer: FrozenLayer = node.fields["layer"]
         real, reach = factors_of(layer, self._params)
         scaled = real.scaled(node.fields["step"] * factor, added)
         most = scaled.largest_total(reach)
-        return _Value((self.codes(node.inputs[0]),), most, _Unit(most, scaled.largest), _folded(layer, scaled, reach))
+        return Value((self.codes(node.inputs[0]),), most, Unit(most, scaled.largest), folded(layer, scaled, reach))
 
-    def _product(self, node: Node, factor: np.ndarray, added: np.ndarray) -> _Value:
+    def _product(self, node: Node, factor: np.ndarray, added: np.ndarray) -> Value:
         (x,), weights = node.inputs, node.fields["weights"] * factor
         if x.kind == "affine":
             (x,), inner, shifts = _of_affine(x)
@@ -290,118 +219,31 @@ class _Plan:
 
         def make(exponent: int, bounds: Sequence[int]) -> Operation:
             shift = max(0, exponent - unit_of_weights - value.exponent)
-            integers = _int32(np.ldexp(weights, value.exponent + shift - exponent))
-            return Product(shift, integers, _int32(np.ldexp(added, -exponent)))
+            integers = int32(np.ldexp(weights, value.exponent + shift - exponent))
+            return Product(shift, integers, int32(np.ldexp(added, -exponent)))
 
-        return _Value((value,), reach, _Unit(reach * 1.05, least=least), make)
+        return Value((value,), reach, Unit(reach * 1.05, least=least), make)
 
-    def _thresholds(self, node: Node) -> _Value:
+    def _thresholds(self, node: Node) -> Value:
         codes, chain, base = node.fields["spec"].code_range, [], node.inputs[0]
         if math.log2(codes.size) > MOST_ADC_BITS:
             raise NotIntegersError(f"thresholds of {codes.size} codes are more than the table of {MOST_ADC_BITS} bits")
         while base.kind in ("affine", "limit", "rising"):
-            chain.append(_function(base))
+            chain.append(function(base))
             (base,) = base.inputs
         value = self.codes(base) if base.kind == "codes" else self.value(base)
 
         def make(exponent: int, bounds: Sequence[int]) -> Operation:
             def real(integers: np.ndarray) -> np.ndarray:
                 result = np.ldexp(integers.astype(np.float64), value.exponent)
-                for function in reversed(chain):
-                    result = function(result)
+                for each in reversed(chain):
+                    result = each(result)
                 return result
 
-            return _crossed(real, bounds[0], node)
+            return crossed(real, bounds[0], node)
 
-        return _Value((value,), codes.magnitude, None, make)
-
-
-def _order(value: _Value, found: list[_Value]) -> None:
-    """A step behind all that it is made of, each once; not by recursion through a deep network."""
-    waiting = [(value, iter(value.inputs))]
-    started = {value}
-    while waiting:
-        current, inputs = waiting[-1]
-        following = next((each for each in inputs if each not in started), None)
-        if following is None:
-            found.append(current)
-            waiting.pop()
-        else:
-            started.add(following)
-            waiting.append((following, iter(following.inputs)))
+        return Value((value,), codes.magnitude, None, make)
 
 
 def _of_affine(node: Node) -> tuple[tuple[Node, ...], np.ndarray, np.ndarray]:
     return node.inputs, node.fields["factor"], node.fields["added"]
-
-
-def _function(node: Node) -> Callable[[np.ndarray], np.ndarray]:
-    """What a node does to every value, of channels on the last axis."""
-    fields = node.fields
-    if node.kind == "affine":
-        return lambda x: fields["factor"] * x + fields["added"]
-    if node.kind == "limit":
-        return lambda x: np.clip(x, fields["low"], fields["high"])
-    return fields["function"]
-
-
-def _folded(layer: FrozenLayer, real: Factors, reach: Reach) -> Callable[[int, Sequence[int]], Operation]:
-    def make(exponent: int, bounds: Sequence[int]) -> Operation:
-        found = real.in_units(exponent)
-        folded = layer.with_factors(found.of_codes, found.of_sums, found.added, exponent)
-        return Arrays(folded, int(found.largest_total(reach)))
-
-    return make
-
-
-def _limits(low: np.ndarray, high: np.ndarray) -> Callable[[int, Sequence[int]], Operation]:
-    return lambda exponent, bounds: Limit(_int32(np.ldexp(low, -exponent)), _int32(np.ldexp(high, -exponent)))
-
-
-def _terms(node: Node) -> int:
-    """How many values a sum adds up."""
-    if node.kind == "window":
-        return math.prod(node.fields["size"])
-    return math.prod(node.inputs[0].shape[axis] for axis in node.fields["axes"])
-
-
-def _adding(node: Node, x: _Value) -> Callable[[int, Sequence[int]], Operation]:
-    def make(exponent: int, bounds: Sequence[int]) -> Operation:
-        shift = exponent - x.exponent
-        if node.kind == "sum":
-            return Reduce(node.fields["axes"], _terms(node), shift)
-        return Window(node.fields["size"], node.fields["strides"], node.fields["padding"], shift)
-
-    return make
-
-
-def _moved(node: Node) -> Operation:
-    """What puts values into other places, or takes the largest."""
-    if node.kind == "largest":
-        return Reduce(node.fields["axes"], 1)
-    if node.kind == "window":
-        return Window(node.fields["size"], node.fields["strides"], node.fields["padding"])
-    return Rearrange(node.kind, node.fields["to"])
-
-
-def _crossed(real: Callable[[np.ndarray], np.ndarray], bound: int, node: Node) -> Codes:
-    """The thresholds of codes of a rising or falling function of integers up to `bound`, found by bisection."""
-    spec, step = node.fields["spec"], node.fields["step"]
-    q_min, q_max, size = spec.code_range
-    spacing = 2 if spec.code_range.binary else 1
-    wanted = q_min + spacing * np.arange(1, size)[:, None]  # (L, 1)
-    ends = real(np.array([[-bound], [bound]]))
-    sign = np.where(ends[1] < ends[0], -1, 1).astype(np.int32)
-    low = np.full((size - 1, len(sign)), -bound, np.int64)
-    high = np.full_like(low, bound + 1)
-    while (low < high).any():
-        middle = (low + high) // 2
-        u = real(sign * middle) / step
-        codes = np.where(u >= 0, 1, -1) if spec.code_range.binary else np.clip(np.rint(u), q_min, q_max)
-        reached = codes >= wanted
-        high, low = np.where(reached, middle, high), np.where(reached, low, np.minimum(middle + 1, high))
-    return Codes(np.minimum(high, INT32).T.astype(np.int32), sign, int(q_min), spacing)
-
-
-def _int32(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), -INT32, INT32).astype(np.int32)

@@ -1,7 +1,7 @@
 """A network in integers from its first codes to its result: what a chip computes, bit for bit, in NumPy.
 
 A list of steps, each an operation on the integers of earlier ones, to which the order of sums does not matter. Built by
-`cimjax.hardware.fold`, which puts normalization and all steps of quantizers into factors and thresholds.
+`cimjax.hardware.network.fold`, which puts normalization and all steps of quantizers into factors and thresholds.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from cimjax.hardware import integer_network as operations
 from cimjax.hardware.freeze import FrozenLayer
-from cimjax.hardware.integer_network import Arrays, IntegerNetwork, Step
+from cimjax.hardware.network import operations
+from cimjax.hardware.network.operations import Arrays, IntegerNetwork, Step
 
 INDEX, TABLES, VECTORS = "network.json", "network.npz", "network.vectors.npz"
 _FORMAT = 1
