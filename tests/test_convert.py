@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -262,6 +263,17 @@ def test_a_converted_network_is_frozen() -> None:
     y = apply_on_chip(chip, variables, layers, IMAGES, watch=lambda call: calls.append(call.layer))
     assert calls == ["stem", "again", "again", "head"] and list(layers) == ["stem", "again", "head"]
     chex.assert_trees_all_close(y, chip.apply(variables, IMAGES), atol=1e-3)
+    integers = cimjax.integer_network(chip, variables, IMAGES)
+    chex.assert_trees_all_close(integers(IMAGES), np.asarray(y, np.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["jit", pytest.param("remat", marks=pytest.mark.full)])
+def test_transformed_blocks_are_computed_in_integers(name: str) -> None:
+    make, images = NETWORKS[name]
+    chip = make(functools.partial(cimjax.CIMConv, spec=SPEC), functools.partial(cimjax.CIMDense, spec=SPEC))
+    variables = chip.init(KEY, images)
+    y = np.asarray(chip.apply(variables, images), np.float64)
+    chex.assert_trees_all_close(cimjax.integer_network(chip, variables, images)(images), y, atol=1e-3)
 
 
 def test_layers_stand_in_networks_of_nnx() -> None:

@@ -21,7 +21,7 @@ from cimjax.hardware.freeze import MOST_ADC_BITS, FrozenLayer, factors_of, freez
 from cimjax.hardware.network.nodes import Node, NotIntegersError
 from cimjax.hardware.network.operations import Add, Entry, IntegerNetwork, Join, Operation, Product, Rescale, Step
 from cimjax.hardware.network.rounding import adding, crossed, folded, function, int32, limits, moved, terms
-from cimjax.hardware.network.tracing import Graph
+from cimjax.hardware.network.tracing import Graph, Layers
 from cimjax.hardware.network.units import Unit, Value, choose, ordered
 
 # Of the weights of a matrix product, and of factors that are multiplied with 64 bits.
@@ -55,8 +55,12 @@ def integer_network(
     """
     check_bits(factor_bits)
     images = _two_or_more(images)
-    layers = freeze(model, variables, images[:1], **kwargs)
-    graph = Graph(model, variables, layers, images, **kwargs)
+    layers = Layers(freeze(model, variables, images[:1], **kwargs))
+
+    def network(images: Any) -> Any:
+        return model.apply(variables, images, **kwargs)
+
+    graph = Graph(network, layers, images)
     params = flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     plan = _Plan(params, MOST_BITS if factor_bits is None else factor_bits)
     # What comes first is planned first: each codes then find those before them.
@@ -68,7 +72,7 @@ def integer_network(
 
     def enter(images: Any) -> list[np.ndarray]:
         count = len(images)
-        found = Graph(model, variables, layers, _two_or_more(images), **kwargs).entries
+        found = Graph(network, layers, _two_or_more(images)).entries
         arrays = [(np.asarray(found[place].fields["value"], np.float64)[:count], e) for place, e in places]
         return [np.clip(np.rint(np.ldexp(array, -e)), -INT32, INT32).astype(np.int32) for array, e in arrays]
 

@@ -7,6 +7,7 @@ number for each channel. Nothing here is rounded: `cimjax.hardware.network.fold`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,21 @@ _codes.def_impl(lambda x, *, step, spec: lsq.quantize(x, step, spec.code_range))
 _arrays.def_abstract_eval(lambda codes, *, shape, layer, step: jax.core.ShapedArray(shape, jnp.float32))
 
 
+# Of which layers a network is traced: a part of what every trace depends on, as of `nn.jit`.
+_of = jax.make_user_context(None)
+_numbers = itertools.count()
+
+
+class Layers:
+    """The array layers of one network, by path.
+
+    number: no other network's.
+    """
+
+    def __init__(self, by_path: Mapping[str, FrozenLayer]) -> None:
+        self.by_path, self.number = by_path, next(_numbers)
+
+
 class Graph:
     """The graph of one network on some images.
 
@@ -36,20 +52,13 @@ class Graph:
     result: what the network gives.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        layers: Mapping[str, FrozenLayer],
-        images: Any,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, network: Callable[[Any], Any], layers: Layers, images: Any) -> None:
         """Trace a network.
 
         Args:
-          model, variables, layers: a trained network, and its array layers.
+          network: of images, as trained: `model.apply` with its variables.
+          layers: its array layers.
           images: (N, H, W, C), N at least 2: the axis of one image could be taken for one that broadcasts.
-          **kwargs: what `model.apply` takes besides.
 
         Raises:
           NotIntegersError: where what stands between array layers is none of the operations of `Node`.
@@ -58,8 +67,8 @@ class Graph:
         images = jnp.asarray(images)
 
         def apply(x: Any) -> Any:
-            with nn.intercept_methods(_through_primitives(layers)):
-                return model.apply(variables, x, **kwargs)
+            with nn.intercept_methods(_through_primitives(layers.by_path)), _of(layers.number):
+                return network(x)
 
         program = jax.make_jaxpr(apply)(images)
         if len(program.jaxpr.outvars) != 1:
