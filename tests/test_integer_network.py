@@ -119,6 +119,7 @@ BETWEEN: dict[str, Callable[[Any], Any]] = {
     "a chain": lambda x: nn.relu(0.3 - 2 * nn.relu(x * FACTORS)),
     "a sum": lambda x: nn.relu(x) + 0.3 * x,
     "a difference": lambda x: nn.relu(x) - x,
+    "a difference to the mean": lambda x: x.mean((1, 2), keepdims=True) - x,
     "largest of windows": lambda x: nn.max_pool(nn.relu(x), (2, 3), (2, 1), "SAME"),
     "largest of negatives": lambda x: nn.max_pool(-nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1))),
     "mean of windows": lambda x: nn.avg_pool(x, (2, 2), (2, 2)),
@@ -193,6 +194,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "images joined": (lambda x: jnp.concatenate([x, x]), "images are mixed"),
     "images merged": (lambda x: x.reshape(-1, 6), r"a tensor of \(3, 8, 8, 6\) becomes \(192, 6\)"),
     "numbers of places": (lambda x: x + np.arange(8.0)[:, None], "differ from place to place"),
+    "more places": (lambda x: x.mean((1, 2), keepdims=True) + np.ones((8, 8, 1)), "spread a tensor of"),
     "padding by ones": (
         lambda x: jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)), constant_values=1),
         "other numbers than 0",

@@ -54,7 +54,11 @@ def _two(enter: Enter, inputs: list[Any], what: str) -> tuple[Node, Any, bool]:
     x, other = reversed(inputs) if swapped else inputs
     if isinstance(other, Seen):
         other = enter(other)
-    return x, other if isinstance(other, Node) else _of_channels(other, x.shape, what), swapped
+    if isinstance(other, Node):
+        return x, other, swapped
+    if np.broadcast_shapes(x.shape, np.shape(other)) != x.shape:
+        raise NotIntegersError(f"{what} of {np.shape(other)} spread a tensor of {x.shape} over more places")
+    return x, _of_channels(other, x.shape, what), swapped
 
 
 @_rule("add", "add_any", "sub")
@@ -63,7 +67,9 @@ def _add(enter: Enter, inputs: list[Any], eqn: Any) -> Node:
     if eqn.primitive.name == "sub":
         x = _affine(x, -1.0) if swapped else x
         other = other if swapped else _affine(other, -1.0) if isinstance(other, Node) else -other
-    return Node("add", (x, other), x.shape) if isinstance(other, Node) else _affine(x, added=other)
+    if not isinstance(other, Node):
+        return _affine(x, added=other)
+    return Node("add", (x, other), tuple(eqn.outvars[0].aval.shape))
 
 
 @_rule("mul", "div")
