@@ -281,5 +281,5 @@ def test_files_hold_the_network_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes integers"):
         read(IMAGES)
     (tmp_path / "network.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no network of `cimjax export`, or a damaged one"):
+    with pytest.raises(ValueError, match="holds no steps of a network of `cimjax export`, or damaged ones"):
         network_files.read(tmp_path, export.read(tmp_path))

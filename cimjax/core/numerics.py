@@ -27,7 +27,7 @@ def reciprocal(step: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return nearest_quotient(step, 1.0 / step)
 
 
-# Traced once for each shape: a quarter of the time in which the programs of a ResNet-20 were traced.
+# Traced once for each shape, or it would be much of what the programs of a network are traced for.
 @jax.jit
 def nearest_quotient(step: Float[Array, "*shape"], quotient: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The float32 nearest to `1 / step`, given one within some units in the last place of it."""

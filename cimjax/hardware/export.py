@@ -6,9 +6,10 @@ to test hardware or its model with. A name's slashes are dots in the names of fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cimjax.spec import CIMSpec
 from cimjax.spec.codes import Plane
 
 INDEX = "layers.json"
-_FORMAT = 1
+FORMAT = 1
 # What the arrays of a file are, for readers of `layers.json`: letters as in `cimjax.core`.
 _TABLES = {
     "cells": "(A, Ct, rows, columns) what each cell of each array holds",
@@ -63,7 +64,7 @@ def write(frozen: Mapping[str, FrozenLayer], folder: Path, calls: Sequence[Call]
             vectors: dict[str, Any] = {"inputs": of_layer.codes, **of_layer.readings._asdict()}
             np.savez_compressed(folder / f"{_file(name)}.vectors.npz", **vectors)
     index = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "cimjax": cimjax.__version__,
         "letters": "A arrays below each other, Ct side by side, R read groups, K planes, O outputs, T slices of inputs",
         "tables": _TABLES,
@@ -80,14 +81,25 @@ def read(folder: str | Path) -> dict[str, FrozenLayer]:
       ValueError: for a folder that has none, of another format, or with damaged files.
     """
     folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        if index["format"] != _FORMAT:
-            raise ValueError(f"{folder / INDEX} has format {index['format']}; this version reads {_FORMAT}.")
+    with index_of(folder / INDEX, "layers") as index:
         layers = [_from_plain(plain, folder) for plain in index["layers"]]
-    except (OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no layers of `cimjax export`, or damaged ones: {error}.") from error
     return {layer.name: layer for layer in layers}
+
+
+@contextlib.contextmanager
+def index_of(path: Path, what: str) -> Iterator[dict[str, Any]]:
+    """What an index says, while all that it names is read: where that fails, one line says so.
+
+    Args:
+      what: it is of, "layers".
+    """
+    try:
+        index = json.loads(path.read_text())
+        if index["format"] != FORMAT:
+            raise ValueError(f"{path} has format {index['format']}; this version reads {FORMAT}.")
+        yield index
+    except (OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.parent} holds no {what} of `cimjax export`, or damaged ones: {error}.") from error
 
 
 def _file(name: str) -> str:

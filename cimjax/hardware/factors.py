@@ -23,6 +23,11 @@ INT32 = 2**31 - 1
 _FEWEST, MOST_BITS = 2, 24
 
 
+def int32(values: np.ndarray, exponent: int = 0) -> np.ndarray:
+    """Real numbers in units of `2^exponent`, rounded; those that an int32 does not hold are cut off."""
+    return np.clip(np.rint(np.ldexp(values, -exponent)), -INT32, INT32).astype(np.int32)
+
+
 class Factors(NamedTuple):
     """What codes are multiplied by, (R, K, O), the sums of inputs, (R, O) or None, and what is added, (O,).
 
@@ -46,12 +51,8 @@ class Factors(NamedTuple):
 
     def in_units(self, exponent: int) -> Factors:
         """Rounded to units of `2^exponent`."""
-
-        def integers(values: np.ndarray) -> np.ndarray:
-            return np.clip(np.rint(np.ldexp(values, -exponent)), -INT32, INT32).astype(np.int32)
-
-        of_sums = None if self.of_sums is None else integers(self.of_sums)
-        return Factors(integers(self.of_codes), of_sums, integers(self.added), exponent)
+        of_sums = None if self.of_sums is None else int32(self.of_sums, exponent)
+        return Factors(int32(self.of_codes, exponent), of_sums, int32(self.added, exponent), exponent)
 
     def rounded(self, bits: int) -> Factors:
         """In units of the power of two by which the largest factor has so many bits, with its sign."""

@@ -101,7 +101,8 @@ def export(
     parts = [x[start : start + at_once] for start in range(0, len(x), at_once)]
     network, in_float32 = None, ""
     try:
-        network = integer_network(setup.model, state.variables, x[:_SEEN_BEFORE], factor_bits=factor_bits, **mode)
+        options = {"factor_bits": factor_bits, "frozen": layers, **mode}
+        network = integer_network(setup.model, state.variables, x[:_SEEN_BEFORE], **options)
         on_chip = [network(part) for part in parts]
     except NotIntegersError as error:
         in_float32 = str(error)

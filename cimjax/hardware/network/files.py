@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 
+from cimjax.hardware.export import FORMAT, index_of
 from cimjax.hardware.freeze import FrozenLayer
-from cimjax.hardware.network import operations
-from cimjax.hardware.network.operations import Arrays, IntegerNetwork, Step
+from cimjax.hardware.network.operations import Arrays, IntegerNetwork, Operation, Step
 
 INDEX, TABLES, VECTORS = "network.json", "network.npz", "network.vectors.npz"
-_FORMAT = 1
-_KINDS = {
-    kind.__name__.lower(): kind
-    for kind in (
-        *(operations.Entry, operations.Arrays, operations.Codes, operations.Add, operations.Limit, operations.Rescale),
-        *(operations.Product, operations.Reduce, operations.Window, operations.Join, operations.Rearrange),
-    )
-}
+_KINDS = {kind.__name__.lower(): kind for kind in get_args(Operation)}
 # Of a layer's tables what its network has otherwise.
 _OF_LAYER = ("factors", "constant_factors", "bias")
 
@@ -45,7 +37,7 @@ def write(network: IntegerNetwork, folder: Path, entries: Sequence[np.ndarray]) 
     integers = network.run(entries)
     np.savez_compressed(folder / VECTORS, **{str(number): each for number, each in enumerate(integers)})  # type: ignore[arg-type]
     described = {name: " ".join((kind.__doc__ or "").split()) for name, kind in _KINDS.items()}
-    index = {"format": _FORMAT, "operations": described, "steps": steps}
+    index = {"format": FORMAT, "operations": described, "steps": steps}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -60,14 +52,8 @@ def read(folder: str | Path, layers: Mapping[str, FrozenLayer]) -> IntegerNetwor
       ValueError: for a folder that has none, of another format, or with damaged files.
     """
     folder = Path(folder)
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        if index["format"] != _FORMAT:
-            raise ValueError(f"{folder / INDEX} has format {index['format']}; this version reads {_FORMAT}.")
-        with np.load(folder / TABLES) as tables:
-            steps = [_step(number, plain, tables, layers) for number, plain in enumerate(index["steps"])]
-    except (OSError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no network of `cimjax export`, or a damaged one: {error}.") from error
+    with index_of(folder / INDEX, "steps of a network") as index, np.load(folder / TABLES) as tables:
+        steps = [_step(number, plain, tables, layers) for number, plain in enumerate(index["steps"])]
     return IntegerNetwork(tuple(steps), _nothing_enters)
 
 

@@ -1,7 +1,7 @@
 """A network in integers: normalization and all steps folded into factors and thresholds (3.8 of the design).
 
-Values that are added to each other are in the same units, a power of two, chosen so that no accumulator leaves an int32
-whatever comes in. A layer's factors bring its result into the units of what it is added to; codes come by thresholds on
+Every sum has units of its own, a power of two, as fine as an int32 allows whatever comes in. A layer's factors bring
+its result into the units of what it is added to, and what comes in finer ones is shifted; codes come by thresholds on
 the integers, so that nothing is rounded for them.
 """
 
@@ -16,11 +16,11 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from cimjax.hardware.factors import INT32, MOST_BITS, check_bits, exponent_of_bits
+from cimjax.hardware.factors import INT32, MOST_BITS, check_bits, exponent_of_bits, int32
 from cimjax.hardware.freeze import MOST_ADC_BITS, FrozenLayer, factors_of, freeze
 from cimjax.hardware.network.nodes import Node, NotIntegersError
 from cimjax.hardware.network.operations import Add, Entry, IntegerNetwork, Join, Operation, Product, Rescale, Step
-from cimjax.hardware.network.rounding import adding, crossed, folded, function, int32, limits, moved, terms
+from cimjax.hardware.network.rounding import adding, crossed, folded, function, limits, moved, terms
 from cimjax.hardware.network.tracing import Graph, Layers
 from cimjax.hardware.network.units import Unit, Value, choose, ordered
 
@@ -33,7 +33,13 @@ _REARRANGED = ("pick", "pad", "reshape", "transpose")
 
 
 def integer_network(
-    model: nn.Module, variables: Mapping[str, Any], images: Any, *, factor_bits: int | None = None, **kwargs: Any
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: Any,
+    *,
+    factor_bits: int | None = None,
+    frozen: Mapping[str, FrozenLayer] | None = None,
+    **kwargs: Any,
 ) -> IntegerNetwork:
     """A network in integers from its first codes to its result.
 
@@ -46,6 +52,7 @@ def integer_network(
       images: (N, H, W, C), of the size that it is used on; what enters may be twice as large as with these.
       factor_bits: of the factors behind ADCs, with their sign, 2 to 24; None for 24. Where their accumulators have no
         room for as many, they have fewer.
+      frozen: what `cimjax.freeze` gives for this network, where it was done already.
       **kwargs: what `model.apply` takes besides, such as `train=False`.
 
     Raises:
@@ -55,7 +62,7 @@ def integer_network(
     """
     check_bits(factor_bits)
     images = _two_or_more(images)
-    layers = Layers(freeze(model, variables, images[:1], **kwargs))
+    layers = Layers(freeze(model, variables, images[:1], **kwargs) if frozen is None else frozen)
 
     def network(images: Any) -> Any:
         return model.apply(variables, images, **kwargs)
@@ -74,7 +81,7 @@ def integer_network(
         count = len(images)
         found = Graph(network, layers, _two_or_more(images)).entries
         arrays = [(np.asarray(found[place].fields["value"], np.float64)[:count], e) for place, e in places]
-        return [np.clip(np.rint(np.ldexp(array, -e)), -INT32, INT32).astype(np.int32) for array, e in arrays]
+        return [int32(array, e) for array, e in arrays]
 
     return IntegerNetwork(steps, enter)
 
@@ -224,7 +231,7 @@ class _Plan:
         def make(exponent: int, bounds: Sequence[int]) -> Operation:
             shift = max(0, exponent - unit_of_weights - value.exponent)
             integers = int32(np.ldexp(weights, value.exponent + shift - exponent))
-            return Product(shift, integers, int32(np.ldexp(added, -exponent)))
+            return Product(shift, integers, int32(added, exponent))
 
         return Value((value,), reach, Unit(reach * 1.05, least=least), make)
 

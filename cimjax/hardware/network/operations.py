@@ -28,9 +28,6 @@ class Entry:
     number: int
     largest: int
 
-    def __call__(self) -> np.ndarray:
-        raise NotImplementedError("an entry is given, not computed")
-
     def bound(self) -> int:
         return self.largest
 
@@ -276,12 +273,6 @@ class IntegerNetwork:
                 value = step.operation(*(found[number] for number in step.inputs))
             found.append(value.astype(np.int32))
         return found
-
-    @property
-    def layers(self) -> dict[str, FrozenLayer]:
-        """The layers in arrays by path, as they stand here: in units of what they are added to."""
-        found = [step.operation.layer for step in self.steps if isinstance(step.operation, Arrays)]
-        return {layer.name: layer for layer in found}
 
 
 def shifted(x: np.ndarray, shift: int) -> np.ndarray:

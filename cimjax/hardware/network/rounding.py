@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cimjax.hardware.factors import INT32, Factors, Reach
+from cimjax.hardware.factors import INT32, Factors, Reach, int32
 from cimjax.hardware.freeze import FrozenLayer
 from cimjax.hardware.network.nodes import Node
 from cimjax.hardware.network.operations import Arrays, Codes, Limit, Operation, Rearrange, Reduce, Window
@@ -34,7 +34,7 @@ def folded(layer: FrozenLayer, real: Factors, reach: Reach) -> Make:
 
 
 def limits(low: np.ndarray, high: np.ndarray) -> Make:
-    return lambda exponent, bounds: Limit(int32(np.ldexp(low, -exponent)), int32(np.ldexp(high, -exponent)))
+    return lambda exponent, bounds: Limit(int32(low, exponent), int32(high, exponent))
 
 
 def terms(node: Node) -> int:
@@ -80,7 +80,3 @@ def crossed(real: Callable[[np.ndarray], np.ndarray], bound: int, node: Node) ->
         reached = codes >= wanted
         high, low = np.where(reached, middle, high), np.where(reached, low, np.minimum(middle + 1, high))
     return Codes(np.minimum(high, INT32).T.astype(np.int32), sign, int(q_min), spacing)
-
-
-def int32(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), -INT32, INT32).astype(np.int32)
