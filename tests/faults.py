@@ -931,6 +931,13 @@ TRAINING = [
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(
+        "batch statistics are taken of one batch again and again",
+        "training/batch_norm.py",
+        "state.replace(step=state.step + 1), jax.tree.map",
+        "state, jax.tree.map",
+        ("test_batch_norm.py::test_many_batches_are_averaged_as_training_augments_them",),
+    ),
+    Fault(
         "images that pad a batch count",
         "training/train_step.py",
         "jnp.sum(right & real)",

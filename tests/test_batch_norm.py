@@ -15,7 +15,8 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.training.batch_norm import reestimated, statistics_of
-from cimjax.training.experiment import build
+from cimjax.training.batches import batches_of
+from cimjax.training.experiment import Experiment, build
 from cimjax.training.train_step import Setup
 
 
@@ -56,20 +57,51 @@ def test_they_are_those_of_the_batch_whatever_the_rate() -> None:
     np.testing.assert_allclose(found["BatchNorm_1"]["var"], jnp.var(before, 0), rtol=1e-3, atol=1e-6)
 
 
-def test_many_batches_are_averaged_and_none_leaves_the_state_as_it_is() -> None:
-    experiment = build(few(batch_norm_images=200, batch_size=64), model=Normalised())
+def retaken(**fields: Any) -> tuple[Experiment, Any]:
+    """A run, and the statistics of its first layer that are taken anew of its first state."""
+    experiment = build(few(**fields), model=Normalised())
+    batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices)
     state = experiment.uncalibrated_state()
-    found = reestimated(experiment, state).collections["batch_stats"]["BatchNorm_0"]
-    images = experiment.training_images(192)
-    np.testing.assert_allclose(found["mean"], np.mean(images), rtol=1e-4, atol=1e-6)
-    parts = [np.var(part) for part in np.split(np.asarray(images), 3)]
+    found = reestimated(experiment, state, batches)
+    assert found.step == state.step and (found is state) == (not fields["batch_norm_images"])
+    return experiment, found.collections["batch_stats"]["BatchNorm_0"]
+
+
+def first_batches(experiment: Experiment, count: int) -> list[np.ndarray]:
+    """The images of the first so many steps, as training sees them."""
+    batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices)
+    state = experiment.uncalibrated_state()
+    return [
+        np.asarray(batches.batch(batches.feed(step, 1), state.replace(step=jnp.int32(step)), 0, None).images)
+        for step in range(count)
+    ]
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_many_batches_are_averaged_as_training_augments_them(place: str) -> None:
+    augment = {"shift": 3, "flip": True}
+    experiment, found = retaken(batch_norm_images=200, batch_size=64, augment=augment, images_on=place)
+    seen = first_batches(experiment, 3)
+    np.testing.assert_allclose(found["mean"], np.mean(seen), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["var"], np.mean([np.var(batch) for batch in seen]), rtol=1e-4)
+    # The edges that shifts bring in are black.
+    _, plain = retaken(batch_norm_images=200, batch_size=64, augment={"shift": 0, "flip": True}, images_on=place)
+    assert found["mean"] < plain["mean"] - 0.1
+
+
+def test_there_are_no_more_of_them_than_of_an_epoch_and_none_for_0() -> None:
+    experiment, found = retaken(batch_norm_images=10**9, batch_size=600)
+    assert experiment.steps_per_epoch == 2
+    np.testing.assert_allclose(found["mean"], np.mean(first_batches(experiment, 2)), rtol=1e-4, atol=1e-6)
+    retaken(batch_norm_images=0)
+
+
+def test_a_batch_that_is_computed_in_parts_has_the_mean_of_theirs() -> None:
+    experiment, found = retaken(batch_norm_images=64, batch_size=64, optimizer={"accumulate": 32})
+    (batch,) = first_batches(experiment, 1)
+    parts = [np.var(part) for part in np.split(batch, 32)]
     np.testing.assert_allclose(found["var"], np.mean(parts), rtol=1e-4)
-    assert reestimated(build(few(), model=Normalised()), state) is state
-    # No more than there are.
-    every = build(few(batch_norm_images=10**9, batch_size=600), model=Normalised())
-    found = reestimated(every, state).collections["batch_stats"]["BatchNorm_0"]
-    whole = len(every.dataset.train) // 600 * 600
-    np.testing.assert_allclose(found["mean"], np.mean(every.training_images(whole)), rtol=1e-4, atol=1e-6)
+    assert abs(np.mean(parts) - np.var(batch)) > 1e-3 * np.var(batch)
 
 
 def test_a_run_ends_with_them(tmp_path: Path) -> None:

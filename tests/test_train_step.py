@@ -237,12 +237,13 @@ class Plain(nn.Module):
 def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
     """Losses of three steps, evaluation and what the program gathers, on so many devices."""
     from cimjax.training import parallel
+    from cimjax.training.batch_norm import reestimated
     from cimjax.training.evaluate import Evaluator
     from cimjax.training.programs import Programs
 
     devices = jax.devices()[:count]
     jax.devices = lambda: devices
-    fields = {"parallel": way, "mixup": 0.2, "images_on": images_on}
+    fields = {"parallel": way, "mixup": 0.2, "images_on": images_on, "batch_norm_images": 16}
     chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=4.0, **fields)
     experiment = build(chosen, model=Plain(), dataset=images())
     assert experiment.devices.count == count and parallel.AXIS
@@ -257,7 +258,11 @@ def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
         state, metrics = programs(state, step, 1)
         losses.append(float(metrics["loss"][0]))
     found = Evaluator(experiment, experiment.dataset.test)(state)
-    statistics = [float(x) for x in jax.tree.leaves(jax.device_get(state.collections))[0]]
+    means = [
+        [float(x) for x in jax.tree.leaves(jax.device_get(each.collections))[0]]
+        for each in (state, reestimated(experiment, state, batches))
+    ]
+    statistics = means[0] + means[1]
     return {"losses": losses, "evaluated": found, "statistics": statistics, "gathered": gathered}
 
 

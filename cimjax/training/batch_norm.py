@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
-from cimjax.core.programs.cpu import compiler_options
+from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment
 from cimjax.training.state import TrainState
 from cimjax.training.train_step import Setup, step_rngs
@@ -18,31 +18,40 @@ from cimjax.training.train_step import Setup, step_rngs
 STATISTICS = "batch_stats"
 
 
-def reestimated(experiment: Experiment, state: TrainState) -> TrainState:
-    """The state with the mean of the statistics of `config.batch_norm_images` training images, in whole batches,
-    instead of the running ones; as it is for 0 images.
+def reestimated(experiment: Experiment, state: TrainState, batches: Batches) -> TrainState:
+    """The state with the mean of the statistics of `config.batch_norm_images` training images, in whole batches and of
+    one epoch at most, instead of the running ones; as it is for 0 images.
+
+    The images are those of the steps that training would make next, augmented as it augments them: a network is used to
+    these, and loses points of accuracy with the statistics of images as they are (docs/accuracy.md).
 
     Running statistics lag behind weights, and more so behind weights that jump between codes. Source: Nagel et al.,
     "Overcoming oscillations in quantization-aware training", ICML 2022, section 4.
     """
-    wanted = experiment.config.batch_norm_images
+    wanted, per_epoch = experiment.config.batch_norm_images, experiment.steps_per_epoch
     if not wanted:
         return state
-    there = len(experiment.dataset.train)
-    size = min(experiment.config.batch_size, there)
-    setup, firsts = experiment.setup_on_one_device(), range(0, max(1, min(wanted, there) // size) * size, size)
-    measure = jax.jit(lambda state, images: statistics_of(setup, state, images), compiler_options=compiler_options())
-    # Every process measures the same by itself.
-    devices, here = experiment.devices, experiment.devices.here(state)
-    each = (measure(here, experiment.training_images(size, first)) for first in firsts)
-    total = functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), each)
-    found = jax.tree.map(lambda value: value / len(firsts), total)
-    devices.require_same("statistics of batch normalisation", found)
-    return state.replace(collections={**state.collections, STATISTICS: devices.put(found)})
+    count = min(max(1, wanted // experiment.config.batch_size), per_epoch)
+    setup, devices = experiment.setup_in((experiment.total_steps - 1) // per_epoch), experiment.devices
+
+    def add(so_far: tuple[TrainState, Any], feed: Any) -> tuple[TrainState, Any]:
+        state, total = so_far
+        found = statistics_of(setup, state, batches.batch(feed, state, 0, setup.axis_name).images)
+        if setup.axis_name is not None:
+            found = lax.pmean(found, setup.axis_name)
+        return state.replace(step=state.step + 1), jax.tree.map(lambda value, new: value + new / count, total, found)
+
+    add, first = devices.spread(add, batches.spread), int(devices.here(state.step))
+    running = state.collections[STATISTICS]
+    so_far = state, devices.put(jax.tree.map(lambda value: np.zeros(value.shape, value.dtype), running))
+    for step in range(first, first + count):
+        so_far = add(so_far, batches.feed(step, 1))
+    return state.replace(collections={**state.collections, STATISTICS: so_far[1]})
 
 
 def statistics_of(setup: Setup, state: TrainState, images: Array) -> Any:
-    """The statistics of one batch, of the structure of the running ones.
+    """The statistics of one batch, of the structure of the running ones; the mean of its parts where training computes
+    it in parts.
 
     What a batch does to running statistics is linear, `m old + (1 - m) its own`, so that two updates tell both `m` and
     its own, whatever layers have for `m`.
@@ -52,16 +61,22 @@ def statistics_of(setup: Setup, state: TrainState, images: Array) -> Any:
     """
     running = state.collections[STATISTICS]
 
-    def updated(start: float) -> Any:
+    def updated(start: float, part: Array) -> Any:
         before = {**state.collections, STATISTICS: jax.tree.map(lambda value: jnp.full_like(value, start), running)}
         variables, rngs = {"params": state.params, **before}, step_rngs(setup, state)
-        return setup.apply(variables, images, train=True, mutable=list(before), rngs=rngs)[1][STATISTICS]
+        return setup.apply(variables, part, train=True, mutable=list(before), rngs=rngs)[1][STATISTICS]
 
     def own(from_zero: Array, from_one: Array, old: Array) -> Array:
         part = 1 - (from_one - from_zero)
         return jnp.where(part > 0, from_zero / jnp.where(part > 0, part, 1), old)
 
-    return jax.tree.map(own, updated(0.0), updated(1.0), running)
+    def of_part(part: Array) -> Any:
+        return jax.tree.map(own, updated(0.0, part), updated(1.0, part), running)
+
+    if setup.accumulate == 1:
+        return of_part(images)
+    parts = images.reshape(setup.accumulate, -1, *images.shape[1:])
+    return jax.tree.map(lambda value: jnp.mean(value, 0), lax.map(of_part, parts))
 
 
 def check_statistics(experiment: Experiment) -> None:

@@ -118,13 +118,8 @@ class Experiment:
 
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
-        return self.training_images(self.config.calibration_images)
-
-    def training_images(self, count: int, first: int = 0) -> Array:
-        """So many of the training images, or all, without the `first` ones: always the same ones of a seed, not
-        augmented, (n, H, W, C)."""
         key = jax.random.fold_in(self.key, 4)
-        chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[first : first + count]
+        chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[: self.config.calibration_images]
         return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
     def first_state(self, given: Given | None = None) -> tuple[TrainState, Reports]:

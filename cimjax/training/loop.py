@@ -83,7 +83,7 @@ class Run:
                     self.tell.adcs_on()
             state, step = self._epoch(state, step, min(total, (epoch + 1) * per_epoch))
             if step == total:
-                state = reestimated(experiment, state)
+                state = reestimated(experiment, state, self.batches)
             records, stopping = self._after_epoch(state, step, epoch + 1)
             if self.folder.in_bucket:
                 self.checkpoints.wait()  # what is copied there after an epoch is whole

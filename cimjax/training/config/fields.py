@@ -229,7 +229,7 @@ SECTIONS: dict[str, tuple[Field, ...]] = {
             "batch_norm_images",
             0,
             _whole(),
-            "training images that statistics of batch normalisation are taken of after the last epoch; 0: running ones",
+            "augmented training images whose statistics batch normalisation has after the last epoch; 0: running ones",
         ),
         Field("ema", 0.0, _PART, "decay of the average of weights, less at first; 0: none"),
         Field("teacher", "", TEXT, "a trained run whose probabilities are learned as well; empty: none"),
