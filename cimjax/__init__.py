@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cimjax.hardware.freeze import FrozenLayer, freeze
     from cimjax.hardware.network.fold import integer_network
     from cimjax.hardware.network.operations import IntegerNetwork
+    from cimjax.nn.batch_norm import update_batch_norm
     from cimjax.nn.calibrate import calibrate, without_calibration
     from cimjax.nn.calibration_warnings import CalibrationWarning
     from cimjax.nn.convert import convert_network
@@ -49,6 +50,7 @@ _HOMES = {
     "cimjax.core.conv": ("cim_conv", "cim_dense"),
     "cimjax.core.programs.cpu": ("compiler_options",),
     "cimjax.nn.layers": ("CIMConv", "CIMDense", "Quantize"),
+    "cimjax.nn.batch_norm": ("update_batch_norm",),
     "cimjax.nn.calibrate": ("calibrate", "without_calibration"),
     "cimjax.nn.convert": ("convert_network",),
     "cimjax.nn.calibration_warnings": ("CalibrationWarning",),
@@ -78,6 +80,7 @@ __all__ = [  # noqa: RUF022 (in the order in which a reader meets them)
     "calibrate",
     "without_calibration",
     "CalibrationWarning",
+    "update_batch_norm",
     "cim_conv",
     "cim_dense",
     "StepSizes",

@@ -33,6 +33,8 @@ if __name__ == "__main__":
     cimjax.train(config, model=Theirs(), workdir="runs/theirs")
     trained = cimjax.load("runs/theirs", model=Theirs())
     accuracy = {}
+    # Batch normalisation has the statistics of what comes out of the arrays, also where nothing is trained.
+    config.batch_norm_images = 1400
     for epochs in (0.0, 10.0):
         config.epochs = epochs
         result = cimjax.train(config, model=chip, variables=trained, workdir=f"runs/theirs-in-arrays-{epochs:.0f}")

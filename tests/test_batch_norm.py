@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,71 @@ def test_a_network_without_statistics_is_refused_in_one_line(tmp_path: Path) -> 
 
     with pytest.raises(ValueError, match=r"^`config.batch_norm_images` is 9, but the network keeps no [^\n]*$"):
         cimjax.train(few(batch_norm_images=9), model=Plain(), workdir=tmp_path, display=quiet())
+
+
+IMAGES = 3.0 + 2.0 * jax.random.normal(jax.random.key(0), (60, 8, 8, 1))
+
+
+def test_a_network_is_given_those_of_batches_weighted_by_their_images() -> None:
+    model = Normalised()
+    variables = model.init(jax.random.key(1), IMAGES)
+    found = cimjax.update_batch_norm(model, variables, (part for part in (IMAGES[:40], IMAGES[40:])), train=True)
+    assert found["params"] is variables["params"]
+    of_first = found["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(of_first["mean"], np.mean(IMAGES), rtol=1e-5)
+    weighted = (2 * np.var(IMAGES[:40]) + np.var(IMAGES[40:])) / 3
+    np.testing.assert_allclose(of_first["var"], weighted, rtol=1e-4)
+    # What it makes of these images is normalised.
+    logits = model.apply(found, IMAGES)
+    np.testing.assert_allclose(logits.mean(0), 0, atol=0.1)
+    # And the running ones play no part.
+    again = cimjax.update_batch_norm(model, found, [IMAGES[:40], IMAGES[40:]], train=True)
+    chex.assert_trees_all_close(again, found, rtol=1e-4, atol=1e-6)
+
+
+def test_after_calibration_a_network_of_low_bit_adcs_is_normalised_again() -> None:
+    spec = cimjax.CIMSpec(adc=cimjax.ADCSpec(bits=1), array=cimjax.ArraySpec(rows=16))
+    images = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            x = cimjax.CIMConv(8, (3, 3), spec=spec)(x)
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+    variables = Net().init(jax.random.key(1), images)
+    found = cimjax.update_batch_norm(Net(), cimjax.calibrate(Net(), variables, images), [images], train=True)
+    result = Net().apply(found, images)
+    np.testing.assert_allclose(result.mean((0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(result.std((0, 1, 2)), 1, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "model,batches,switch,message",
+    [
+        (Normalised(), [], {"train": True}, "`batches` has no batch; give an iterable"),
+        (Normalised(), IMAGES, {"train": True}, r"`batches` is one array, of shape \(60, 8, 8, 1\); give a list"),
+        (Normalised(), [IMAGES], {}, "no statistic follows the batch; give the switch"),
+        (nn.Dense(3), [IMAGES], {}, "`variables` have no `batch_stats`"),
+    ],
+)
+def test_what_cannot_be_updated_is_refused_in_one_line(
+    model: nn.Module, batches: Any, switch: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^{message}[^\n]*$"):
+        cimjax.update_batch_norm(model, model.init(jax.random.key(0), IMAGES), batches, **switch)
+
+
+def test_a_network_that_is_not_trained_has_them_too(tmp_path: Path) -> None:
+    cimjax.train(few(), workdir=tmp_path / "whole", display=quiet())
+    results = {
+        images: cimjax.train(
+            few(epochs=0.0, batch_norm_images=images, spec={"adc": {"bits": 1}}),
+            workdir=tmp_path / str(images),
+            variables=cimjax.load(tmp_path / "whole"),
+            display=quiet(),
+        )
+        for images in (0, 1000)
+    }
+    assert results[1000].loss < results[0].loss
+    assert cimjax.evaluate(tmp_path / "1000")["loss"] == results[1000].loss

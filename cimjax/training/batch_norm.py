@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from cimjax.nn.batch_norm import STATISTICS, batch_statistics
 from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment
 from cimjax.training.state import TrainState
 from cimjax.training.train_step import Setup, step_rngs
-
-# The collection in which `flax.linen.BatchNorm` keeps running statistics.
-STATISTICS = "batch_stats"
 
 
 def reestimated(experiment: Experiment, state: TrainState, batches: Batches) -> TrainState:
@@ -32,7 +30,7 @@ def reestimated(experiment: Experiment, state: TrainState, batches: Batches) -> 
     if not wanted:
         return state
     count = min(max(1, wanted // experiment.config.batch_size), per_epoch)
-    setup, devices = experiment.setup_in((experiment.total_steps - 1) // per_epoch), experiment.devices
+    setup, devices = experiment.setup_in(max(0, experiment.total_steps - 1) // per_epoch), experiment.devices
 
     def add(so_far: tuple[TrainState, Any], feed: Any) -> tuple[TrainState, Any]:
         state, total = so_far
@@ -53,25 +51,12 @@ def statistics_of(setup: Setup, state: TrainState, images: Array) -> Any:
     """The statistics of one batch, of the structure of the running ones; the mean of its parts where training computes
     it in parts.
 
-    What a batch does to running statistics is linear, `m old + (1 - m) its own`, so that two updates tell both `m` and
-    its own, whatever layers have for `m`.
-
     Args:
       images: (N, H, W, C) float32, normalised.
     """
-    running = state.collections[STATISTICS]
-
-    def updated(start: float, part: Array) -> Any:
-        before = {**state.collections, STATISTICS: jax.tree.map(lambda value: jnp.full_like(value, start), running)}
-        variables, rngs = {"params": state.params, **before}, step_rngs(setup, state)
-        return setup.apply(variables, part, train=True, mutable=list(before), rngs=rngs)[1][STATISTICS]
-
-    def own(from_zero: Array, from_one: Array, old: Array) -> Array:
-        part = 1 - (from_one - from_zero)
-        return jnp.where(part > 0, from_zero / jnp.where(part > 0, part, 1), old)
 
     def of_part(part: Array) -> Any:
-        return jax.tree.map(own, updated(0.0, part), updated(1.0, part), running)
+        return batch_statistics(setup.apply, state.variables, part, train=True, rngs=step_rngs(setup, state))[0]
 
     if setup.accumulate == 1:
         return of_part(images)

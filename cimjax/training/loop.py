@@ -67,6 +67,8 @@ class Run:
         if step and self.checkpoints.latest_step() is None:
             self._save(state, step)  # taken over from another run
         records: dict[str, Any] = {}
+        if not total:
+            state = reestimated(experiment, state, self.batches)
         while step < total:
             epoch = step // per_epoch
             if step == epoch * per_epoch and experiment.sets_adcs_before(epoch):
