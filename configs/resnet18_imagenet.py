@@ -25,8 +25,8 @@ device and batch.
 Numbers are float32 throughout (weights, optimizer, batch normalisation and its statistics, losses, partial sums after
 the product); only the products of codes have bfloat16 operands, on GPUs and TPUs, where these hold every code exactly.
 
-Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
-`--config.ideal_share=0.0` is the paper's single stage.
+Deviations: every ADC has an offset, and weight steps start by least squares (docs/design.md); the first half of the
+epochs has ideal ADCs, then their steps are set from data (docs/ablation.md). `:scheme=column` is the paper's own.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
 90.21 % for column/column and 90.70 % in full precision; no full-length run of this file has been made yet. Shortcuts
 are He et al.'s option A.
 
-Deviation: the first half of the epochs has ideal ADCs, then their steps are set from data (docs/ablation.md);
-`--config.ideal_share=0.0` is the paper's single stage.
+Deviations: every ADC has an offset, and weight steps start by least squares (docs/design.md); the first half of the
+epochs has ideal ADCs, then their steps are set from data (docs/ablation.md). `:scheme=column` is the paper's own.
 """
 
 from __future__ import annotations

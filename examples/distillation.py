@@ -24,6 +24,6 @@ def loss_fn(logits: jax.Array, batch: cimjax.Batch) -> jax.Array:
 
 
 config = load_config(f"{Path(__file__).parents[1] / 'configs' / 'digits.py'}:adc_bits=2")
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.lion(optax.cosine_decay_schedule(1e-3, 900)))
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.lion(optax.cosine_decay_schedule(1e-3, 1100)))
 result = cimjax.train(config, workdir="runs/student", variables=teacher, loss_fn=loss_fn, optimizer=optimizer)
 print(f"{result.accuracy:.2%}")

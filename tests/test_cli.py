@@ -166,7 +166,10 @@ MISUSES_OF_TRAIN = [
     ("--config.epochs=1" + "0" * 400, "`config.epochs` is 10000"),
     ("--config.epochs=1" + "0" * 5000, "; give a number from 0 to 2147483647."),
     ("--config.seed=2147483648", "`config.seed` is 2147483648; give a whole number"),
-    ("--config.rules=" + 10_000 * "(", "; give a tuple of pairs (pattern of paths, specification or None)."),
+    (
+        "--config.rules=" + 10_000 * "(",
+        "; give a tuple of pairs (pattern of paths, specification or None), as in (('conv1', None),).",
+    ),
     ("--config.rules=" + 10_000 * "-" + "1", "; give a tuple of pairs"),
     ("--config." + 10_000 * "a." + "=1", "unknown field config.a.a."),
     ("--config.rules=3", "`config.rules` is 3; give a tuple of pairs"),

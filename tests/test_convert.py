@@ -256,6 +256,39 @@ def test_a_run_of_full_precision_goes_on_in_arrays(tmp_path: Any) -> None:
     assert cimjax.evaluate(tmp_path / "chip", model=chip)["accuracy"] == result.accuracy
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda chip, trained: chip.apply(trained, IMAGES),
+        lambda chip, trained: cimjax.freeze(chip, trained, IMAGES),
+        lambda chip, trained: cimjax.integer_network(chip, trained, IMAGES),
+    ],
+    ids=["apply", "freeze", "integer_network"],
+)
+def test_variables_without_steps_are_refused_in_one_line(use: Any) -> None:
+    chip = cimjax.convert_network(InSetup(**PLAIN), SPEC)
+    trained = InSetup(**PLAIN).init(KEY, IMAGES)
+    line = r"^`stem` has no `\w+_log_step` in these variables: its steps were never set; call cimjax\.calibrate\("
+    with pytest.raises(ValueError, match=line):
+        use(chip, trained)
+
+
+def test_a_tensor_that_is_quantized_once_needs_its_step() -> None:
+    with pytest.raises(ValueError, match=r"^`Quantize` has no `log_step` in these variables"):
+        cimjax.Quantize().apply({}, IMAGES)
+
+
+def test_a_rule_that_names_no_layer_is_told_of() -> None:
+    trained = InSetup(**PLAIN).init(KEY, IMAGES)
+    chip = cimjax.convert_network(InSetup(**PLAIN), SPEC, rules=[("stm", None), ("head", None), ("head|again", None)])
+    line = (
+        r"^`rules` has the pattern 'stm', which names no layer that is left to it; the layers are stem, again, head\.$"
+    )
+    with pytest.warns(cimjax.CalibrationWarning, match=line):
+        variables = cimjax.calibrate(chip, trained, IMAGES)
+    assert sorted(variables["params"]["head"]) == ["bias", "kernel"]
+
+
 def test_a_converted_network_is_frozen() -> None:
     chip = cimjax.convert_network(InSetup(**PLAIN), SPEC)
     variables = chip.init(KEY, IMAGES)

@@ -35,6 +35,7 @@ NAMES = [option.name for option in CIM_OPTIONS]
 REFUSED = [
     ("wieght=layer", r"unknown option 'wieght' \(did you mean 'weight'\?\); known: scheme, training, .*, smoke\."),
     ("xyz=red", r"unknown option 'xyz'; known: scheme, training, "),
+    ("epochs=3", r"unknown option 'epochs', which is a field and named config\.epochs; known: scheme, training, "),
     ("weight=colum", r"weight is 'colum' \(did you mean 'column'\?\); allowed: layer, array, column, none\."),
     ("psum=row", r"psum is 'row'; allowed: layer, array, column, none\."),
     ("weight=Layer", r"weight is 'Layer' \(did you mean 'layer'\?\)"),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cimjax.hardware.survey import Layer
-from cimjax.nn.rules import Rules, rules_without_layer
 from cimjax.spec import ADCSpec, StepKind
 
 # When to name the better cut: it needs at most this part of the reads.
@@ -16,16 +15,6 @@ FEWER_READS = 0.75
 def on_design(layers: Sequence[Layer]) -> list[str]:
     """What the layers of a network waste, or have against their purpose."""
     return [*_idle_rows(layers), *_offsets_of_fixed_adcs(layers)]
-
-
-def on_rules(rules: Rules, layers: Sequence[Layer]) -> list[str]:
-    """Rules that change no layer, as those do in which a path is misspelt."""
-    names = [layer.name for layer in layers]
-    return [
-        f"`rules` has the pattern {pattern!r}, which names no layer that is left to it; the layers are "
-        f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-        for pattern in rules_without_layer(rules, names)
-    ]
 
 
 def _idle_rows(layers: Sequence[Layer]) -> list[str]:

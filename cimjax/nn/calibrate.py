@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.calibration.steps import KINDS
-from cimjax.nn.calibration_warnings import name_of, tell
+from cimjax.nn.calibration_warnings import name_of, tell, tell_rules
 from cimjax.nn.parameters import trained_as
 from cimjax.spec.base import shown
 
@@ -30,6 +30,8 @@ from cimjax.spec.base import shown
 _RECORD = "calibration_record"
 # The parameters by which layers with steps are found: of an array layer, and the only one of a `Quantize`.
 _OF_ARRAYS, _OF_QUANTIZE = "weight_log_step", "log_step"
+# Where a class that `convert_network` made has the rules by which it was made.
+RULES_OF_ARRAYS = "rules_of_arrays"
 # The name under which a scope counts its passes, beside its random numbers.
 _PASSES = "cimjax_passes"
 
@@ -77,12 +79,32 @@ def calibrate(
 
     Warns:
       CalibrationWarning: for each layer whose steps cannot be good: much of the input lost, an input that is the same
-        everywhere, ADC steps or weights of which nothing was seen; or whose steps were not set at all.
+        everywhere, ADC steps or weights of which nothing was seen; or whose steps were not set at all. And for a rule
+        of `convert_network` that names no layer.
     """
-    variables, reports = calibrate_and_report(model, variables, *args, kinds=kinds, kept=kept, **kwargs)
+    with _paths_of_layers() as paths:
+        variables, reports = calibrate_and_report(model, variables, *args, kinds=kinds, kept=kept, **kwargs)
+    tell_rules(getattr(model, RULES_OF_ARRAYS, ()), paths)
     for name, report in reports.items():
         tell(name, report)
     return variables
+
+
+@contextlib.contextmanager
+def _paths_of_layers() -> Iterator[list[str]]:
+    """The paths of all layers with a kernel that are called inside, in order."""
+    found: dict[str, None] = {}
+
+    def call(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result, layer = run(*args, **kwargs), context.module
+        if context.method_name == "__call__" and layer.scope is not None and layer.has_variable("params", "kernel"):
+            found["/".join(layer.path)] = None
+        return result
+
+    paths: list[str] = []
+    with nn.intercept_methods(call):
+        yield paths
+    paths.extend(found)
 
 
 def calibrate_and_report(

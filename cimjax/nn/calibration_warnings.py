@@ -6,8 +6,9 @@ import contextlib
 import functools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -101,6 +102,14 @@ def _sentences(report: CalibrationReport) -> Iterator[tuple[str, str]]:
             f"{report.empty:,} of its weight steps have weights of 0 alone and stay at 1; set them once the weights "
             f"are there: {again}.",
         )
+
+
+def tell_rules(rules: Any, paths: Sequence[str]) -> None:
+    """Warn of rules of a converted network that name none of its layers, which are at `paths`."""
+    from cimjax.nn.rules import on_rules  # which imports the layers, and they this
+
+    for line in on_rules(rules, paths):
+        warnings.warn(line, CalibrationWarning, stacklevel=level_of_caller())
 
 
 def name_of(module: nn.Module) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 
+from cimjax.nn.calibrate import RULES_OF_ARRAYS
 from cimjax.nn.layers import CIMConv, CIMDense
 from cimjax.nn.rules import Rules, check_rules, decided
 from cimjax.spec import CIMSpec, Execution
@@ -26,7 +27,6 @@ _IN_ARRAYS: Mapping[type[nn.Module], type[CIMConv | CIMDense]] = {nn.Conv: CIMCo
 _WITHOUT_MEANING = ("precision", "parent", "name")
 # How the layers of the network that is called are built: a part of what every trace depends on, as of `nn.jit`.
 _converting = jax.make_user_context(None)
-
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -57,8 +57,8 @@ def convert_network(
     Args:
       network: a Flax module of the caller's own, not bound to variables.
       spec: what to build of every layer; None to leave in full precision those that no rule names.
-      rules: (pattern, specification or None) pairs; the first pattern that matches a layer's whole path,
-        "block1/conv2", decides.
+      rules: (pattern, specification or None) pairs; the first pattern, a regular expression, that matches a layer's
+        whole path, "block1/conv2", decides. `calibrate` warns of one that decides nothing.
       execution: by which program; changes no result.
 
     Raises:
@@ -117,7 +117,8 @@ def _class_in_arrays(network: type[nn.Module], spec: CIMSpec | None, rules: Rule
         for name, method in inspect.getmembers(network, inspect.isfunction)
         if is_entered(name, method)
     }
-    return type(network.__name__, (network,), {"__doc__": network.__doc__, "__module__": network.__module__, **methods})
+    about = {"__doc__": network.__doc__, "__module__": network.__module__, RULES_OF_ARRAYS: rules}
+    return type(network.__name__, (network,), {**about, **methods})
 
 
 def _in_arrays(layer: nn.Module, spec: CIMSpec, execution: Execution, *, parent: Any) -> Any:

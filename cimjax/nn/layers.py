@@ -27,7 +27,7 @@ from cimjax.core.window import Padding, PerAxis, Window
 from cimjax.nn.calibrate import kinds_to_set, make_room, refuse_unknown, set_steps
 from cimjax.nn.calibration_warnings import level_of_caller, name_of
 from cimjax.nn.ideal import as_asked
-from cimjax.nn.parameters import PARAMETERS
+from cimjax.nn.parameters import PARAMETERS, lacks_step, stored_shapes
 from cimjax.spec import ActivationSpec, CIMSpec, Execution, StepKind
 
 # The collection in which layers leave the `ADCStatistics` of their ADCs when it is mutable.
@@ -56,6 +56,7 @@ class Quantize(nn.Module):
         first, log_step = not self.has_variable("params", "log_step"), None
         if self.spec.step != StepKind.FIXED:
             make_room(self, "log_step", ())
+            _require_step(self, "log_step")
             log_step = self.param("log_step", nn.initializers.zeros, (), jnp.float32)
         if (kinds := kinds_to_set(self)) is not None:
             found = log_step
@@ -134,14 +135,12 @@ class ArrayLayer(nn.Module):
     @nn.nowrap
     def _declare(self, shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSizes:
         """Parameters of every step, at a real step of 1 and an offset of 0 until they are set from data."""
-        if not has_step or spec.activation.step == StepKind.FIXED:
-            shapes = shapes._replace(activation=None)
-        if spec.adc is not None and spec.adc.step == StepKind.FIXED:
-            shapes = shapes._replace(psum=None, reference=None)
+        shapes = stored_shapes(shapes, spec, has_step=has_step)
         stored = []
         for name, shape in zip(PARAMETERS, shapes, strict=True):
             if shape is not None:
                 make_room(self, name, shape)
+                _require_step(self, name)
             stored.append(None if shape is None else self.param(name, nn.initializers.zeros, shape, jnp.float32))
         return StepSizes(*stored)
 
@@ -152,6 +151,12 @@ class ArrayLayer(nn.Module):
         if not self.has_rng("variation") and not self.is_initializing():
             raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
         return self.make_rng("variation")
+
+
+def _require_step(module: nn.Module, name: str) -> None:
+    """Refuse variables in which a step is missing that would not be set now either."""
+    if not (module.has_variable("params", name) or module.is_mutable_collection("params")):
+        raise lacks_step(name_of(module), name)
 
 
 def require_real(x: Any, name: str) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 from cimjax.core import step_sizes
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import tile
-from cimjax.spec import CIMSpec
+from cimjax.spec import CIMSpec, StepKind
 
 # The parameter that stores each field of `StepSizes`.
 PARAMETERS = StepSizes(
@@ -37,9 +37,35 @@ STEP_KINDS = {
 }
 
 
+def stored_shapes(shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSizes:
+    """Of the `shapes` of all steps those that a layer stores; others are None.
+
+    Args:
+      has_step: whether the step of its input is the layer's own.
+    """
+    if not has_step or spec.activation.step == StepKind.FIXED:
+        shapes = shapes._replace(activation=None)
+    if spec.adc is not None and spec.adc.step == StepKind.FIXED:
+        shapes = shapes._replace(psum=None, reference=None)
+    return shapes
+
+
+def lacks_step(layer: str, step: str) -> ValueError:
+    """What is wrong with variables of full precision where those of arrays are needed."""
+    return ValueError(
+        f"`{layer}` has no `{step}` in these variables: its steps were never set; call "
+        "cimjax.calibrate(model, variables, images) first."
+    )
+
+
 def steps_of_layer(params: Mapping[str, Any], name: str, kernel_shape: tuple[int, ...], spec: CIMSpec) -> StepSizes:
     """The real steps of an array layer, from the parameters of its network by path ("conv1/kernel")."""
     tiling = tile(kernel_shape, spec)
+    # An input of codes brings their step, and the layer stores none.
+    needed = stored_shapes(step_sizes.shapes(tiling, spec), spec, has_step=False)
+    for step, shape in zip(PARAMETERS, needed, strict=True):
+        if shape is not None and f"{name}/{step}".lstrip("/") not in params:
+            raise lacks_step(name, step)
     stored = StepSizes(*(params.get(f"{name}/{step}".lstrip("/")) for step in PARAMETERS))
     # Factors of gradients change no value.
     factors = step_sizes.gradient_factors(tiling, spec, 1, 1)

@@ -111,3 +111,12 @@ def rules_without_layer(rules: Rules, paths: Iterable[str]) -> list[str]:
             idle.append(pattern)
         paths = left
     return idle
+
+
+def on_rules(rules: Rules, paths: Sequence[str]) -> list[str]:
+    """A line for each rule that changes none of the layers at `paths`, as those do in which a path is misspelt."""
+    return [
+        f"`rules` has the pattern {shown(pattern)}, which names no layer that is left to it; the layers are "
+        f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}."
+        for pattern in rules_without_layer(rules, paths)
+    ]

@@ -81,7 +81,7 @@ def _several(kind: Kind, words: str, least: int = 0) -> Kind:
     def accepts(value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) >= least and all(map(kind.accepts, value))
 
-    return Kind(f"give a tuple of {words}", "", accepts, lambda value: tuple(map(kind.stored, value)))
+    return Kind(f"give a tuple of {words}", kind.short, accepts, lambda value: tuple(map(kind.stored, value)))
 
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
@@ -130,7 +130,7 @@ _SPEC = Kind(
     "give a group of fields or None", "", lambda value: value is None or isinstance(value, Mapping), _checked_spec
 )
 _RULES = Kind(
-    "give a tuple of pairs (pattern of paths, specification or None)",
+    "give a tuple of pairs (pattern of paths, specification or None), as in (('conv1', None),)",
     "",
     lambda value: isinstance(value, list | tuple),
     _checked_rules,

@@ -244,6 +244,10 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
             )
         if name not in table:
             meant = nearest(name, table, otherwise_all=False)
+            from cimjax.training.config.fields import FIELDS
+
+            if name in FIELDS:
+                meant = f", which is a field and named config.{name}"
             raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
         if name in typed:
             raise OptionError(f"option {name} is given twice; leave one of them out.")

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from cimjax.hardware.advice import on_design, on_rules
+from cimjax.hardware.advice import on_design
 from cimjax.hardware.table import layer_table, show
+from cimjax.nn.calibrate import RULES_OF_ARRAYS
 from cimjax.nn.calibration_warnings import messages
+from cimjax.nn.rules import on_rules
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.writers import Writer
@@ -41,7 +43,8 @@ class Teller:
     def start(self) -> None:
         experiment = self.experiment
         self.display.start(**describe_run(experiment), layers=layer_table(experiment.layers))
-        for line in on_rules(getattr(experiment.model, "rules", ()), experiment.layers):
+        model, paths = experiment.model, [layer.name for layer in experiment.layers]
+        for line in on_rules(getattr(model, "rules", getattr(model, RULES_OF_ARRAYS, ())), paths):
             self.display.warn(line)
         for line in on_design(experiment.layers):
             self.display.note(line)
