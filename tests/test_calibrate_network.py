@@ -583,3 +583,12 @@ def test_what_is_kept_is_found_in_stacks_too() -> None:
     found = cimjax.calibrate(LoopAndParts(), variables, x, kept={(layer, "activation") for layer in layers})["params"]
     for path, value in flax.traverse_util.flatten_dict(found, sep="/").items():
         assert np.allclose(value, wide[path], atol=1e-5) == ("psum" not in path), path
+
+
+@pytest.mark.parametrize("kept", [("layer_0", "weight"), ("layers_0", "weights"), "layers_0"])
+def test_what_is_kept_must_be_there(kept: Any) -> None:
+    model, x = nn.Sequential([cimjax.CIMDense(3)]), jax.random.uniform(jax.random.key(0), (8, 6))
+    variables = model.init(jax.random.key(1), x)
+    line = r"^`kept` has .*, which these variables do not have; give pairs of a layer and a kind, such as "
+    with pytest.raises(ValueError, match=line):
+        cimjax.calibrate(model, variables, x, kept=[kept])

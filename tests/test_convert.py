@@ -289,6 +289,25 @@ def test_a_rule_that_names_no_layer_is_told_of() -> None:
     assert sorted(variables["params"]["head"]) == ["bias", "kernel"]
 
 
+class Helped(nn.Module):
+    """A network with a function of its class, whose layer is called by the name of its argument."""
+
+    @staticmethod
+    def doubled(x: Any, by: float = 2.0) -> Any:
+        return x * by
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(inputs=self.doubled(x))
+
+
+def test_static_functions_and_named_arguments_stay_what_they_are() -> None:
+    chip, x = cimjax.convert_network(Helped(), SPEC), jax.random.uniform(KEY, (4, 6))
+    variables = chip.init(KEY, x)
+    layer = {"params": variables["params"]["Dense_0"]}
+    chex.assert_trees_all_equal(chip.apply(variables, x), cimjax.CIMDense(3, spec=SPEC).apply(layer, inputs=2 * x))
+
+
 def test_a_converted_network_is_frozen() -> None:
     chip = cimjax.convert_network(InSetup(**PLAIN), SPEC)
     variables = chip.init(KEY, IMAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -128,3 +129,18 @@ def test_a_dense_layer_has_one_output_position() -> None:
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit in 64 rows"):
         layer_cost((9, 9, 3, 4), OUTPUT, CIMSpec(array=ArraySpec(rows=64)))
+
+
+def test_factors_of_gains_and_references_are_counted() -> None:
+    fixed = ADCSpec(bits=3, step="fixed", full_scale=64.0, digital_gain=True)
+    narrow, weight = ArraySpec(rows=64, columns=64), WeightSpec(bits=4, cell_bits=1, granularity="layer")
+    gains = layer_cost((3, 3, 16, 8), (4, 4), CIMSpec(weight=weight, adc=fixed, array=narrow))
+    # A gain for every column: 3 read groups of 4 planes of 8 outputs.
+    assert gains.dequantization_factors == gains.dequantization_multiplications == 3 * 4 * 8
+    one = ADCSpec(bits=3, granularity="layer")
+    for reference, factors in (("adc", 1 + 3), ("digital", 1 + 1)):
+        offset = dataclasses.replace(weight, encoding="offset", reference=reference)
+        cost = layer_cost((3, 3, 16, 8), (4, 4), CIMSpec(weight=offset, adc=one, array=narrow))
+        assert cost.read_groups == 3 and cost.dequantization_factors == factors
+        ideal = layer_cost((3, 3, 16, 8), (4, 4), CIMSpec(weight=offset, adc=None, array=narrow))
+        assert ideal.dequantization_factors == 1

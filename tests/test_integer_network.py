@@ -283,3 +283,63 @@ def test_files_hold_the_network_whole(tmp_path: Path) -> None:
     (tmp_path / "network.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="holds no steps of a network of `cimjax export`, or damaged ones"):
         network_files.read(tmp_path, export.read(tmp_path))
+
+
+def dense(*features: int) -> nn.Module:
+    """Dense layers in arrays with ReLU between them; the first reads images of positive numbers."""
+    layers: list[Any] = [cimjax.CIMDense(count, spec=IDEAL) for count in features]
+    return nn.Sequential([layer for each in layers for layer in (each, nn.relu)][:-1])
+
+
+def test_codes_that_enter_may_be_larger_than_those_it_was_made_with() -> None:
+    network, images = dense(8, 4), jax.nn.relu(jax.random.normal(jax.random.key(0), (4, 6)))
+    variables = network.init(jax.random.key(1), images)
+    integers = cimjax.integer_network(network, variables, images / 8)
+    operation = integers.steps[0].operation
+    assert isinstance(operation, Entry) and operation.largest == 15
+    np.testing.assert_allclose(integers(images * 3), network.apply(variables, images * 3), atol=1e-4)
+
+
+class Pyramid(nn.Module):
+    """A layer that is called on images of an even size and of an odd one, of which "SAME" pads one otherwise."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = cimjax.CIMConv(2, (3, 3), strides=2, spec=IDEAL)
+        return layer(x).sum((1, 2)) + layer(x[:, :-1, :-1]).sum((1, 2))
+
+
+def test_a_layer_is_moved_over_every_input_as_the_network_moves_it() -> None:
+    network = Pyramid()
+    variables = network.init(jax.random.key(1), IMAGES)
+    frozen, y = cimjax.freeze(network, variables, IMAGES), network.apply(variables, IMAGES)
+    np.testing.assert_allclose(apply_on_chip(network, variables, frozen, IMAGES), y, atol=1e-4)
+    np.testing.assert_allclose(cimjax.integer_network(network, variables, IMAGES)(IMAGES), y, atol=1e-3)
+
+
+class Lifted(nn.Module):
+    """An array layer with the same parameters in every turn of a loop, or at every place of an axis."""
+
+    loop: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        kept: dict[str, Any] = {"split_rngs": {"params": False}}
+        if not self.loop:
+            mapped = nn.vmap(cimjax.CIMDense, in_axes=1, out_axes=1, variable_axes={"params": None}, **kept)
+            return mapped(4, spec=IDEAL)(x)
+
+        def turn(layer: nn.Module, x: Any, _: Any) -> tuple[Any, None]:
+            return layer(x), None
+
+        scanned = nn.scan(turn, variable_broadcast="params", length=2, **kept)
+        return scanned(cimjax.CIMDense(4, spec=IDEAL), x, None)[0]
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["vmap", "scan"])
+def test_layers_in_loops_are_refused_in_one_line(loop: bool) -> None:
+    network, x = Lifted(loop), jnp.ones((2, 3, 4))
+    with cimjax.without_calibration():
+        variables = network.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"^array layers are called in [^\n]*: a network in integers cannot do that\."):
+        cimjax.integer_network(network, variables, x)

@@ -345,3 +345,33 @@ def test_all_steps_move_toward_their_least_squares_optimum() -> None:
             distance = float(jnp.median(jnp.abs(value - start[kind] - best)))
             assert distance < 0.6 * np.log(3), (kind, off, distance)
             assert float(loss(params | {kind: value})) < 0.7 * first, (kind, off)
+
+
+def test_every_axis_before_the_image_but_the_first_is_of_the_example() -> None:
+    """LSQ's factors count an example whole: frames of a video as a dense layer counts its positions."""
+    frames = jax.random.uniform(jax.random.key(0), (2, 5, 1, 1, 6))
+    conv, dense = CIMConv(4, (1, 1)), CIMDense(4)
+    variables = conv.init(jax.random.key(1), frames)
+    as_dense = jax.tree_util.tree_map_with_path(
+        lambda path, value: value[0, 0] if path[-1].key == "kernel" else value, variables
+    )
+    of_conv = jax.grad(lambda v: jnp.sum(conv.apply(v, frames) ** 2))(variables)["params"]
+    of_dense = jax.grad(lambda v: jnp.sum(dense.apply(v, frames) ** 2))(as_dense)["params"]
+    for name in ("activation_log_step", "weight_log_step", "psum_log_step"):
+        chex.assert_trees_all_close(of_conv[name].ravel(), of_dense[name].ravel(), rtol=1e-5)
+
+
+def test_images_without_pixels_are_taken_as_flax_takes_them() -> None:
+    none = jnp.zeros((2, 0, 2, 3))
+    with cimjax.without_calibration():
+        found = CIMConv(4, (3, 3)).init_with_output(jax.random.key(0), none)[0]
+    assert found.shape == nn.Conv(4, (3, 3)).init_with_output(jax.random.key(0), none)[0].shape == (2, 0, 2, 4)
+
+
+@pytest.mark.parametrize("program", ["reference", "joined"])
+def test_second_derivatives_are_refused_in_one_line(program: str) -> None:
+    layer, x = CIMDense(4, execution=cimjax.Execution(program=program)), jnp.ones((2, 6))
+    variables = layer.init(jax.random.key(0), jax.random.uniform(jax.random.key(1), (8, 6)))
+    first = jax.grad(lambda x: jnp.sum(layer.apply(variables, x)))
+    with pytest.raises(NotImplementedError, match=r"^array layers have first derivatives only, by jax.grad or jax.vjp"):
+        jax.grad(lambda x: jnp.sum(first(x) ** 2))(x)

@@ -176,6 +176,8 @@ def test_the_same_again_trains_nothing_and_measures_nothing(studied: Any, monkey
         (["--budget", "0.2"], "--budget is 0.2, but 1 bits everywhere take 0.25 of the base run's energy; give at"),
         (["--bits", "2,3", "--budget", "0.4"], "2 bits everywhere take 0.5 of the base run's energy"),
         (["--config", f"{DIGITS}:psum=none"], "has an ADC, so that there are no bits to choose"),
+        (["--config", f"{DIGITS}:psum=layer", "--by", "plane"], "planes cannot have their own bits, give --by layer"),
+        (["--config", f"{DIGITS}:adc_step=fixed,full_scale=9", "--by", "plane"], "planes cannot have their own bits"),
     ],
 )
 def test_refusals_are_one_line_before_anything_is_trained(

@@ -206,3 +206,14 @@ class While(nn.Module):
 def test_a_loop_of_unknown_length_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"The layer layer is in a loop of unknown length, .*; use `nn.scan`"):
         found(While(), 128)
+
+
+def test_images_may_be_given_by_name() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: bool = False) -> Any:
+            assert isinstance(train, bool)
+            return CIMConv(8, (3, 3), spec=SPEC)(x)
+
+    images = jax.ShapeDtypeStruct((7, 4, 4, 3), jnp.float32)
+    assert layers_of(Net(), x=images, train=True) == layers_of(Net(), images, train=True)

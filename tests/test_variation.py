@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import ENCODINGS, TILINGS, Case, draw, spec
 
+import cimjax
 from cimjax.core import cells, conv, variation
 from cimjax.core.tiling import tile
 from cimjax.spec import VariationSpec
@@ -88,3 +90,20 @@ def test_dummy_columns_vary_as_cells_only() -> None:
     weights, cells = (VariationSpec(sigma=0.2, on=on) for on in ("weights", "cells"))
     chex.assert_trees_all_equal(variation.vary_reference(digits, KEY, weights), digits)
     assert float(jnp.std(jnp.log(variation.vary_reference(digits, KEY, cells)))) == pytest.approx(0.2, rel=0.4)
+
+
+def test_a_layer_that_is_called_twice_is_one_chip() -> None:
+    class Twice(nn.Module):
+        def setup(self) -> None:
+            varied = cimjax.CIMSpec(variation=cimjax.VariationSpec(sigma=0.5))
+            self.one, self.other = (cimjax.CIMDense(4, spec=varied) for _ in range(2))
+
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+            return self.one(x), self.other(x), self.one(x)
+
+    x = jax.random.uniform(jax.random.key(0), (3, 6))
+    variables = Twice().init({"params": jax.random.key(1), "variation": jax.random.key(2)}, x)
+    params = {"params": {name: variables["params"]["one"] for name in ("one", "other")}}
+    first, other, again = Twice().apply(params, x, rngs={"variation": jax.random.key(3)})
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)  # two layers have cells of their own

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from cimjax.core import cells
 from cimjax.core import window as window_lib
 from cimjax.core.lsq import Codes, quantize_activation
+from cimjax.core.numerics import differentiable_once
 from cimjax.core.programs import contract
 from cimjax.core.step_sizes import StepSizes, require_shapes
 from cimjax.core.tiling import tile
@@ -58,10 +59,12 @@ def cim_conv(
     Raises:
       ValueError: for a kernel that does not fit the arrays, sums that float32 cannot hold exactly, channel counts that
         differ, codes of another specification, or a missing `variation_key`.
+      NotImplementedError: in a second derivative.
     """
-    steps = jax.tree.map(lambda step: jnp.asarray(step, jnp.float32), steps)
+    steps = jax.tree.map(lambda step: _differentiable_once(jnp.asarray(step, jnp.float32)), steps)
+    x = jax.tree.map(_differentiable_once, x if isinstance(x, Codes) else jnp.asarray(x))
+    kernel = _differentiable_once(jnp.asarray(kernel))
     inputs = quantize_activation(x, steps.activation, spec.activation)
-    kernel = jnp.asarray(kernel)
     _require_image(inputs.codes, kernel)
     tiling = tile(kernel.shape, spec)
     require_shapes(steps, tiling, spec)
@@ -75,6 +78,10 @@ def cim_conv(
     y = compute(inputs.codes, kernel, steps, variation_key, layer)
     size = window_lib.output_size(tuple(spatial), tiling.kernel_size, window)
     return (inputs.step * y).reshape(images, *size, tiling.features)
+
+
+def _differentiable_once(x: Array) -> Array:
+    return differentiable_once(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _through_arrays(codes: Array, kernel: Array, steps: StepSizes, key: Array | None, layer: contract.Layer) -> Array:

@@ -66,6 +66,33 @@ def _straight_through_jvp(
     return function(primals[0]), tangents[0]
 
 
+@jax.custom_vjp
+def differentiable_once(x: Array) -> Array:
+    """`x`, with a gradient that cannot be differentiated: of straight-through estimates JAX would derive something else
+    than the derivative of what they estimate, without a word.
+
+    Raises:
+      NotImplementedError: in a second derivative.
+    """
+    return x
+
+
+@jax.custom_jvp
+def _at_the_end(x: Array) -> Array:
+    return x
+
+
+@_at_the_end.defjvp
+def _refuse_second_derivative(primals: Any, tangents: Any, **_: Any) -> Any:
+    raise NotImplementedError(
+        "array layers have first derivatives only, by jax.grad or jax.vjp: these are straight-through estimates, and "
+        "have no derivatives of their own."
+    )
+
+
+differentiable_once.defvjp(lambda x: (_at_the_end(x), None), lambda _, gradient: (gradient,))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(x: Array, shape: tuple[int, ...]) -> Array:
     """`x`, broadcast to a shape; its gradient is summed by `sum_to_shape`, quicker than the sum that JAX derives."""

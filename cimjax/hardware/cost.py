@@ -130,7 +130,7 @@ def layer_cost(
         dequantization_multiplications=multiplications,
         dequantization_multiplications_of_paper=_paper_multiplications(tiling.arrays, planes, outputs, spec),
         # The factor of a single layer-wide step is one number, however often it is applied.
-        dequantization_factors=1 if _one_factor(spec) else multiplications,
+        dequantization_factors=1 + _factors_of_reference(groups, spec) if _one_factor(spec) else multiplications,
         parameters=math.prod(kernel_shape) + (outputs if use_bias else 0),
     )
 
@@ -149,12 +149,23 @@ def _fewest_read_groups(rows: int, spec: CIMSpec) -> int:
 
 
 def _shared_by(spec: CIMSpec) -> Granularity:
-    """What shares one step of partial sums: a fixed one is the same everywhere, and an ideal ADC has none to tell."""
-    return Granularity.LAYER if spec.adc is None or spec.adc.step == StepKind.FIXED else spec.adc.granularity
+    """What shares one factor of partial sums: a fixed step is the same everywhere, unless a gain is learned behind it,
+    and an ideal ADC has none to tell."""
+    if spec.adc is None or (spec.adc.step == StepKind.FIXED and not spec.adc.digital_gain):
+        return Granularity.LAYER
+    return spec.adc.granularity
 
 
 def _one_factor(spec: CIMSpec) -> bool:
     return spec.weight.granularity == _shared_by(spec) == Granularity.LAYER
+
+
+def _factors_of_reference(groups: int, spec: CIMSpec) -> int:
+    """Factors of a reference beside one for the layer: of ADCs their own steps, and in digital one without such a
+    step."""
+    if spec.adc is None or spec.weight.encoding != Encoding.OFFSET:
+        return 0
+    return groups if spec.weight.reference == Reference.ADC else 1
 
 
 def _multiplications(groups: int, planes: int, outputs: int, spec: CIMSpec) -> int:

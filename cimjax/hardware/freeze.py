@@ -83,6 +83,10 @@ class FrozenLayer:
     exponent: int
     activation_step: float | None
 
+    def moved_over(self, window: Window) -> FrozenLayer:
+        """The same layer on an input of another size, which its kernel moves over otherwise."""
+        return self if window == self.window else dataclasses.replace(self, window=window)
+
     def with_factors(
         self, factors: np.ndarray, constant_factors: np.ndarray | None, bias: np.ndarray, exponent: int
     ) -> FrozenLayer:
@@ -120,6 +124,8 @@ def freeze(
     layers = [layer for layer in layers_of(model, images, **kwargs) if layer.spec is not None]
     if not layers:
         raise ValueError("the network has no layer in arrays, so there is nothing to freeze.")
+    if "params" not in variables:
+        raise ValueError("`variables` has no 'params'; give all that `model.init` or `cimjax.calibrate` returned.")
     params = flax.traverse_util.flatten_dict(dict(variables["params"]), sep="/")
     return {layer.name: _of_network(layer, params, factor_bits) for layer in layers}
 

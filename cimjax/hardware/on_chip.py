@@ -65,7 +65,7 @@ def apply_on_chip(
         inputs = lsq.quantize_activation(x, step, layer.spec.activation)
         leading = inputs.codes.ndim - len(layer.kernel_size) - 1
         codes = np.asarray(inputs.codes, np.int32).reshape(-1, *inputs.codes.shape[leading:])
-        readings = engine.run(layer, codes)
+        readings = engine.run(layer.moved_over(module.window(codes.shape[1:-1])), codes)
         watch(Call(name, codes, readings))
         if not feeds_on:
             return run(*given, **named)

@@ -118,13 +118,16 @@ def layers_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[Layer]:
         found.setdefault(name, layer)
         return _marked(result, list(found).index(name))
 
-    batch = next((leaf.shape[0] for leaf in jax.tree.leaves(args) if leaf.ndim), 1)
+    # Switches such as `train` must not be traced.
+    named = {name: value for name, value in kwargs.items() if hasattr(value, "ndim")}
+    switches = {name: value for name, value in kwargs.items() if name not in named}
+    batch = next((leaf.shape[0] for leaf in jax.tree.leaves((args, named)) if leaf.ndim), 1)
 
-    def init(*arrays: Any) -> Any:
-        return model.init(jax.random.key(0), *arrays, **kwargs)
+    def init(*arrays: Any, **named: Any) -> Any:
+        return model.init(jax.random.key(0), *arrays, **named, **switches)
 
     with nn.intercept_methods(record), without_calibration():
-        traced, variables = jax.make_jaxpr(init, return_shape=True)(*args)
+        traced, variables = jax.make_jaxpr(init, return_shape=True)(*args, **named)
     layers = list(found.values())
     positions = [0] * len(layers)
     for number, shape, turns in _marks(traced.jaxpr, layers):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.calibration.steps import KINDS
 from cimjax.nn.calibration_warnings import name_of, tell, tell_rules
-from cimjax.nn.parameters import trained_as
+from cimjax.nn.parameters import stored_steps, trained_as
 from cimjax.spec.base import shown
 
 # What a layer leaves among its parameters while a network is calibrated: a `CalibrationReport`.
@@ -119,6 +119,7 @@ def calibrate_and_report(
     if isinstance(kinds, str) or not kinds or any(kind not in KINDS for kind in kinds):
         unknown = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind not in KINDS), kinds)
         raise ValueError(f"`kinds` names {shown(unknown)}; give a tuple of {', '.join(KINDS)}.")
+    _check_kept(kept, variables.get("params", {}))
     given: Any = {**variables, "params": _with_records(variables.get("params", {}))}
     with _requested(_Request(tuple(kinds), frozenset(kept))):
         try:
@@ -138,6 +139,18 @@ def calibrate_and_report(
             f"`kinds`, which are {', '.join(kinds)}."
         )
     return {**variables, "params": params}, reports
+
+
+def _check_kept(kept: Collection[tuple[str, str]], params: Any) -> None:
+    """Refuse what names no step that there is."""
+    there = {(path.rpartition("/")[0], trained_as(path)) for path in stored_steps(params)}
+    for each in kept:
+        if each not in there:
+            names = sorted(there)[:6]
+            raise ValueError(
+                f"`kept` has {shown(each)}, which these variables do not have; give pairs of a layer and a kind, such "
+                f"as {', '.join(map(str, names)) or 'none: there are no steps yet'}."
+            )
 
 
 def without_calibration() -> contextlib.AbstractContextManager[None]:

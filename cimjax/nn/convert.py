@@ -109,6 +109,8 @@ def _class_in_arrays(network: type[nn.Module], spec: CIMSpec | None, rules: Rule
         return intercepted
 
     def is_entered(name: str, method: Callable[..., Any]) -> bool:
+        if isinstance(inspect.getattr_static(network, name), staticmethod):
+            return False
         own = method is not getattr(nn.Module, name, None) and not name.startswith("__")
         return own or name in ("__call__", "apply", "init_with_output")  # these two run any function
 

@@ -150,7 +150,15 @@ class ArrayLayer(nn.Module):
             return None
         if not self.has_rng("variation") and not self.is_initializing():
             raise ValueError("The specification has `variation`: give its key, `apply(..., rngs={'variation': key})`.")
-        return self.make_rng("variation")
+        assert self.scope is not None
+        # Flax counts random numbers, and every call would be another chip.
+        counts, before = self.scope.rng_counters, self.scope.rng_counters.get("variation")
+        key = self.make_rng("variation")
+        if before is None:
+            counts.pop("variation", None)
+        else:
+            counts["variation"] = before
+        return key
 
 
 def _require_step(module: nn.Module, name: str) -> None:
@@ -229,8 +237,8 @@ class CIMConv(ArrayLayer):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: ArrayLike | Codes) -> Array:
-        """Convolve `x` (..., H, W, C), real or `Codes`; returns (..., OH, OW, features).
+    def __call__(self, inputs: ArrayLike | Codes) -> Array:
+        """Convolve `inputs` (..., H, W, C), real or `Codes`; returns (..., OH, OW, features).
 
         Raises:
           ValueError: for `feature_group_count` other than 1, a kernel that does not fit the arrays, or codes of another
@@ -242,7 +250,7 @@ class CIMConv(ArrayLayer):
                 "supported: use one `CIMConv` per group, or `flax.linen.Conv` for this layer."
             )
         kernel_size = self._kernel_size
-        x, batch = _with_one_batch_axis(self.checked(x, len(kernel_size)), len(kernel_size) + 1)
+        x, batch = _with_one_batch_axis(self.checked(inputs, len(kernel_size)), len(kernel_size) + 1)
         shape = _shape(x)
         if not self.has_variable("params", "kernel") and kernel_size[0] > 1:
             doubt_channels_first(self, shape)
@@ -255,8 +263,8 @@ class CIMConv(ArrayLayer):
             window,
             spec=self.spec,
             execution=self.execution,
-            input_size=math.prod(shape[1:]),
-            positions=positions,
+            input_size=math.prod((*batch[1:], *shape[1:])),
+            positions=math.prod(batch[1:]) * positions,
         )
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
@@ -297,9 +305,9 @@ class CIMDense(ArrayLayer):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, x: ArrayLike | Codes) -> Array:
-        """Multiply `x` (..., C), real or `Codes`, any leading axes; returns (..., features)."""
-        x = self.checked(x, 0)
+    def __call__(self, inputs: ArrayLike | Codes) -> Array:
+        """Multiply `inputs` (..., C), real or `Codes`, any leading axes; returns (..., features)."""
+        x = self.checked(inputs, 0)
         *leading, channels = _shape(x)
         flat, _ = _with_one_batch_axis(x, 1)
         kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
@@ -336,7 +344,8 @@ def _result_type(x: Array | Codes, kernel: Array) -> Any:
 def _with_one_batch_axis(x: Array | Codes, trailing: int) -> tuple[Array | Codes, tuple[int, ...]]:
     """`x` with all axes before the last `trailing` flattened to one, and what they were."""
     shape = _shape(x)
-    batch, flat = shape[: len(shape) - trailing], (-1, *shape[len(shape) - trailing :])
+    batch = shape[: len(shape) - trailing]
+    flat = (math.prod(batch), *shape[len(shape) - trailing :])
     if isinstance(x, Codes):
         return Codes(x.codes.reshape(flat), x.step, x.spec), batch
     return x.reshape(flat), batch

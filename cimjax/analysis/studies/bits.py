@@ -7,6 +7,7 @@ are those of `cimjax train` with rules for the layers whose bits differ.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -108,6 +109,13 @@ def _groups(runs: Runs, options: Sequence[float], by: str) -> list[Columns]:
         planes: Sequence[int | None] = range(len(spec.weight.planes)) if by == "plane" else [None]
         if by == "plane" and spec.weight.dummy_columns:
             raise ValueError(f"{layer.name} has dummy columns, which belong to no plane; give --by layer.")
+        if by == "plane" and adc.plane_bits is None:
+            try:
+                dataclasses.replace(adc, plane_bits=(options[0],) * len(planes))
+            except ValueError as error:
+                raise ValueError(
+                    f"{layer.name}'s planes cannot have their own bits, give --by layer: {error}"
+                ) from None
         if by == "layer" and adc.plane_bits is not None:
             raise ValueError(f"the ADCs of {layer.name} have bits by plane; give --by plane.")
         for plane in planes:

@@ -124,7 +124,7 @@ class _Plan:
             operation = value.make(value.exponent, of_inputs)
             bounds.append(operation.bound(*of_inputs))
             if bounds[-1] > INT32:
-                raise AssertionError(f"{type(operation).__name__} can reach {bounds[-1]}, which an int32 does not hold")
+                raise NotIntegersError(f"{type(operation).__name__} can reach {bounds[-1]}, beyond an int32")
             made.append(Step(operation, numbers, None if value.unit is None else value.exponent))
         return tuple(made)
 
@@ -174,7 +174,7 @@ class _Plan:
 
     def _of_codes(self, node: Node) -> Value:
         if node.kind == "entry":
-            return self._entry(node, float(np.abs(node.fields["value"]).max()), codes=True)
+            return self._entry(node, float(node.fields["largest"]), codes=True)
         if node.kind == "codes":
             return self._thresholds(node)
         if node.kind in _REARRANGED or (node.kind == "window" and node.fields["largest"]):

@@ -18,7 +18,8 @@ class NotIntegersError(ValueError):
 class Node:
     """A tensor that comes out of array layers, or enters between them.
 
-    kind: how it comes about: "entry" (`fields`: value, an array), "codes" (step, spec), "arrays" (layer, step of its
+    kind: how it comes about: "entry" (`fields`: value, an array, and the largest magnitude of its
+      codes or None), "codes" (step, spec), "arrays" (layer, step of its
       codes), "affine" (factor, added, of channels), "limit" (low, high), "rising" (function), "add", "product"
       (weights), "sum" (axes), "largest" (axes), "window" (size, strides, padding, largest), "join" (axis), or a
       rearrangement, "pick", "pad", "reshape" or "transpose" (to).

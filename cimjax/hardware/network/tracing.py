@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import batching
 
 from cimjax.core import lsq
 from cimjax.core.window import output_size
@@ -28,6 +29,14 @@ _codes, _arrays = core.Primitive("cimjax_codes"), core.Primitive("cimjax_arrays"
 _codes.def_abstract_eval(lambda x, *, step, spec: jax.core.ShapedArray(x.shape, jnp.float32))
 _codes.def_impl(lambda x, *, step, spec: lsq.quantize(x, step, spec.code_range))
 _arrays.def_abstract_eval(lambda codes, *, shape, layer, step: jax.core.ShapedArray(shape, jnp.float32))
+
+
+def _refuse_vmap(operands: Any, axes: Any, **_: Any) -> Any:
+    raise NotIntegersError("array layers are called in `vmap`")
+
+
+for _primitive in (_codes, _arrays):
+    batching.primitive_batchers[_primitive] = _refuse_vmap
 
 
 # Of which layers a network is traced: a part of what every trace depends on, as of `nn.jit`.
@@ -77,13 +86,18 @@ class Graph:
         if not isinstance(self.result, Node):
             raise NotIntegersError("the network's result does not come out of its array layers")
 
-    def entry(self, seen: Seen) -> Node:
-        """The node of an array that enters; the same one for the same array."""
-        found = next((each for each in self.entries if each.fields["value"] is seen.value), None)
-        if found is None:
-            found = Node("entry", (), jnp.shape(seen.value), {"value": seen.value})
-            self.entries.append(found)
-        return found
+    def entry(self, seen: Seen, largest: int | None = None) -> Node:
+        """The node of an array that enters; the same one for the same array.
+
+        Args:
+          largest: magnitude of a code, where it enters as codes.
+        """
+        fields = {"value": seen.value, "largest": largest}
+        for each in self.entries:
+            if each.fields["value"] is seen.value and each.fields["largest"] == largest:
+                return each
+        self.entries.append(Node("entry", (), jnp.shape(seen.value), fields))
+        return self.entries[-1]
 
     def _run(self, program: core.Jaxpr, consts: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         """The results of a program on arrays, those that depend on the images, and nodes."""
@@ -105,8 +119,11 @@ class Graph:
             closed = isinstance(inside, core.ClosedJaxpr)
             return self._run(inside.jaxpr if closed else inside, inside.consts if closed else (), inputs)
         if name == "cimjax_arrays":
-            (codes,) = (each if isinstance(each, Node) else self.entry(each) for each in inputs)
+            largest = eqn.params["layer"].spec.activation.code_range.magnitude
+            (codes,) = (each if isinstance(each, Node) else self.entry(each, largest) for each in inputs)
             return [Node("arrays", (codes,), eqn.params["shape"], eqn.params)]
+        if name in _LOOPS and "cimjax_" in str(eqn.params):
+            raise NotIntegersError(f"array layers are called in a loop (`{name}`)")
         if not any(isinstance(each, Node) for each in inputs):
             seen = any(isinstance(each, Seen) for each in inputs)
             arrays = [each.value if isinstance(each, Seen) else each for each in inputs]
@@ -145,6 +162,7 @@ def _through_primitives(layers: Mapping[str, FrozenLayer]) -> Callable[..., Any]
             codes, step = _quantized(x, layer.activation_step, layer.spec.activation), layer.activation_step
         axes = len(layer.kernel_size) + 1
         leading, spatial = codes.shape[:-axes], codes.shape[codes.ndim - axes : -1]
+        layer = layer.moved_over(module.window(tuple(spatial)))
         size = output_size(spatial, layer.kernel_size, layer.window)
         if isinstance(step, jax.core.Tracer):
             raise NotIntegersError(f"{layer.name} reads codes whose step is computed from the images")
