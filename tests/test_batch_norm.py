@@ -146,6 +146,13 @@ def test_a_network_is_given_those_of_batches_weighted_by_their_images() -> None:
     chex.assert_trees_all_close(again, found, rtol=1e-4, atol=1e-6)
 
 
+def test_large_statistics_do_not_hide_the_rate() -> None:
+    images = 3000.0 * IMAGES
+    variables = Normalised().init(jax.random.key(1), images)
+    found = cimjax.update_batch_norm(Normalised(), variables, [images], train=True)
+    np.testing.assert_allclose(found["batch_stats"]["BatchNorm_0"]["var"], np.var(images), rtol=1e-3)
+
+
 def test_after_calibration_a_network_of_low_bit_adcs_is_normalised_again() -> None:
     spec = cimjax.CIMSpec(adc=cimjax.ADCSpec(bits=1), array=cimjax.ArraySpec(rows=16))
     images = jax.random.uniform(jax.random.key(0), (64, 8, 8, 3))

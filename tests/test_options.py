@@ -348,7 +348,7 @@ def test_schemes_are_granularities_and_a_way_of_training(file: pathlib.Path) -> 
         assert config.frozen == frozen.get(name.replace("bai2023", "kim2022").replace("bai2024", "kim2022"), ())
         assert config.epochs == (max(1, round(usual.epochs / 10)) if after else usual.epochs)
     config = load_config(f"{file}:training=post_training,adc_step=calibrated,weight_start=percentile")
-    assert (config.epochs, config.spec.weight.start) == (0.0, "percentile")
+    assert (config.epochs, config.batch_norm_images, config.spec.weight.start) == (0.0, 5000, "percentile")
     assert load_config(f"{file}:scheme=column,offset").spec.adc.offset
 
 

@@ -247,6 +247,9 @@ def on_devices(count: int, way: str, images_on: str) -> dict[str, Any]:
     chosen = config("smoke,weight=none", batch_size=8, eval_batch_size=4, epochs=4.0, **fields)
     experiment = build(chosen, model=Plain(), dataset=images())
     assert experiment.devices.count == count and parallel.AXIS
+    if count == 2:
+        with pytest.raises(ValueError, match=r"^`config.mixup` mixes neighbours, and 2 devices have 3 images"):
+            build(config("smoke,weight=none", batch_size=6, mixup=0.2), model=Plain(), dataset=images())
     batches = batches_of(experiment.dataset.train, experiment.preparation, experiment.devices)
     state, losses = experiment.devices.put(experiment.first_state()[0]), []
     programs = Programs(experiment, batches)

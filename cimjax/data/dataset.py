@@ -231,10 +231,10 @@ class Dataset:
         array([0, 1], dtype=int32)
         """
         require_part(part)
-        if self.validation is not None:
-            raise ValueError(f"{len(self.validation)} images are held out already; hold out all of them at once.")
         if part == 0:
             return self
+        if self.validation is not None:
+            raise ValueError(f"{len(self.validation)} images are held out already; hold out all of them at once.")
         held = held_out(self.train.labels, part, seed)
         return dataclasses.replace(self, train=self.train._where(~held), validation=self.train._where(held))
 
@@ -312,6 +312,16 @@ class Description:
         """From JSON, in which tuples are lists."""
         given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
         return cls(**given)
+
+    def differs_from(self, other: Description) -> str:
+        """In what other images differ for a network, a few words; empty for none. They may have another name."""
+        named = {"classes": "classes", "image_shape": "an image's shape", "images": "training images"}
+        for field, words in named.items():
+            mine, others = getattr(self, field), getattr(other, field)
+            if mine != others:
+                return f"{words}: {mine}, not {others}"
+        same = np.allclose([self.mean, self.std], [other.mean, other.std], rtol=1e-4, atol=1e-6)
+        return "" if same else "the mean or deviation of their colours"
 
     @property
     def train(self) -> range:

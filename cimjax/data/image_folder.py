@@ -84,7 +84,7 @@ def read_folder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Im
 
 
 def _classes(folder: pathlib.Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in _entries(folder) if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in _entries(folder) if _is_folder(entry)))
     if len(classes) < 2:
         held = f"holds the class {classes[0]!r} alone" if classes else "holds no class folders"
         raise DataError(f"{folder} {held}; every class is a folder of images in it, and there are two at least")
@@ -93,7 +93,7 @@ def _classes(folder: pathlib.Path) -> tuple[str, ...]:
 
 def _files(folder: pathlib.Path, classes: tuple[str, ...]) -> Files:
     """The images of one split, class by class, by name."""
-    if stray := next((entry.path for entry in _entries(folder) if not entry.is_dir()), None):
+    if stray := next((entry.path for entry in _entries(folder) if not _is_folder(entry)), None):
         raise DataError(f"{stray} lies beside the class folders; move it into one of them, or away")
     own = {entry.name for entry in _entries(folder)}
     for name in sorted(own.symmetric_difference(classes)):
@@ -113,12 +113,19 @@ def _files(folder: pathlib.Path, classes: tuple[str, ...]) -> Files:
 def _images(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     for entry in _entries(folder):
         path = pathlib.Path(entry.path)
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _images(path)
         elif path.suffix.lower() in SUFFIXES:
             yield path
         else:
             raise DataError(f"{path} is no image by its name ({', '.join(SUFFIXES)}); move it away")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link that leads to itself
+        raise DataError(f"{entry.path} cannot be read ({one_line(error)}); mend or remove it") from error
 
 
 def _entries(folder: pathlib.Path) -> list[os.DirEntry[str]]:

@@ -144,6 +144,8 @@ class StreamedDataset:
                         "are read: give 0, and fewer `subset.images` if you like."
                     )
                 changed[field] = None if split is None else split.where(labels < classes)
+                if changed[field] is not None and not len(changed[field]):
+                    raise ValueError(f"`subset.classes` is {classes}, of which {field} has no images; give more, or 0.")
         train = changed.get("train", self.train)
         if not 0 <= images <= len(train):
             raise ValueError(f"`subset.images` is {images}; give up to {len(train)}, or 0 for all.")

@@ -91,7 +91,7 @@ def batch_statistics(
     batch; and whether any layer does, () bool.
 
     What a batch does to running statistics is linear, `m old + (1 - m) its own`, so that two updates tell both `m` and
-    its own, whatever layers have for `m`.
+    its own, whatever layers have for `m`. They start far enough apart that large statistics do not hide `m`.
 
     Args:
       apply: `model.apply`, or what takes the same arguments.
@@ -100,12 +100,12 @@ def batch_statistics(
     """
     running, mutable = variables[STATISTICS], [name for name in variables if name != "params"]
 
-    def updated(start: float) -> Any:
-        before = {**variables, STATISTICS: jax.tree.map(lambda value: jnp.full_like(value, start), running)}
-        return apply(before, images, mutable=mutable, **kwargs)[1][STATISTICS]
+    def updated(start: Any) -> Any:
+        return apply({**variables, STATISTICS: start}, images, mutable=mutable, **kwargs)[1][STATISTICS]
 
-    from_zero, from_one = updated(0.0), updated(1.0)
-    parts = jax.tree.map(lambda zero, one: 1 - (one - zero), from_zero, from_one)
+    from_zero = updated(jax.tree.map(jnp.zeros_like, running))
+    start = jax.tree.map(lambda zero: 1 + jnp.abs(zero), from_zero)
+    parts = jax.tree.map(lambda first, zero, then: 1 - (then - zero) / first, start, from_zero, updated(start))
 
     def own(zero: Array, part: Array, old: Array) -> Array:
         return jnp.where(part > 0, zero / jnp.where(part > 0, part, 1), old)

@@ -46,7 +46,9 @@ def _train(arguments: argparse.Namespace) -> None:
         workdir = given or Path(group().of_first("the run folder", str(_new_folder(arguments.config)) if first else ""))
         try:
             if first:
-                print(f"run folder: {shlex.quote(str(workdir))}", flush=True)
+                line = f"run folder: {shlex.quote(str(workdir))}"
+                known = sys.stdout.encoding or "utf-8"  # of a terminal that may not know all letters
+                print(line.encode(known, "backslashreplace").decode(known), flush=True)
             train(config, workdir=workdir, variables=variables, fork=arguments.fork)
         finally:
             if first and not given:

@@ -190,6 +190,15 @@ def restore(
     known = (network.extra if network else checkpoints.beside(kept)).get("data")
     about: Any = Description.from_dict(known) if known and dataset is None and not images else dataset
     experiment = build(read_config(run, completed), model=model, dataset=about, to_train=False)
+    if known:
+        trained_on = Description.from_dict(known)
+        if dataset is None and (what := trained_on.differs_from(Description.of(experiment.dataset))):
+            raise RunFolderError(
+                f"{run} was trained on other images of {trained_on.name} ({what}) than its config names; give them."
+            )
+        # Images of the caller's own are normalised as the network knows it.
+        preparation = dataclasses.replace(experiment.preparation, mean=trained_on.mean, std=trained_on.std)
+        experiment = dataclasses.replace(experiment, preparation=preparation)
     if network:
         if which != "last":
             raise RunFolderError(f"{run} holds a packed network, of one state; leave out --which.")
@@ -201,7 +210,7 @@ def restore(
     state, extra = checkpoints.restore(wanted, which=kept, holding=BESIDE, passes_over=_of_the_optimizer)
     if which == "average":
         state = state.replace(params=state.average, average=None)
-    return experiment, state, extra
+    return experiment.going_on(int(state.step), extra), state, extra
 
 
 def _of_the_optimizer(name: str) -> bool:

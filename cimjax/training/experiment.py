@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +50,7 @@ class Experiment:
 
     layers: the network's layers in order.
     schedule: of the learning rate; None of an optimizer of the caller's own.
+    was_ideal: epochs with ideal ADCs of a run that goes on with another number of epochs; None: as its config plans.
     """
 
     config: ConfigDict
@@ -61,6 +62,7 @@ class Experiment:
     setup: Setup
     preparation: Preparation
     schedule: optax.Schedule | None
+    was_ideal: int | None = None
 
     @property
     def key(self) -> Array:
@@ -96,7 +98,19 @@ class Experiment:
     @property
     def ideal_epochs(self) -> int:
         """Epochs at the start in which ADCs are ideal."""
-        return int(self.config.ideal_share * self.config.epochs) if self.codes else 0
+        if not self.codes:
+            return 0
+        return planned_ideal(self.config) if self.was_ideal is None else self.was_ideal
+
+    def going_on(self, step: int, saved: Mapping[str, Any]) -> Experiment:
+        """The experiment in which a state of `step` was saved, with these things beside it, and which goes on from
+        there, whatever its `epochs` are now: ADCs that were on stay on since when they were, and those that are to be
+        on by now are set after this epoch."""
+        before = saved.get("ideal_epochs")
+        if not isinstance(before, int) or not step:
+            return self
+        on, done = step > before * self.steps_per_epoch, -(-step // self.steps_per_epoch)
+        return dataclasses.replace(self, was_ideal=before if on else max(self.ideal_epochs, done))
 
     def sets_adcs_before(self, epoch: int) -> bool:
         """Whether ADC steps are set anew before an epoch, counted from 0."""
@@ -208,6 +222,11 @@ def _carried(variables: Any) -> dict[str, Any]:
     return {name: value for name, value in variables.items() if name not in ("params", "intermediates", ADC_STATISTICS)}
 
 
+def planned_ideal(config: Mapping[str, Any]) -> int:
+    """Epochs at the start that a config plans with ideal ADCs, where it has others."""
+    return int(round(config["ideal_share"] * config["epochs"], 6))  # 0.29 times 100 is a little less than 29
+
+
 def build(
     config: ConfigDict,
     *,
@@ -238,6 +257,12 @@ def build(
     devices = Devices(config.parallel)
     if to_train:
         devices.check_batch(config.batch_size)
+        share = config.batch_size // devices.count
+        if config.mixup and devices.count > 1 and share % 2:
+            raise ValueError(
+                f"`config.mixup` mixes neighbours, and {devices.count} devices have {share} images of a batch each; "
+                f"give a `config.batch_size` that {2 * devices.count} divides."
+            )
         if config.batch_size // devices.count % config.optimizer.accumulate:
             raise ValueError(
                 f"`config.optimizer.accumulate` is {config.optimizer.accumulate}, which does not divide the "

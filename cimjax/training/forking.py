@@ -12,7 +12,7 @@ import jax
 from cimjax.data.dataset import Description
 from cimjax.nn.parameters import trained_as
 from cimjax.training.config.fields import completed
-from cimjax.training.experiment import Experiment
+from cimjax.training.experiment import Experiment, planned_ideal
 from cimjax.training.run import network_file
 from cimjax.training.run.checkpoint import Checkpoints, named_leaves
 from cimjax.training.run.folder import RunFolder, RunFolderError, read_config, read_records
@@ -69,7 +69,9 @@ def take_over(experiment: Experiment, run: Path, folder: RunFolder) -> tuple[Tra
 
 
 def _is_common(record: dict[str, Any], step: int) -> bool:
-    return record["split"] in _RECORDED and record["step"] <= step
+    # What is said of ADCs that are set at this step is of the other's.
+    last = step - 1 if record["split"] == "calibration" else step
+    return record["split"] in _RECORDED and record["step"] <= last
 
 
 def _as_here(record: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def _ideal_epochs(options: dict[str, Any]) -> int | None:
     """The epochs with ideal ADCs of a run; None where it has no others."""
     specs = [options["spec"], *(spec for _, spec in options["rules"])]
     has_adcs = any(spec and spec.get("adc") for spec in specs)
-    return int(options["ideal_share"] * options["epochs"]) if has_adcs else None
+    return planned_ideal(options) if has_adcs else None
 
 
 def _without_adcs(options: dict[str, Any]) -> dict[str, Any]:

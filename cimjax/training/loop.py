@@ -15,7 +15,7 @@ from cimjax.data.dataset import Description
 from cimjax.training.batch_norm import reestimated
 from cimjax.training.batches import batches_of
 from cimjax.training.begin import start
-from cimjax.training.evaluate import Evaluator, Health
+from cimjax.training.evaluate import Evaluator, Health, lacks_adcs
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement
 from cimjax.training.processes.progress import name_slowest
@@ -30,6 +30,8 @@ from cimjax.training.state import TrainState
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
 LOOK_EVERY = 0.5
+# Kinds of steps that ADCs have.
+_OF_ADCS = ("psum", "offset", "gain")
 
 
 class Run:
@@ -49,6 +51,8 @@ class Run:
         self.recalibrated = jax.jit(experiment.recalibrated, compiler_options=compiler_options())
         # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
         self.best, self.seen = -1.0, {}  # type: float, dict[str, list[float]]
+        # Steps between saved states, and the last step of which one was.
+        self.every, self.saved = max(1, round(experiment.config.checkpoint_epochs * experiment.steps_per_epoch)), 0
 
     def close(self) -> None:
         """End what reads images, and what writes a state."""
@@ -64,6 +68,7 @@ class Run:
         self.tell.start()
         parts = self.programs, self.folder, self.tell, self.checkpoints
         state, step, self.best, self.seen = start(*parts, variables, fork)
+        self.saved = step
         if step and self.checkpoints.latest_step() is None:
             self._save(state, step)  # taken over from another run
         records: dict[str, Any] = {}
@@ -98,7 +103,8 @@ class Run:
         if self.checkpoints.latest_step() != step:
             # Of a run that a callback has ended, or of one without steps.
             self._save(state, step, best=bool(self.validation) and not self.checkpoints.has("best"))
-        return self._finish(state, step, records.get("test") or self.test(state))
+        test = records.get("test") or self.test(state, ideal_adcs=lacks_adcs(experiment, state))
+        return self._finish(state, step, test)
 
     def _epoch(self, state: TrainState, step: int, end: int) -> tuple[TrainState, int]:
         """Steps up to `end`, all in one epoch; a request to stop saves and leaves from here, but not after the last."""
@@ -110,10 +116,13 @@ class Run:
             pending.append(metrics)
             step += count
             stopping = step < end and self.stop.here()
-            if time.monotonic() - looked >= LOOK_EVERY or step == end or stopping:
+            saving = step < end and not stopping and step // self.every > self.saved // self.every
+            if time.monotonic() - looked >= LOOK_EVERY or step == end or stopping or saving:
                 self._take(pending, state)
                 self.tell.progress(step, self.seen)
                 looked = time.monotonic()
+            if saving:
+                self._save(state, step)
             if stopping:
                 self._save(state, step)
                 self.checkpoints.wait()
@@ -138,26 +147,30 @@ class Run:
         ideal, final = epoch <= experiment.ideal_epochs, step == experiment.total_steps
         records = {"train": training_record(experiment, state, step, self.seen)}
         records["test"] = self.test.record(state, ideal_adcs=ideal)
-        self.seen, best = {}, False
+        best = False
+        if step % experiment.steps_per_epoch == 0:
+            self.seen = {}  # else the epoch goes on where the run does
         if self.validation:
             records["validation"] = self.validation.record(state, ideal_adcs=ideal)
             best = records["validation"]["accuracy"] > self.best or not self.checkpoints.has("best")
             self.best = max(self.best, records["validation"]["accuracy"])
             records["validation"]["best"] = best
-        self.tell.epoch(step, epoch, records)
+        self.tell.epoch(step, min(epoch, experiment.config.epochs), records)
         # Before the state is saved: what is recorded after that is forgotten when the run goes on from there.
         if epoch == experiment.ideal_epochs + 1 and not final:
             self.tell.adcs(step, self.health(state))
         stopping = self.stop.here()
-        every = max(1, round(experiment.config.checkpoint_epochs))
-        if best or final or epoch % every == 0 or stopping or self.checkpoints.latest_step() is None:
+        due = step // self.every > self.saved // self.every
+        if best or final or due or stopping or self.checkpoints.latest_step() is None:
             self._save(state, step, best=best)
         return records, stopping
 
     def _save(self, state: TrainState, step: int, *, best: bool = False) -> None:
         data = dataclasses.asdict(Description.of(self.experiment.dataset))
         extra = {"best": self.best, "seen": self.seen, "metrics": self.folder.records.mark(), "data": data}
+        extra["ideal_epochs"] = self.experiment.ideal_epochs
         self.checkpoints.save_in_background(step, state, extra, best=best)
+        self.saved = step
 
     def _finish(self, state: TrainState, step: int, test: dict[str, Any]) -> Result:
         experiment = self.experiment
@@ -165,8 +178,14 @@ class Run:
         self.checkpoints.wait()
         if self.validation:
             best, _ = self.checkpoints.restore(experiment.devices.described(experiment.abstract_state()), which="best")
-            more["best_accuracy"] = self.test(best)["accuracy"]
-        more, distances = more | self.test.on_fresh_chips(state), moved(experiment, state)
+            more["best_accuracy"] = self.test(best, ideal_adcs=lacks_adcs(experiment, best))["accuracy"]
+        distances = moved(experiment, state)
+        if lacks_adcs(experiment, state):  # ended by a callback: steps of ADCs are not set
+            more["ideal_adcs"] = True
+            distances = {kind: values for kind, values in distances.items() if kind not in _OF_ADCS}
+            health: dict[str, Any] = {}
+        else:
+            more, health = more | self.test.on_fresh_chips(state), self.health(state)
         result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.address, more)
-        self.tell.finish(result, distances, self.health(state))
+        self.tell.finish(result, distances, health)
         return result

@@ -43,7 +43,7 @@ def total_steps(config: ConfigDict, images: int) -> int:
     steps = config.epochs * steps_per_epoch(config, images)
     if steps > LARGEST_COUNT:
         raise ValueError(f"`config.epochs` is {config.epochs}: more than {LARGEST_COUNT} steps; give fewer epochs.")
-    return math.ceil(steps)
+    return math.ceil(round(steps, 6))  # 1.1 times 100 is a little more than 110
 
 
 def steps_per_epoch(config: ConfigDict, images: int) -> int:

@@ -15,13 +15,14 @@ import optax
 from ml_collections import ConfigDict
 
 from cimjax.data import Dataset, StreamedDataset
+from cimjax.data.dataset import Description
 from cimjax.data.image_folder import is_folder, path_of
 from cimjax.data.npz import file_of, is_npz
 from cimjax.training.batch_norm import check_statistics
 from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
 from cimjax.training.evaluate import Loaded, load
-from cimjax.training.experiment import build
+from cimjax.training.experiment import Experiment, build
 from cimjax.training.loop import Run
 from cimjax.training.processes.alike import require_same_config, require_same_data
 from cimjax.training.processes.group import Group, group
@@ -29,7 +30,7 @@ from cimjax.training.processes.together import together
 from cimjax.training.result import Callback, Result
 from cimjax.training.run import network_file
 from cimjax.training.run.checkpoint import Checkpoints
-from cimjax.training.run.folder import RunFolder
+from cimjax.training.run.folder import RunFolder, RunFolderError
 from cimjax.training.run.remote import Mirror, is_remote, local_copy
 from cimjax.training.run.silent import SilentFolder, require_shared
 from cimjax.training.run.stop import stop_requests
@@ -111,6 +112,7 @@ def train(
         run = _opened(folder, config, processes)
         stack.callback(run.close)
         require_shared(run, processes)
+        experiment = _going_on(experiment, run)
         if not processes.first:
             display, writers = Display(stream=stack.enter_context(open(os.devnull, "w"))), ()
         screen = stack.enter_context(display or Display())
@@ -129,6 +131,33 @@ def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunF
         return SilentFolder(Path(folder))
     plain = json.loads(config.to_json_best_effort())
     return RunFolder(folder, plain, completed=_as_today, formats=config.writers)
+
+
+def _going_on(experiment: Experiment, run: RunFolder) -> Experiment:
+    """The experiment that goes on from what the folder holds.
+
+    Raises:
+      RunFolderError: where that was trained on other images, or no epoch is left for its ADCs.
+    """
+    checkpoints = Checkpoints(run.path)
+    step, saved = checkpoints.latest_step(), checkpoints.beside()
+    if step is None:
+        return experiment
+    if known := saved.get("data"):
+        there = Description.from_dict(known)
+        if what := there.differs_from(Description.of(experiment.dataset)):
+            raise RunFolderError(
+                f"{run.address} was trained on other images of {there.name} ({what}); give those, or another --workdir "
+                "for a new run."
+            )
+    going_on, planned = experiment.going_on(step, saved), experiment.ideal_epochs
+    epochs = experiment.config.epochs
+    if planned < epochs <= going_on.ideal_epochs:
+        raise RunFolderError(
+            f"{run.address} has trained {going_on.ideal_epochs} epochs with ideal ADCs, and {epochs:g} `config.epochs` "
+            "leave none for its own; give more, or another --workdir for a new run."
+        )
+    return going_on
 
 
 def default_workdir(config: ConfigDict) -> Path:

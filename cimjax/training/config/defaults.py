@@ -31,13 +31,15 @@ IDEAL_SHARE = 0.5
 _FIRST_STAGE = 0.5
 # Epochs in which the ADCs of a trained network learn their steps, as a part of those of a whole training.
 _POST_TRAINING = 0.1
+# Images of which batch normalisation has its statistics where nothing is trained.
+_NORMALISED = 5000
 
 
 def finished(config: ConfigDict, options: types.SimpleNamespace) -> ConfigDict:
     """The config, locked, in the stages that the options `training` and `weight_step` ask for: what ends `get_config`.
 
     `post_training` starts from a trained run (`--from`), and only ADCs learn; where these learn nothing, nothing is
-    trained at all.
+    trained at all, and batch normalisation has the statistics of what they give.
     """
     if options.weight_step == "calibrated":
         config.frozen = ("weight",)
@@ -48,6 +50,8 @@ def finished(config: ConfigDict, options: types.SimpleNamespace) -> ConfigDict:
         config.start, config.frozen = "run", ("network", "activation", "weight")
         config.epochs = max(1.0, round(_POST_TRAINING * config.epochs)) if learns else 0.0
         config.warmup_epochs = 0.0
+        # Training moves statistics of batch normalisation to what ADCs give; without it they are taken anew.
+        config.batch_norm_images = 0 if learns else _NORMALISED
     return config.lock()
 
 

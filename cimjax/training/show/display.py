@@ -77,7 +77,7 @@ class Display:
             self._print(fit(self._bar.parts(), self._console.width))
 
     def epoch(
-        self, epoch: int, epochs: int, records: Mapping[str, Mapping[str, Any]], images_per_second: float | None
+        self, epoch: float, epochs: float, records: Mapping[str, Mapping[str, Any]], images_per_second: float | None
     ) -> None:
         """Print the line of one epoch.
 
@@ -90,7 +90,7 @@ class Display:
         train, test, held_out = (records.get(split, {}) for split in ("train", "test", "validation"))
         best = held_out.get("best", False)
         parts = [
-            Text(f"epoch {epoch:>{len(str(epochs))}}/{epochs}"),
+            Text(f"epoch {epoch:>{len(f'{epochs:g}')}g}/{epochs:g}"),
             labelled("test", f"{show(test.get('accuracy'), '.2%'):>8}", "bold"),
             labelled("train", f"{show(train.get('accuracy'), '.2%'):>8}"),
             labelled("loss", f"{show(train.get('loss'), '.4f'):>7}"),

@@ -92,13 +92,12 @@ class Teller:
         fraction = step / experiment.steps_per_epoch
         self.display.progress(step, experiment.total_steps, fraction, loss, accuracy, self._speed)
 
-    def epoch(self, step: int, epoch: int, records: Mapping[str, Mapping[str, Any]]) -> None:
-        """The records of an epoch by split."""
+    def epoch(self, step: int, epoch: float, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """The records of an epoch by split; its number is that of `config.epochs` where they end within it."""
         for split, record in records.items():
             more = {"images_per_second": round(self._speed, 1)} if split == "train" else {}
             self._log({"step": step, "epoch": epoch, "split": split, **record, **more})
-        epochs = -(-self.experiment.total_steps // self.experiment.steps_per_epoch)
-        self.display.epoch(epoch, epochs, records, self._speed)
+        self.display.epoch(epoch, self.experiment.config.epochs, records, self._speed)
         self._looked = time.monotonic(), step
 
     def adcs(self, step: int, found: Mapping[str, Mapping[str, float]]) -> None:
