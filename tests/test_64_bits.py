@@ -172,7 +172,8 @@ def test_the_mathematics_layers_and_training_hold_with_64_bits(tmp_path: Path) -
 
 @pytest.mark.full
 def test_everything_else_holds_with_64_bits(tmp_path: Path) -> None:
-    run_checks(tmp_path, *(name for name in CHECKS if name not in QUICK))
+    # The next test runs the last one.
+    run_checks(tmp_path, *(name for name in CHECKS if name not in (*QUICK, "ideal training")))
 
 
 @pytest.mark.full
