@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Workers and their processes inherit it, runs of faulty copies too: a program is found by what it computes.
         os.environ["XDG_CACHE_HOME"] = os.environ[_PROGRAMS]
     keep_compiled_programs()
-    # Tracing leaves many objects, and Python would look through all of them again and again: a tenth of the suite's time.
+    # Tracing leaves many objects, and Python would look through all of them again and again.
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     # Not in `pyproject.toml`: it would import the mathematics before its types are checked.
