@@ -15,6 +15,7 @@ import cimjax
 from cimjax.cli import main
 from cimjax.nn.parameters import stored_steps, trained_as
 from cimjax.training.experiment import build
+from cimjax.training.forking import _is_common
 from cimjax.training.run.folder import RunFolderWarning, read_records
 
 HALF = {"epochs": 2.0, "ideal_share": 0.5, "checkpoint_epochs": 1.0}
@@ -160,3 +161,9 @@ def test_the_commands_fork(ideal: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert numbers(tmp_path / "all" / run)[0] == numbers(ideal)[0]
     assert main([*command, "--from", str(ideal)]) == 2
     assert "--fork goes on from where it is; give one of them" in capsys.readouterr().err
+
+
+def test_what_was_said_of_the_other_runs_adcs_is_not_taken_over() -> None:
+    said = [{"split": split, "step": step} for split in ("calibration", "test") for step in (0, 22, 44)]
+    kept = [(record["split"], record["step"]) for record in said if _is_common(record, 22)]
+    assert kept == [("calibration", 0), ("test", 0), ("test", 22)]

@@ -5,6 +5,7 @@ All files are real: JPEG files of odd sizes, ArrayRecord files made from archive
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -223,6 +224,9 @@ def spoil(root: Path, what: str) -> Path:
         path = root / "train"
         for other in sorted(photographs.CLASSES[:3])[1:]:
             shutil.rmtree(path / other)
+    elif what == "link to itself":
+        path = root / "train" / "loop"
+        path.symlink_to(path)
     elif what == "no train":
         path = root
         shutil.rmtree(root / "train")
@@ -241,6 +245,7 @@ def spoil(root: Path, what: str) -> Path:
         ("class without counterpart", "has no counterpart in train"),
         ("class missing", "is missing, a class of train"),
         ("one class", "alone; every class is a folder"),
+        ("link to itself", "cannot be read"),
         ("no train", "has val/ but no train/"),
         ("nothing", "is no folder"),
     ],
@@ -250,6 +255,15 @@ def test_mistakes_in_a_folder_are_one_line_with_its_path(folder: Path, tmp_path:
     path = spoil(tmp_path / "images", what)
     message = message_of(lambda: loaded(tmp_path / "images"))
     assert words in message and str(path) in message
+
+
+def test_classes_of_which_a_split_has_no_images_are_refused(folder: Path) -> None:
+    data = loaded(folder)
+    labels = data.test.known_labels()
+    assert labels is not None
+    of_last = dataclasses.replace(data, test=data.test.where(labels == data.classes - 1))
+    with pytest.raises(ValueError, match=r"^`subset.classes` is 2, of which test has no images; give more, or 0\.$"):
+        of_last.part(classes=2)
 
 
 # ---- ImageNet's records

@@ -244,7 +244,7 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
             )
         if name not in table:
             meant = nearest(name, table, otherwise_all=False)
-            from cimjax.training.config.fields import FIELDS
+            from cimjax.training.config.fields import FIELDS  # which imports this
 
             if name in FIELDS:
                 meant = f", which is a field and named config.{name}"
