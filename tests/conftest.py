@@ -37,6 +37,9 @@ _WITHIN = "CIMJAX_WITHIN_SUITE"
 _PROGRAMS = "CIMJAX_SUITE_PROGRAMS"
 
 hypothesis.settings.register_profile("suite", deadline=None)
+# Where it is enough that a property fails: without the search for the smallest example, which takes minutes.
+found = [phase for phase in hypothesis.Phase if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
+hypothesis.settings.register_profile("first_failure", deadline=None, phases=found)
 hypothesis.settings.load_profile("suite")
 
 

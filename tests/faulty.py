@@ -61,7 +61,8 @@ def _run(copy: str, module: str, tests: list[str], printed: str) -> None:
     sys.dont_write_bytecode = True
     import pytest
 
-    code = int(pytest.main(["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]))
+    options = ["-n", "0", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--hypothesis-profile", "first_failure"]
+    code = int(pytest.main([*options, *tests]))
     try:
         found = str(importlib.import_module(module).__file__)
     except Exception as error:

@@ -46,6 +46,17 @@ def test_steps_are_timed_side_by_side(
     assert main(["bench", "--config", f"{CONFIG}:weight=none", "--runs", "1"]) == 2
 
 
+def test_a_training_step_is_timed_as_a_run_dispatches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several in one program, of which each counts."""
+    config = load_config(f"{CONFIG}:smoke,weight=none", [])
+    with config.unlocked():
+        config.batch_size, config.model.width, config.steps_per_dispatch = 4, 4, 3
+    timed = bench.training_step("train", config, bench.random_images(4, (8, 8, 1), 10))
+    monkeypatch.setattr(timing.time, "perf_counter", iter((0.0, 6.0)).__next__)
+    assert timed.once() == 2.0
+    assert int(timed.arguments[0].step) == 3
+
+
 @pytest.mark.full
 def test_layers_are_timed_by_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "LAYERS", ((4, 16, 3, 2),))

@@ -36,8 +36,9 @@ from cimjax.spec import (
 )
 from cimjax.training.batches import Resident
 from cimjax.training.experiment import Experiment, build
+from cimjax.training.programs import most_steps, train_steps
 from cimjax.training.state import chip_key
-from cimjax.training.train_step import eval_step, train_step
+from cimjax.training.train_step import eval_step
 
 
 class Variant(NamedTuple):
@@ -84,6 +85,8 @@ def bench_steps(
 ) -> list[Timing]:
     """Time a training and an evaluation step of the network that a configuration describes, as every variant.
 
+    Training steps are timed as a run dispatches them: `steps_per_dispatch` in one program, by itself 1 on CPU, else 16.
+
     Args:
       config: its batch size is used, and its data set is not.
       programs: variants by name.
@@ -123,12 +126,13 @@ def training_step(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:
     experiment: Experiment = build(config, dataset=dataset)
     setup = experiment.setup_on_one_device()
     batches = Resident(dataset.train, experiment.preparation, config.seed, jax.device_put)
+    count = most_steps(config, experiment.devices.platform)
 
-    def step(state: Any, feed: Any) -> Any:
-        return train_step(setup, state, batches.batch(feed, state, 0, None))
+    def steps(state: Any, feed: Any) -> Any:
+        return train_steps(setup, batches, state, feed, count)
 
     state = experiment.uncalibrated_state()
-    return Compiled(name, step, state, batches.feed(0, 1), images=config.batch_size, carry=True)
+    return Compiled(name, steps, state, batches.feed(0, count), images=config.batch_size, carry=True, times=count)
 
 
 def _evaluation(name: str, config: ConfigDict, dataset: Dataset) -> Compiled:

@@ -36,11 +36,11 @@ class Timing:
     """What one program took.
 
     name: what it computes.
-    milliseconds: median of its runs; `fastest` and `slowest` of them too.
+    milliseconds: a step, median of the program's runs; `fastest` and `slowest` of them too.
     compile_seconds: tracing and compilation, without any cache.
     temporary_mb, whole_mb: what XLA allocates for a run beside arguments and results, and together with these, in MB
       of 10^6 bytes; -1 where it says nothing.
-    images: images that one run processes; 0 where there are none.
+    images: images that a step processes; 0 where there are none.
     """
 
     name: str
@@ -59,10 +59,23 @@ class Timing:
 
 
 class Compiled:
-    """A compiled program and the arguments it runs on; a state that it gives back is what it runs on next."""
+    """A compiled program and the arguments it runs on.
 
-    def __init__(self, name: str, function: Callable[..., Any], *arguments: Any, images: int = 0, carry: bool = False):
-        self.name, self.images, self.carry = name, images, carry
+    images: images of a step.
+    carry: whether it gives back first what its first argument is when it runs next.
+    times: how many steps it does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        images: int = 0,
+        carry: bool = False,
+        times: int = 1,
+    ) -> None:
+        self.name, self.images, self.carry, self.times = name, images, carry, times
         self.arguments = list(arguments)
         start = time.perf_counter()
         donated = (0,) if carry else ()
@@ -78,13 +91,13 @@ class Compiled:
             self.whole_mb = self.temporary_mb + both / 1e6
 
     def once(self) -> float:
-        """Run it; the seconds it took."""
+        """Run it; the seconds that each of its steps took."""
         start = time.perf_counter()
         result = jax.block_until_ready(self.run(*self.arguments))
         seconds = time.perf_counter() - start
         if self.carry:
             self.arguments[0] = result[0]
-        return seconds
+        return seconds / self.times
 
 
 def measured(programs: Sequence[Compiled], runs: int, say: Say = silent) -> list[Timing]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jax import Array, lax
+from ml_collections import ConfigDict
 
 from cimjax.training.batches import Batches
 from cimjax.training.experiment import Experiment
@@ -29,6 +30,12 @@ def train_steps(
     return lax.scan(step, state, jax.numpy.arange(count))
 
 
+def most_steps(config: ConfigDict, platform: str) -> int:
+    """How many steps of a run one program does: `steps_per_dispatch`, or what suits a platform ("cpu", "gpu", ...)."""
+    # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
+    return config.steps_per_dispatch or (1 if platform == "cpu" else 16)
+
+
 class Programs:
     """Each is compiled when it is first called; the first one of a run in the background."""
 
@@ -36,8 +43,7 @@ class Programs:
         self.experiment, self.batches = experiment, batches
         # Seconds that were spent to bring images, which no device computes meanwhile.
         self.seconds_for_images = 0.0
-        # On CPU a loop inside a program runs its convolutions on one core; elsewhere it saves dispatches.
-        self._most = experiment.config.steps_per_dispatch or (1 if experiment.devices.platform == "cpu" else 16)
+        self._most = most_steps(experiment.config, experiment.devices.platform)
         self._compiled: dict[tuple[bool, int], Any] = {}
         self._first: tuple[tuple[bool, int], Future[Any]] | None = None
 
