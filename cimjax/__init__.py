@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from cimjax.nn.convert import convert_network
     from cimjax.nn.layers import CIMConv, CIMDense, Quantize
     from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, Execution, VariationSpec, WeightSpec
-    from cimjax.training.evaluate import evaluate, load
+    from cimjax.training.evaluate import evaluate
+    from cimjax.training.restore import load
     from cimjax.training.state import Batch
     from cimjax.training.train import train
 
@@ -60,7 +61,8 @@ _HOMES = {
     "cimjax.hardware.network.operations": ("IntegerNetwork",),
     "cimjax.training.state": ("Batch",),
     "cimjax.training.train": ("train",),
-    "cimjax.training.evaluate": ("load", "evaluate"),
+    "cimjax.training.evaluate": ("evaluate",),
+    "cimjax.training.restore": ("load",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ROOMS = ("analysis", "core", "data", "hardware", "nn", "spec", "training")

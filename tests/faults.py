@@ -1118,7 +1118,7 @@ SCALE = [
     ),
     Fault(
         "the averaged parameters are those of the last state",
-        "training/evaluate.py",
+        "training/restore.py",
         "state = state.replace(params=state.average, average=None)",
         "state = state.replace(average=None)",
         ("test_pack.py::test_the_averaged_parameters_are_evaluated_and_handed_on",),

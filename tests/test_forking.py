@@ -121,7 +121,7 @@ def test_a_state_that_is_gone_packed_or_of_other_images_cannot_be_taken_over(ide
     gone = tmp_path / "gone"
     shutil.copytree(ideal, gone)
     shutil.rmtree(gone / "checkpoints" / "000001_step_22")
-    packed = cimjax.training.evaluate.pack(ideal, tmp_path / "packed").parent
+    packed = cimjax.training.restore.pack(ideal, tmp_path / "packed").parent
     for run, message in (
         (gone, r"keeps no state of epoch 1 \(step 22; it has 44\); .*--config.checkpoint_epochs=1 "),
         (packed, "holds a packed network"),

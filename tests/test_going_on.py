@@ -13,9 +13,9 @@ from test_training import config, quiet
 
 import cimjax
 from cimjax.data import Dataset
-from cimjax.training.evaluate import restore
 from cimjax.training.experiment import planned_ideal
 from cimjax.training.optimizer import total_steps
+from cimjax.training.restore import restore
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolderError, read_records
 

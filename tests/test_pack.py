@@ -25,9 +25,9 @@ from cimjax.core.cells import quantize_weight
 from cimjax.core.tiling import tile
 from cimjax.nn.parameters import PARAMETERS
 from cimjax.nn.weight_codes import has_codes, weight_codes, weight_steps
-from cimjax.training.evaluate import pack
 from cimjax.training.experiment import build
 from cimjax.training.packing import to_network, to_state
+from cimjax.training.restore import pack
 from cimjax.training.run.files import RunFolderError
 from cimjax.training.run.network_file import NETWORK, Network, read, write
 

@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cimjax.cli import main
 from cimjax.training.config.file import load_config, take_overrides
-from cimjax.training.evaluate import load
+from cimjax.training.restore import load
 from cimjax.training.run import remote
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.files import RunFolderError, RunFolderWarning

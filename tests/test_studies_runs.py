@@ -22,8 +22,9 @@ from cimjax.cli import main
 from cimjax.core import lsq
 from cimjax.nn.layers import PARTIAL_SUMS, CIMConv
 from cimjax.spec import ADCSpec, CIMSpec, VariationSpec
-from cimjax.training.evaluate import Evaluator, Health, restore
+from cimjax.training.evaluate import ADCUsage, Evaluator
 from cimjax.training.random_streams import Stream, stream_key
+from cimjax.training.restore import restore
 
 CHIPS = jax.vmap(lambda number: stream_key(0, Stream.OTHER_CHIP, number))(np.arange(5))
 
@@ -186,7 +187,7 @@ def test_saturation_and_codes_are_those_that_training_reports(run: Path) -> None
     experiment, state, _ = restore(run, images=True)
     study = psums.study_psums(run, layers=["conv3", "conv3"], columns=1)
     (layer,) = study.layers
-    health = Health(experiment)(state)["conv3"]
+    health = ADCUsage(experiment)(state)["conv3"]
     assert layer.saturated.mean() == pytest.approx(health["saturated"], rel=1e-5)
     assert layer.used is not None and layer.used.mean() == pytest.approx(health["codes_used"], rel=1e-6)
     assert (layer.unused == 8 - layer.used).all() and list(layer.codes) == [8] * 3

@@ -20,7 +20,8 @@ from cimjax.analysis.studies.sensitivity import Measurement, rules_for, with_bit
 from cimjax.cli import main
 from cimjax.nn.rules import check_rules
 from cimjax.spec import CIMSpec
-from cimjax.training.evaluate import Evaluator, restore
+from cimjax.training.evaluate import Evaluator
+from cimjax.training.restore import restore
 
 pytest.importorskip("matplotlib")
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"

@@ -32,9 +32,9 @@ from cimjax.training import batches as batches_lib
 from cimjax.training import loop
 from cimjax.training.batches import Resident, augment, order_of_epoch
 from cimjax.training.config.file import Override, load_config
-from cimjax.training.evaluate import Evaluator, Health
+from cimjax.training.evaluate import ADCUsage, Evaluator
 from cimjax.training.experiment import Experiment, build
-from cimjax.training.metrics import health_by_layer
+from cimjax.training.metrics import adc_usage_by_layer
 from cimjax.training.optimizer import learning_rate, make_optimizer, total_steps
 from cimjax.training.random_streams import chip_key
 from cimjax.training.run.checkpoint import Checkpoints
@@ -331,11 +331,11 @@ def test_the_chip_of_a_run_is_the_same_wherever_it_is_looked_at() -> None:
         chosen.model.width, chosen.rules = 4, RULES
     experiment = build(chosen)
     state, images = experiment.first_state()[0], experiment.calibration_images()
-    variables, health = state.variables, Health(experiment)
+    variables, health = state.variables, ADCUsage(experiment)
 
     def on(chip: jax.Array) -> dict[str, float]:
         found = experiment.model.apply(variables, images, mutable=[ADC_STATISTICS], rngs={"variation": chip})[1]
-        return health_by_layer(found[ADC_STATISTICS])["conv3"]
+        return adc_usage_by_layer(found[ADC_STATISTICS])["conv3"]
 
     measured = health(state)["conv3"]
     assert measured == pytest.approx(on(chip_key(3)), rel=1e-3)

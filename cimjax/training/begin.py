@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cimjax.nn.transfer import choose, fits
-from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import Experiment
 from cimjax.training.forking import take_over
 from cimjax.training.programs import Programs
+from cimjax.training.restore import Loaded
 from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.show.teller import Teller

@@ -33,9 +33,9 @@ def _train(arguments: argparse.Namespace) -> None:
         asked = _asked_for(arguments)  # mistakes are said before jax is imported
     with ended_by_ctrl_c():
         from cimjax.core.programs.cache import keep_compiled_programs
-        from cimjax.training.evaluate import load
         from cimjax.training.processes.group import group
         from cimjax.training.processes.together import together
+        from cimjax.training.restore import load
         from cimjax.training.train import train
 
     keep_compiled_programs()
@@ -121,7 +121,7 @@ def _pack(arguments: argparse.Namespace) -> None:
 
     read_config(arguments.run)
     with ended_by_ctrl_c():
-        from cimjax.training.evaluate import pack
+        from cimjax.training.restore import pack
 
     file = pack(arguments.run, arguments.save, which=arguments.which)
     print(f"{shlex.quote(str(file))}: {file.stat().st_size / 1000:,.0f} kB; to measure it: ", end="")

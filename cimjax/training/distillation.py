@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jax import Array
 
-from cimjax.training.evaluate import Loaded
 from cimjax.training.experiment import Experiment
+from cimjax.training.restore import Loaded
 from cimjax.training.state import Batch
 from cimjax.training.train_step import LossFunction, cross_entropy
 

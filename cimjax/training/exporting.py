@@ -22,8 +22,8 @@ from cimjax.hardware.network.nodes import NotIntegersError
 from cimjax.hardware.network.operations import IntegerNetwork
 from cimjax.hardware.on_chip import Call, apply_on_chip
 from cimjax.nn.layers import PARTIAL_SUMS
-from cimjax.training.evaluate import Which, lacks_adcs, restore
 from cimjax.training.experiment import Experiment
+from cimjax.training.restore import Which, lacks_adcs, restore
 from cimjax.training.run.files import RunFolderError, in_one_line
 
 # Pixels of images whose partial sums are in memory together.

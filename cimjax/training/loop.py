@@ -15,11 +15,12 @@ from cimjax.data.dataset import Description
 from cimjax.training.batch_norm import reestimated
 from cimjax.training.batches import batches_of
 from cimjax.training.begin import start
-from cimjax.training.evaluate import Evaluator, Health, lacks_adcs
+from cimjax.training.evaluate import ADCUsage, Evaluator
 from cimjax.training.experiment import Experiment
 from cimjax.training.metrics import mean_movement
 from cimjax.training.processes.progress import name_slowest
 from cimjax.training.programs import Programs
+from cimjax.training.restore import lacks_adcs
 from cimjax.training.result import Callback, Result, moved, training_record
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
@@ -46,7 +47,7 @@ class Run:
         data = experiment.dataset
         self.batches = batches_of(data.train, experiment.preparation, experiment.devices)
         self.programs = Programs(experiment, self.batches)
-        self.health, self.test = Health(experiment), Evaluator(experiment, data.test)
+        self.usage, self.test = ADCUsage(experiment), Evaluator(experiment, data.test)
         self.validation = Evaluator(experiment, data.validation) if data.validation else None
         self.recalibrated = jax.jit(experiment.recalibrated, compiler_options=compiler_options())
         # The best accuracy on the held-out images, and the per-step metrics of the epoch so far.
@@ -158,7 +159,7 @@ class Run:
         self.tell.epoch(step, min(epoch, experiment.config.epochs), records)
         # Before the state is saved: what is recorded after that is forgotten when the run goes on from there.
         if epoch == experiment.ideal_epochs + 1 and not final:
-            self.tell.adcs(step, self.health(state))
+            self.tell.adcs(step, self.usage(state))
         stopping = self.stop.here()
         due = step // self.every > self.saved // self.every
         if best or final or due or stopping or self.checkpoints.latest_step() is None:
@@ -183,9 +184,9 @@ class Run:
         if lacks_adcs(experiment, state):  # ended by a callback: steps of ADCs are not set
             more["ideal_adcs"] = True
             distances = {kind: values for kind, values in distances.items() if kind not in _OF_ADCS}
-            health: dict[str, Any] = {}
+            usage: dict[str, Any] = {}
         else:
-            more, health = more | self.test.on_fresh_chips(state), self.health(state)
+            more, usage = more | self.test.on_fresh_chips(state), self.usage(state)
         result = Result(test["accuracy"], test["loss"], step, mean_movement(distances), self.folder.address, more)
-        self.tell.finish(result, distances, health)
+        self.tell.finish(result, distances, usage)
         return result

@@ -1,4 +1,4 @@
-"""What training is watched by: gradients of steps against those of weights, how far steps moved, ADC health."""
+"""What training is watched by: gradients of steps against those of weights, how far steps moved, how ADCs are used."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def mean_movement(moved: dict[str, dict[str, float]]) -> dict[str, float]:
     return {f"{kind}_moved": float(np.mean(list(layers.values()))) for kind, layers in moved.items()}
 
 
-def health_by_layer(collection: Any) -> dict[str, dict[str, float]]:
+def adc_usage_by_layer(collection: Any) -> dict[str, dict[str, float]]:
     """The `ADCStatistics` that layers left in their collection: {"conv1": {"saturated": ..., "codes_used": ...}}."""
     flat = flax.traverse_util.flatten_dict(dict(collection), sep="/")
     return {
         # Layers stacked by a lifted transform have one path: their mean.
-        path.rsplit("/", 1)[0]: {name: float(np.mean(value)) for name, value in health._asdict().items()}
-        for path, health in flat.items()
+        path.rsplit("/", 1)[0]: {name: float(np.mean(value)) for name, value in usage._asdict().items()}
+        for path, usage in flat.items()
     }

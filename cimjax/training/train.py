@@ -21,12 +21,12 @@ from cimjax.data.npz import file_of, is_npz
 from cimjax.training.batch_norm import check_statistics
 from cimjax.training.config.fields import completed
 from cimjax.training.distillation import check_teacher, taught_by
-from cimjax.training.evaluate import Loaded, load
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.loop import Run
 from cimjax.training.processes.alike import require_same_config, require_same_data
 from cimjax.training.processes.group import Group, group
 from cimjax.training.processes.together import together
+from cimjax.training.restore import Loaded, load
 from cimjax.training.result import Callback, Result
 from cimjax.training.run import network_file
 from cimjax.training.run.checkpoint import Checkpoints

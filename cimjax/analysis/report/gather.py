@@ -21,7 +21,7 @@ from cimjax.hardware.table import TextTable, layer_table
 from cimjax.nn.parameters import steps_of_layer
 from cimjax.spec import CIMSpec
 from cimjax.spec.words import describe_specs
-from cimjax.training.evaluate import restore
+from cimjax.training.restore import restore
 from cimjax.training.run.files import RunFolderError, read_json, warn
 from cimjax.training.run.folder import read_config, read_records
 from cimjax.training.run.options import MAY_CHANGE

@@ -1,8 +1,8 @@
 """The partial sums that come to the ADCs of a trained run, column by column, and how their ladders fit them.
 
 They are taken on the run's calibration images, in evaluation mode and on its own chip, as the numbers of
-`training.evaluate.Health` are. Layers hand them out themselves (`nn.layers.PARTIAL_SUMS`). What is made of them for
-people is in `psum_output`.
+`training.evaluate.ADCUsage` are. Layers hand them out themselves (`nn.layers.PARTIAL_SUMS`). What is made of them
+for people is in `psum_output`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from cimjax.core.tiling import Tiling, tile
 from cimjax.nn.layers import PARTIAL_SUMS
 from cimjax.spec import CIMSpec
 from cimjax.spec.base import nearest, shown
-from cimjax.training.evaluate import restore
 from cimjax.training.experiment import Experiment
 from cimjax.training.random_streams import chip_key
+from cimjax.training.restore import restore
 from cimjax.training.state import TrainState
 
 # Images of one call: their partial sums of all layers are in memory at once.

@@ -21,8 +21,8 @@ import optax
 
 from cimjax.nn.calibrate import calibrate_and_report
 from cimjax.spec import CIMSpec
-from cimjax.training.evaluate import restore
 from cimjax.training.random_streams import Stream, chip_key, stream_key
+from cimjax.training.restore import restore
 from cimjax.training.run.files import read_json, write_json
 from cimjax.training.run.folder import read_records
 

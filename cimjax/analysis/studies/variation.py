@@ -28,10 +28,11 @@ from cimjax.data import Split
 from cimjax.nn.rules import check_rules
 from cimjax.spec import CIMSpec, VariationSpec
 from cimjax.spec.base import LARGEST_COUNT, shown
-from cimjax.training.evaluate import Evaluator, restore
+from cimjax.training.evaluate import Evaluator
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.parallel import AXIS
 from cimjax.training.random_streams import Stream, stream_key
+from cimjax.training.restore import restore
 from cimjax.training.run.files import write_json
 from cimjax.training.state import TrainState
 from cimjax.training.train_step import eval_step

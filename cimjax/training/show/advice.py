@@ -31,26 +31,28 @@ def adcs_on(layers: Sequence[Layer]) -> str:
     return f"ADCs on, {what}; until here they were ideal."
 
 
-def on_adcs(health: Mapping[str, Mapping[str, float]], layers: Iterable[Layer]) -> list[str]:
+def on_adcs(usage: Mapping[str, Mapping[str, float]], layers: Iterable[Layer]) -> list[str]:
     """Saturated ADCs and unused codes.
 
     Args:
-      health: from `metrics.health_by_layer`.
+      usage: from `metrics.adc_usage_by_layer`.
       layers: the network's.
     """
     lines = []
     for layer in layers:
-        of, adc = health.get(layer.name), None if layer.spec is None else layer.spec.adc
-        if of is None or adc is None or layer.spec is None:
+        used, adc = usage.get(layer.name), None if layer.spec is None else layer.spec.adc
+        if used is None or adc is None or layer.spec is None:
             continue
         codes = layer.spec.adc_codes
-        if of["saturated"] > SATURATED:
+        if used["saturated"] > SATURATED:
             advice = _about_full_scale("raise", adc)
-            lines.append(f"{layer.name}: {of['saturated']:.0%} of the conversions lie beyond the ADC's ladder{advice}.")
-        if of["codes_used"] < CODES_USED * codes:
+            lines.append(
+                f"{layer.name}: {used['saturated']:.0%} of the conversions lie beyond the ADC's ladder{advice}."
+            )
+        if used["codes_used"] < CODES_USED * codes:
             advice = _about_full_scale("lower", adc)
-            used = f"{of['codes_used']:.1f} of the ADC's {codes} codes"
-            lines.append(f"{layer.name}: a column uses {used} on average{advice}.")
+            given = f"{used['codes_used']:.1f} of the ADC's {codes} codes"
+            lines.append(f"{layer.name}: a column uses {given} on average{advice}.")
     return lines
 
 

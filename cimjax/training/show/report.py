@@ -63,14 +63,14 @@ def _with_ideal_adcs(epochs: int) -> str:
 
 
 def step_table(
-    layers: Sequence[Layer], moved: Mapping[str, Mapping[str, float]], health: Mapping[str, Mapping[str, float]]
+    layers: Sequence[Layer], moved: Mapping[str, Mapping[str, float]], usage: Mapping[str, Mapping[str, float]]
 ) -> TextTable:
     """How far steps moved, and how ADCs fare, in each array layer.
 
     Args:
       layers: the network's.
       moved: from `metrics.movement`.
-      health: from `metrics.health_by_layer`.
+      usage: from `metrics.adc_usage_by_layer`.
     """
     meanings = {"offset": "mean move of the ladder's middle, in about its first step"}
     columns = [
@@ -85,7 +85,7 @@ def step_table(
             continue
         row = {"layer": layer.name}
         row |= {f"{kind}\nmoved": show(by[layer.name]) for kind, by in moved.items() if layer.name in by}
-        if adcs := health.get(layer.name):
+        if adcs := usage.get(layer.name):
             row["saturated"] = show(adcs["saturated"], ".1%")
             row["codes\nused"] = f"{show(adcs['codes_used'])} of {layer.spec.adc_codes}"
         rows.append(row)
