@@ -152,7 +152,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> None:
-    from cimjax.training.config.fields import describe_config
+    from cimjax.training.config.describe import describe_config
     from cimjax.training.config.file import load_config
 
     print(describe_config(load_config(arguments.config, arguments.overrides)))

@@ -14,7 +14,7 @@ from cimjax.hardware.advice import on_design
 from cimjax.hardware.table import layer_table, show
 from cimjax.nn.calibrate import RULES_OF_ARRAYS
 from cimjax.nn.calibration_warnings import messages
-from cimjax.nn.rules import on_rules
+from cimjax.spec.rules import on_rules
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.writers import Writer
