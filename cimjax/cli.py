@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(argv: list[str] | None = None) -> int:
     """`main` as a process of its own, which may replace itself to have its memory in large pages."""
-    from cimjax.core.programs.memory import start_again_with_large_pages
+    from cimjax.large_pages import start_again_with_large_pages
     from cimjax.training.run.files import show_in_one_line
 
     words = sys.argv[1:] if argv is None else argv

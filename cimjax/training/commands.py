@@ -32,7 +32,7 @@ def _train(arguments: argparse.Namespace) -> None:
     else:
         asked = _asked_for(arguments)  # mistakes are said before jax is imported
     with ended_by_ctrl_c():
-        from cimjax.core.programs.cache import keep_compiled_programs
+        from cimjax.compilation_cache import keep_compiled_programs
         from cimjax.training.evaluate import load
         from cimjax.training.processes.group import group
         from cimjax.training.processes.together import together
