@@ -660,7 +660,7 @@ PROGRAMS = [
     ),
     Fault(
         "a program is that of the machine it is traced on",
-        "core/programs/contract.py",
+        "core/programs/platforms.py",
         'chosen.get(platform) or chosen["default"]',
         'chosen.get(jax.default_backend()) or chosen["default"]',
         ("test_programs.py::test_the_row_of_the_platform_is_lowered_and_no_other",),

@@ -23,7 +23,7 @@ import cimjax
 from cimjax.analysis import figures
 from cimjax.analysis.plot import labels_of
 from cimjax.analysis.studies.output import create_folder, markdown, write_text
-from cimjax.core.programs.contract import runs_on
+from cimjax.core.programs.platforms import runs_on
 from cimjax.data import Split
 from cimjax.spec import CIMSpec, VariationSpec
 from cimjax.spec.base import LARGEST_COUNT, shown

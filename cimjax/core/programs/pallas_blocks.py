@@ -17,8 +17,9 @@ from jax.experimental.pallas import triton
 from cimjax.core import encoding, lsq
 from cimjax.core.convolution import sum_type
 from cimjax.core.programs import joined
-from cimjax.core.programs.contract import Layer, by_platform, operand_type
+from cimjax.core.programs.contract import Layer, operand_type
 from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
+from cimjax.core.programs.platforms import by_platform
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
 
