@@ -181,7 +181,7 @@ QUANTIZER = [
     ),
     Fault(
         "reciprocals are as the division gives them",
-        "core/numerics.py",
+        "core/reciprocal.py",
         "best, least = jnp.where(distance < least, candidate, best), jnp.minimum(distance, least)",
         "best, least = best, jnp.minimum(distance, least)",
         ("test_lsq.py::test_reciprocals_are_the_nearest_whatever_the_division_gives",),

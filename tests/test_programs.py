@@ -20,11 +20,11 @@ from compare import assert_equals_oracle, assert_near
 from cimjax.core import adc, conv, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.array_mac import snap_to_integers
-from cimjax.core.numerics import smallest_type
 from cimjax.core.programs import contract, cpu, joined, pallas, pallas_backward, pallas_blocks, products
 from cimjax.core.programs import ladders as ladders_lib
 from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import compiler_options
+from cimjax.core.programs.kept_codes import smallest_type
 from cimjax.core.programs.platforms import by_platform, compute_capability, runs_on
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.tiling import tile

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from cimjax.core import lsq
-from cimjax.core.numerics import reciprocal
+from cimjax.core.reciprocal import reciprocal
 from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec, CodeRange, Reference

@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from cimjax.core.numerics import reciprocal, sum_to_shape
+from cimjax.core.broadcasts import sum_to_shape
+from cimjax.core.reciprocal import reciprocal
 
 
 @functools.cache

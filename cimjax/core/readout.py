@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cimjax.core.array_mac import PartialSums
-from cimjax.core.numerics import spread
+from cimjax.core.broadcasts import spread
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
