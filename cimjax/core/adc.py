@@ -72,7 +72,8 @@ def reference_codes(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSpec
 
 def _gradient(spec: CIMSpec) -> dict[str, float]:
     """Where an ADC passes gradients, as `lsq.quantize` takes it."""
-    return {} if spec.adc is None else {"margin": spec.adc.gradient_margin, "bumps": spec.adc.gradient_bumps}
+    assert spec.adc is not None
+    return {"margin": spec.adc.gradient_margin, "bumps": spec.adc.gradient_bumps}
 
 
 def psum_ranges(spec: CIMSpec) -> CodeRange:
