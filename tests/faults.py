@@ -1003,8 +1003,8 @@ TRAINING = [
     Fault(
         "a save of another name is swept",
         "training/run/checkpoint.py",
-        "_NAME.fullmatch(path.name) and path not in kept",
-        "_NAME.match(path.name) and path not in kept",
+        "SAVE_NAME.fullmatch(path.name) and path not in kept",
+        "SAVE_NAME.match(path.name) and path not in kept",
         ("test_checkpoint.py::test_what_killed_processes_leave_is_passed_over_and_swept",),
     ),
     Fault(

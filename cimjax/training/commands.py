@@ -59,7 +59,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _asked_for(arguments: argparse.Namespace) -> tuple[ConfigDict, str | Path | None]:
     """The config, and the run folder, or its address in a bucket, if one was given."""
     from cimjax.training.config.file import load_config
-    from cimjax.training.run.remote import is_remote
+    from cimjax.training.run.address import is_remote
 
     config, given = load_config(arguments.config, arguments.overrides), arguments.workdir
     return config, given if given is None or is_remote(given) else checked_folder(given)

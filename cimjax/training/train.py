@@ -29,9 +29,10 @@ from cimjax.training.processes.group import Group, group
 from cimjax.training.processes.together import together
 from cimjax.training.result import Callback, Result
 from cimjax.training.run import network_file
+from cimjax.training.run.address import is_remote
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder, RunFolderError
-from cimjax.training.run.remote import Mirror, is_remote, local_copy
+from cimjax.training.run.remote import Mirror, local_copy
 from cimjax.training.run.silent import SilentFolder, require_shared
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
