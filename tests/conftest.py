@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("suite")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run everything, also what takes long")
-    parser.addoption("--kills", type=int, default=4, help="how often `test_kills` ends a run at a random moment")
+    parser.addoption("--kills", type=int, help="how often runs are ended at random moments; a few times by itself")
     parser.addoption("--rest", action="store_true", help="run only what takes long, which is left out by default")
 
 

@@ -117,6 +117,13 @@ QUANTIZER = [
         oracle("adc-3-margin"),
     ),
     Fault(
+        "the step of a signed bit starts at twice the mean magnitude",
+        "core/calibration/ladder.py",
+        "size).binary, 1.0, 2.0)",
+        "size).binary, 2.0, 2.0)",
+        ("test_calibration.py::test_the_magnitude_start_of_one_bit_is_the_mean_magnitude",),
+    ),
+    Fault(
         "bumps at outer thresholds are repeated beyond them",
         "core/lsq.py",
         "jnp.clip(jnp.floor(u) + 0.5, bounds.q_min + 0.5, bounds.q_max - 0.5)",
@@ -898,15 +905,15 @@ TRAINING = [
     Fault(
         "every epoch has the same order",
         "training/batches.py",
-        "jax.random.fold_in(jax.random.fold_in(key, 3), epoch)",
-        "jax.random.fold_in(key, 3)",
+        "stream_key(seed, Stream.ORDER, epoch)",
+        "stream_key(seed, Stream.ORDER, 0)",
         ("test_training.py::test_order_and_augmentation_are_functions_of_seed_and_step",),
     ),
     Fault(
         "every step augments alike",
         "training/batches.py",
-        "key = jax.random.fold_in(jax.random.key(state.seed), state.step)\n        chosen",
-        "key = jax.random.key(state.seed)\n        chosen",
+        "stream_key(state.seed, Stream.AUGMENTATION, state.step), size",
+        "stream_key(state.seed, Stream.AUGMENTATION, 0), size",
         ("test_training.py::test_every_step_takes_the_next_images_and_augments_them_in_its_own_way",),
     ),
     Fault(
@@ -917,10 +924,24 @@ TRAINING = [
         ("test_training.py::test_every_step_takes_the_next_images_and_augments_them_in_its_own_way",),
     ),
     Fault(
+        "all purposes share their keys",
+        "training/random_streams.py",
+        "jax.random.fold_in(jax.random.key(seed), stream)",
+        "jax.random.fold_in(jax.random.key(seed), 0)",
+        ("test_random_streams.py::test_no_two_purposes_share_a_key",),
+    ),
+    Fault(
+        "a step is part of no key of its stream",
+        "training/random_streams.py",
+        "for number in counted:",
+        "for number in counted[1:]:",
+        ("test_random_streams.py::test_no_two_purposes_share_a_key",),
+    ),
+    Fault(
         "a resumed run has another order",
         "training/batches.py",
-        "put(order_of_epoch(self.key, epoch, images))",
-        "put(order_of_epoch(self.key, step, images))",
+        "put(order_of_epoch(self.seed, epoch, images))",
+        "put(order_of_epoch(self.seed, step, images))",
         ("test_training.py::test_a_run_stopped_within_an_epoch_ends_with_the_numbers_of_one_that_was_not",),
     ),
     Fault(
@@ -1017,8 +1038,8 @@ TRAINING = [
     Fault(
         "the chip of an evaluation is another one",
         "training/evaluate.py",
-        "self._own_chip(state) if chip is None else chip)",
-        "jax.random.key(0) if chip is None else chip)",
+        "chip_key(self.experiment.devices.here(state.seed)) if chip is None else chip",
+        "jax.random.key(0) if chip is None else chip",
         ("test_training.py::test_evaluation_is_on_the_chip_of_the_run",),
     ),
     Fault(
@@ -1053,8 +1074,8 @@ TRAINING = [
     Fault(
         "images on the host come in the order of the next epoch",
         "training/batches.py",
-        "np.asarray(order_of_epoch(self.key, epoch, images))",
-        "np.asarray(order_of_epoch(self.key, epoch + 1, images))",
+        "np.asarray(order_of_epoch(self.seed, epoch, images))",
+        "np.asarray(order_of_epoch(self.seed, epoch + 1, images))",
         ("test_train_step.py::test_images_on_the_host_give_the_steps_of_images_on_the_device",),
     ),
     Fault(
@@ -1140,8 +1161,8 @@ SCALE = [
     Fault(
         "layers of many read groups keep their partial sums on paper",
         "analysis/bench_paper.py",
-        "(execution.residuals == Residuals.AUTO and many)",
-        "(execution.residuals == Residuals.AUTO and not many)",
+        "layer.cost is not None and is_loop(execution, layer.cost.read_groups)",
+        "layer.cost is not None and not is_loop(execution, layer.cost.read_groups)",
         ("test_bench_paper.py::test_partial_sums_are_the_conversions_and_their_traffic_follows_them",),
     ),
 ]

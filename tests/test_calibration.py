@@ -352,6 +352,22 @@ def test_least_squares_steps_are_near_the_best_and_better_than_lsqs(
     np.testing.assert_array_equal(zero, 1)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_magnitude_start_of_one_bit_is_the_mean_magnitude(signed: bool) -> None:
+    """Levels of {-1, +1} lie at the codes, those of {0, 1} at 0 and one step."""
+    values = distributions()["exponential"]
+    layer_spec = spec(
+        adc={"bits": 1, "start": "magnitude", "range": "signed" if signed else "auto"},
+        weight={"bits": 4, "cell_bits": 4, "encoding": "differential", "subtract": "analog"}
+        if signed
+        else {"bits": 3, "cell_bits": 8, "encoding": "offset"},
+    )
+    psums, tiling, steps = one_column(values, layer_spec)
+    step, _ = calibration.psum_steps(psums, steps, tiling, layer_spec)
+    want = np.abs(values).mean() * (1 if signed else 2)
+    np.testing.assert_allclose(np.asarray(step).ravel()[0], want, rtol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [False, True])
 def test_simpler_starts_of_ladders_are_what_they_say(offset: bool) -> None:
     values = distributions()["exponential"]

@@ -15,7 +15,6 @@ import pytest
 
 import cimjax
 from cimjax.data import Dataset
-from cimjax.hardware.survey import layers_of
 from cimjax.training.batches import Resident
 from cimjax.training.config.file import load_config
 from cimjax.training.experiment import build
@@ -87,8 +86,7 @@ def test_every_pairing_can_be_built(name: str, options: str) -> None:
     assert kinds["others"] == parameters
     assert (kinds["steps"] == 0) == ("weight=none" in options)
     spec = None if config.spec is None else cimjax.CIMSpec.from_dict(config.spec.to_dict())
-    layers = layers_of(experiment.model, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
-    through_arrays = [layer for layer in layers if layer.spec is not None]
+    through_arrays = [layer for layer in experiment.layers if layer.spec is not None]
     assert {layer.spec for layer in through_arrays} == (set() if spec is None else {spec})
     for layer in through_arrays:
         cost = cimjax.layer_cost(layer.kernel, layer.output, layer.spec)

@@ -36,7 +36,7 @@ from cimjax.training.run.folder import LOCK, RunFolder, RunFolderError, RunFolde
 from cimjax.training.show.display import Display
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py:smoke")
-QUICK, ALL = 25, 120
+QUICK, ALL = 25, 90
 # What the loop saves beside a state.
 HOLDING = {"best": float, "seen": dict}
 

@@ -201,7 +201,10 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "variation": ({"variation": cimjax.VariationSpec(sigma=0.1)}, "has `variation`: its cells hold real numbers"),
     "cells": ({"weight": cimjax.WeightSpec(signed_cells="ideal")}, "`signed_cells` is 'ideal'"),
-    "ADC": ({"adc": cimjax.ADCSpec(bits=12)}, "has ADCs of 12 bits; thresholds are tables of at most 10"),
+    "ADC": (
+        {"adc": cimjax.ADCSpec(bits=12)},
+        "tables of thresholds at most 10; give `adc.bits` of 10 at most",
+    ),
 }
 
 

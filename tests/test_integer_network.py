@@ -341,5 +341,5 @@ def test_layers_in_loops_are_refused_in_one_line(loop: bool) -> None:
     network, x = Lifted(loop), jnp.ones((2, 3, 4))
     with cimjax.without_calibration():
         variables = network.init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match=r"^array layers are called in [^\n]*: a network in integers cannot do that\."):
+    with pytest.raises(ValueError, match=r"^array layers are called in [^\n]*cannot do that; use another"):
         cimjax.integer_network(network, variables, x)

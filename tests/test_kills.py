@@ -47,7 +47,7 @@ def wait(process: subprocess.Popen[str], folder: Path, aim: str, rng: random.Ran
 
 @pytest.mark.full
 def test_runs_ended_at_any_moment_lose_and_change_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    rng, kills, seen, finished = random.Random(0), request.config.getoption("--kills"), Counter[str](), 0
+    rng, kills, seen, finished = random.Random(0), request.config.getoption("--kills") or 4, Counter[str](), 0
     for name in ("first", "whole"):  # the second takes the time of one whose programs were compiled before
         begin = time.monotonic()
         output, error = start(tmp_path / name, *FIELDS).communicate()

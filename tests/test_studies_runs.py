@@ -23,8 +23,9 @@ from cimjax.core import lsq
 from cimjax.nn.layers import PARTIAL_SUMS, CIMConv
 from cimjax.spec import ADCSpec, CIMSpec, VariationSpec
 from cimjax.training.evaluate import Evaluator, Health, restore
+from cimjax.training.random_streams import Stream, stream_key
 
-CHIPS = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(np.arange(5))
+CHIPS = jax.vmap(lambda number: stream_key(0, Stream.OTHER_CHIP, number))(np.arange(5))
 
 
 @pytest.fixture(scope="module")

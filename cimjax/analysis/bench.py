@@ -38,7 +38,7 @@ from cimjax.spec import (
 from cimjax.training.batches import Resident
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.programs import most_steps, train_steps
-from cimjax.training.state import chip_key
+from cimjax.training.random_streams import chip_key
 from cimjax.training.train_step import eval_step
 
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from cimjax.analysis.studies.output import markdown
 from cimjax.core.encoding import plane_gradient_weights
 from cimjax.core.programs.contract import built_in
-from cimjax.core.programs.joined import MOST_WRITTEN_OUT
+from cimjax.core.programs.joined import has_one_gradient, is_loop
 from cimjax.hardware.survey import Layer
-from cimjax.spec import CIMSpec, Execution, Operands, Product, Residuals
+from cimjax.spec import CIMSpec, Execution, Operands, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +173,10 @@ def _in_arrays(layer: Layer, spec: CIMSpec) -> list[Part]:
         each = Part(PRODUCT, float32=2 * products, memory=4 * (inputs + outputs))
         return [each, each._replace(name=TO_INPUTS), each._replace(name=TO_WEIGHTS), rest]
     planes, slices = len(spec.weight.planes), len(spec.activation.slices)
-    one_gradient = spec.variation is None and not spec.weight.step_per_plane
+    one_gradient = has_one_gradient(spec)
     mixed = len(plane_gradient_weights(spec.weight)) if one_gradient else planes
     psums, execution = _psums(layer, spec), layer.execution
-    many = layer.cost is not None and layer.cost.read_groups > MOST_WRITTEN_OUT
-    loop = execution.residuals == Residuals.INPUTS or (execution.residuals == Residuals.AUTO and many)
+    loop = layer.cost is not None and is_loop(execution, layer.cost.read_groups)
     # What each position sees, written and read, besides the inputs themselves.
     patches = loop or execution.product == Product.PATCHES
     seen = 2 * slices * products // layer.kernel[-1] if patches else 0

@@ -204,10 +204,10 @@ def dequantize(codes: ArrayLike, step: ArrayLike, offset: ArrayLike | None = Non
     Returns:
       Array of the broadcast shape, float32.
     """
-    codes, step = jnp.asarray(codes), jnp.asarray(step)
+    codes, step = jnp.asarray(codes, jnp.float32), jnp.asarray(step, jnp.float32)
     shape = jnp.broadcast_shapes(codes.shape, step.shape)
     value = codes * spread(step, shape)
-    return value if offset is None else value + spread(jnp.asarray(offset), shape)
+    return value if offset is None else value + spread(jnp.asarray(offset, jnp.float32), shape)
 
 
 def fake_quantize(
@@ -241,7 +241,9 @@ def quantize_activation(x: ArrayLike | Codes, step: Array | None, spec: Activati
     """
     if isinstance(x, Codes):
         if (x.spec.code_range, x.spec.slices) != (spec.code_range, spec.slices):
-            raise ValueError(f"The input was quantized with {x.spec}, but the layer's `activation` is {spec}.")
+            raise ValueError(
+                f"The input was quantized with {x.spec}, but the layer's `activation` is {spec}; give both the same."
+            )
         return x
     if step is None:
         raise ValueError("`steps.activation` is None: a real input needs a step; give one, or give `Codes`.")

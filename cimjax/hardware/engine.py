@@ -43,7 +43,7 @@ def run(layer: FrozenLayer, codes: np.ndarray) -> Readings:
     axes = len(layer.kernel_size) + 2
     if codes.ndim != axes or codes.shape[-1] != layer.in_channels:
         wanted = f"{axes} axes, the last of {layer.in_channels} channels"
-        raise ValueError(f"{layer.name} got codes of shape {codes.shape}; it takes {wanted}.")
+        raise ValueError(f"{layer.name or 'the layer'} got codes of shape {codes.shape}; it takes {wanted}.")
     driven, size = _stretched(layer, codes)
     slices = [driven] if len(layer.slices) == 1 else [_slice(driven, part) for part in layer.slices]
     sums = [_columns(layer, each) for each in slices]

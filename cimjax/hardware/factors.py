@@ -111,6 +111,7 @@ def integer_factors(real: Factors, reach: Reach, name: str, bits: int | None) ->
       bits: None for 24, or as many as there is room for.
     """
     check_bits(bits)
+    name = name or "the layer"
     for tried in range(MOST_BITS if bits is None else bits, _FEWEST - 1, -1):
         found = real.rounded(tried)
         if found.largest_total(reach) <= INT32:

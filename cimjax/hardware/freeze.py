@@ -136,7 +136,8 @@ def _of_network(layer: Layer, params: Mapping[str, Any], factor_bits: int | None
     assert spec is not None and window is not None
     if layer.copies > 1:
         raise ValueError(
-            f"{layer.name} is {layer.copies} layers that `nn.scan` or `nn.vmap` stack; freeze them unstacked."
+            f"{layer.name or 'the layer'} is {layer.copies} layers that `nn.scan` or `nn.vmap` stack; freeze them "
+            "unstacked."
         )
     steps = steps_of_layer(params, layer.name, layer.kernel, spec)
     return freeze_layer(
@@ -211,12 +212,16 @@ def factors_of(layer: FrozenLayer, params: Mapping[str, Any]) -> tuple[Factors, 
 
 
 def _require_integers(name: str, spec: CIMSpec) -> None:
+    name = name or "the layer"
     if spec.variation is not None:
         raise ValueError(f"{name} has `variation`: its cells hold real numbers; freeze the network without it.")
     spec.require_exportable()
     bits = 0 if spec.adc is None else math.log2(spec.adc_codes)
     if bits > MOST_ADC_BITS:
-        raise ValueError(f"{name} has ADCs of {bits:.0f} bits; thresholds are tables of at most {MOST_ADC_BITS}.")
+        raise ValueError(
+            f"{name} has ADCs of {bits:.0f} bits, and tables of thresholds at most {MOST_ADC_BITS}; give `adc.bits` of "
+            f"{MOST_ADC_BITS} at most."
+        )
 
 
 def _rows(tiling: Tiling, spec: CIMSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -52,8 +52,9 @@ def stored_shapes(shapes: StepSizes, spec: CIMSpec, *, has_step: bool) -> StepSi
 
 def lacks_step(layer: str, step: str) -> ValueError:
     """What is wrong with variables of full precision where those of arrays are needed."""
+    name = f"`{layer}`" if layer else "the layer"
     return ValueError(
-        f"`{layer}` has no `{step}` in these variables: its steps were never set; call "
+        f"{name} has no `{step}` in these variables: its steps were never set; call "
         "cimjax.calibrate(model, variables, images) first."
     )
 

@@ -69,7 +69,7 @@ class Execution(Spec):
     # layers without ADCs are always multiplied in float32.
     operands: Operands = Operands.AUTO
     # `psums`: fast; `inputs`: a fraction of the memory, for one more array product in the backward pass. `auto` is
-    # `psums`, but `inputs` for layers of many read groups or slices, whose partial sums would fill the memory.
+    # `psums`, but `inputs` for layers of more than 8 read groups, whose partial sums would fill the memory.
     residuals: Residuals = Residuals.AUTO
 
     def __post_init__(self) -> None:

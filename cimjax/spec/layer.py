@@ -214,7 +214,8 @@ class WeightSpec(Spec):
     # is what `learned_scales` are.
     step_per_plane: bool = False
     # Where calibration starts the step: `least_squares`: where rounding changes the tensor least; `magnitude`: LSQ's
-    # rule, `2 mean|x| / sqrt(q)`; `range`: where the codes just cover all values; `percentile`: 99.9 % of them.
+    # rule, `2 mean|x| / sqrt(q)` (`mean|x|` for {-1, +1}); `range`: where the codes just cover all values;
+    # `percentile`: 99.9 % of them.
     start: StepStart = StepStart.MAGNITUDE
     # Constant that multiplies LSQ's gradient factor 1/sqrt(n q) of this step; log-steps need more than raw ones.
     gradient_factor: float = 30.0
@@ -333,8 +334,8 @@ class ADCSpec(Spec):
     # rounded to the nearest power of two.
     step: StepKind = StepKind.LEARNED
     # Where calibration puts the ladder: `least_squares`: where the output changes least; `magnitude`: LSQ's rule for
-    # real numbers, `2 mean|P| / sqrt(q)` from 0; `range`: over all partial sums that occur; `percentile`: over all but
-    # the outermost 0.1 % on either side.
+    # real numbers, `2 mean|P| / sqrt(q)` from 0 (`mean|P|` for {-1, +1}); `range`: over all partial sums that occur;
+    # `percentile`: over all but the outermost 0.1 % on either side.
     start: LadderStart = LadderStart.LEAST_SQUARES
     # `auto`: signed codes where a column can be negative and there is no offset; `signed`: always.
     range: ADCRange = ADCRange.AUTO
@@ -520,7 +521,7 @@ class CIMSpec(Spec):
           ValueError: with an ideal ADC, which has no codes.
         """
         if self.adc is None:
-            raise ValueError("`adc` is None: an ideal ADC has no codes.")
+            raise ValueError("`adc` is None: an ideal ADC has no codes; give an `ADCSpec`.")
         return tuple(
             tuple(self.adc.code_range(signed=signed, plane=k) for k, signed in enumerate(row))
             for row in self.signed_psums
@@ -535,7 +536,7 @@ class CIMSpec(Spec):
     def reference_ranges(self) -> tuple[CodeRange, ...]:
         """For every slice t, the codes of the ADC behind the dummy column of `reference="adc"`."""
         if self.adc is None:
-            raise ValueError("`adc` is None: an ideal ADC has no codes.")
+            raise ValueError("`adc` is None: an ideal ADC has no codes; give an `ADCSpec`.")
         return tuple(self.adc.code_range(signed=s.signed) for s in self.activation.slices)
 
     def require_exportable(self) -> None:

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from cimjax.data import Split
 from cimjax.data.streams import StreamedSplit
 from cimjax.training.parallel import AXIS, Devices
+from cimjax.training.random_streams import Stream, stream_key
 from cimjax.training.state import Batch, TrainState
 
 # Bytes of a feed of decoded images, about: two of them lie on the devices at a time.
@@ -85,7 +86,7 @@ class Preparation:
         """Augmented, with smoothed labels and, if so configured, each pair of neighbours mixed.
 
         Args:
-          key: of the step, the same on every device.
+          key: of mixup, the same on every device.
           keys: (N,), of the images.
         """
         config = self.config
@@ -101,7 +102,7 @@ class Resident(Batches):
 
     def __init__(self, split: Split, preparation: Preparation, seed: int, put: Callable[[Any], Any]) -> None:
         self.preparation, self.size, self.put = preparation, preparation.config.batch_size, put
-        self.key = jax.random.key(seed)
+        self.seed = seed
         self.data = put((jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32)))
         self._epoch: tuple[int, Any] | None = None
 
@@ -110,17 +111,16 @@ class Resident(Batches):
         images = self.data[1].shape[0]
         epoch = step // (images // self.size)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self.put(order_of_epoch(self.key, epoch, images))
+            self._epoch = epoch, self.put(order_of_epoch(self.seed, epoch, images))
         return *self.data, self._epoch[1]
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         del index
         pixels, labels, order = feed
         position = state.step % (labels.shape[0] // self.size)
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         chosen = lax.dynamic_slice(order, (position * self.size,), (self.size,))
-        chosen, keys = (_share(values, axis_name) for values in (chosen, jax.random.split(key, self.size)))
-        return self.preparation.for_training(pixels[chosen], labels[chosen], key, keys)
+        chosen, keys = (_share(values, axis_name) for values in (chosen, augmentation_keys(state, self.size)))
+        return self.preparation.for_training(pixels[chosen], labels[chosen], mixup_key(state), keys)
 
 
 class Streamed(Batches):
@@ -142,9 +142,8 @@ class Streamed(Batches):
 
     def batch(self, feed: Any, state: TrainState, index: int | Array, axis_name: str | None) -> Batch:
         pixels, labels = (lax.dynamic_index_in_dim(each, index, keepdims=False) for each in feed)
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        keys = _share(jax.random.split(key, self.size), axis_name)
-        return self.preparation.for_training(pixels, labels, key, keys)
+        keys = _share(augmentation_keys(state, self.size), axis_name)
+        return self.preparation.for_training(pixels, labels, mixup_key(state), keys)
 
 
 class FromMemory(Streamed):
@@ -152,14 +151,14 @@ class FromMemory(Streamed):
 
     def __init__(self, split: Split, preparation: Preparation, devices: Devices) -> None:
         super().__init__(preparation, devices)
-        self.split, self.key = split, jax.random.key(preparation.config.seed)
+        self.split, self.seed = split, preparation.config.seed
         self._epoch: tuple[int, Any] | None = None
 
     def read(self, step: int, count: int) -> tuple[Any, Any]:
         images = len(self.split)
         epoch, position = divmod(step, images // self.size)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, np.asarray(order_of_epoch(self.key, epoch, images))
+            self._epoch = epoch, np.asarray(order_of_epoch(self.seed, epoch, images))
         chosen = self._epoch[1][position * self.size : (position + count) * self.size].reshape(count, self.size)
         chosen = chosen[:, self.devices.share.range_of(self.size)]
         return self.split.images[chosen], self.split.labels[chosen]
@@ -232,6 +231,16 @@ def _share(values: Array, axis_name: str | None) -> Array:
     return lax.dynamic_slice_in_dim(values, lax.axis_index(axis_name) * size, size)
 
 
+def augmentation_keys(state: TrainState, size: int) -> Array:
+    """A key for each image of the batch that a state is about to learn from, (N,)."""
+    return jax.random.split(stream_key(state.seed, Stream.AUGMENTATION, state.step), size)
+
+
+def mixup_key(state: TrainState) -> Array:
+    """The key by which the batch that a state is about to learn from is mixed."""
+    return stream_key(state.seed, Stream.MIXUP, state.step)
+
+
 def augment(pixels: Array, keys: Array, shift: int, flip: bool) -> Array:
     """Random shifts by up to `shift` pixels (edges filled with 0) and mirror images, each from its own key.
 
@@ -258,7 +267,7 @@ def mix(batch: Batch, key: Array, alpha: float) -> Batch:
 
     Neighbours, so that several devices mix as one does; an odd last image stays as it is.
     """
-    part = jax.random.beta(jax.random.fold_in(key, 2), alpha, alpha, dtype=jnp.float32)
+    part = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
     count = batch.labels.shape[0]
     partner = np.minimum(np.arange(count) ^ 1, count - 1)
 
@@ -268,6 +277,6 @@ def mix(batch: Batch, key: Array, alpha: float) -> Batch:
     return batch.replace(images=mixed(batch.images), targets=mixed(batch.targets))
 
 
-def order_of_epoch(key: Array, epoch: int | Array, images: int) -> Array:
+def order_of_epoch(seed: int, epoch: int | Array, images: int) -> Array:
     """The order of the training images in an epoch: a permutation drawn from (seed, epoch), (N,) int32."""
-    return jax.random.permutation(jax.random.fold_in(jax.random.fold_in(key, 3), epoch), images).astype(jnp.int32)
+    return jax.random.permutation(stream_key(seed, Stream.ORDER, epoch), images).astype(jnp.int32)

@@ -27,12 +27,13 @@ from cimjax.training.experiment import Experiment, build
 from cimjax.training.metrics import health_by_layer
 from cimjax.training.packing import to_network, to_state
 from cimjax.training.parallel import AXIS, Devices
+from cimjax.training.random_streams import Stream, chip_key, stream_key
 from cimjax.training.run import network_file
 from cimjax.training.run.files import RunFolderError, in_one_line, warn, write_json
 from cimjax.training.run.folder import CONFIG, read_config
 from cimjax.training.run.records import METRICS
 from cimjax.training.run.remote import local_copy
-from cimjax.training.state import TrainState, chip_key
+from cimjax.training.state import TrainState
 from cimjax.training.train_step import eval_step
 
 Which = Literal["last", "best", "average"]
@@ -79,7 +80,8 @@ class Evaluator:
           chip: the random key of another chip than the run's.
         """
         # On the host, whose arrays every device may be given.
-        key = np.asarray(jax.random.key_data(self._own_chip(state) if chip is None else chip))
+        chip = chip_key(self.experiment.devices.here(state.seed)) if chip is None else chip
+        key = np.asarray(jax.random.key_data(chip))
         sums: list[dict[str, Array]] = []
         for batch in self.batches:
             sums.append(self.steps[ideal_adcs](state, key, *batch))
@@ -101,12 +103,10 @@ class Evaluator:
     def on_fresh_chips(self, state: TrainState) -> dict[str, float]:
         """Mean and standard deviation of the accuracy on chips that the run has never seen, each of its own random
         cells: on `config.fresh_chips` of them; empty for none."""
-        fresh, count = jax.random.fold_in(self._own_chip(state), 2**31 - 1), self.experiment.config.fresh_chips
-        found = [self(state, chip=jax.random.fold_in(fresh, number))["accuracy"] for number in range(count)]
+        seed, count = self.experiment.devices.here(state.seed), self.experiment.config.fresh_chips
+        chips = [stream_key(seed, Stream.OTHER_CHIP, number) for number in range(count)]
+        found = [self(state, chip=chip)["accuracy"] for chip in chips]
         return {"fresh_chips": float(np.mean(found)), "fresh_chips_spread": float(np.std(found))} if found else {}
-
-    def _own_chip(self, state: TrainState) -> Array:
-        return chip_key(self.experiment.devices.here(state.seed))
 
     def close(self) -> None:
         """End what reads images."""

@@ -34,7 +34,8 @@ from cimjax.training.config.fields import check_config
 from cimjax.training.optimizer import learning_rate, make_optimizer, steps_per_epoch, total_steps
 from cimjax.training.oscillation import freeze_oscillating
 from cimjax.training.parallel import Devices
-from cimjax.training.state import TrainState, chip_key
+from cimjax.training.random_streams import Stream, stream_key
+from cimjax.training.state import TrainState
 from cimjax.training.train_step import LossFunction, Setup, cross_entropy, step_rngs
 
 # Images with which the layers of a network are looked up: a prime, which no other axis is likely to be a multiple of.
@@ -63,11 +64,6 @@ class Experiment:
     preparation: Preparation
     schedule: optax.Schedule | None
     was_ideal: int | None = None
-
-    @property
-    def key(self) -> Array:
-        """The key of the run's randomness."""
-        return jax.random.key(self.config.seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -132,7 +128,7 @@ class Experiment:
 
     def calibration_images(self) -> Array:
         """The images on which steps are calibrated: always the same ones of a seed, not augmented, (n, H, W, C)."""
-        key = jax.random.fold_in(self.key, 4)
+        key = stream_key(self.config.seed, Stream.CALIBRATION)
         chosen = np.asarray(jax.random.permutation(key, len(self.dataset.train)))[: self.config.calibration_images]
         return self.preparation.normalise(jnp.asarray(self.dataset.train.images[chosen]))
 
@@ -195,8 +191,8 @@ class Experiment:
         return self._state(seed, variables), reports
 
     def _rngs(self, seed: Array) -> dict[str, Array]:
-        key = jax.random.key(seed)
-        return {"params": key, "variation": chip_key(seed), "dropout": jax.random.fold_in(key, 5)}
+        streams = {"params": Stream.WEIGHTS, "variation": Stream.CHIP, "dropout": Stream.DROPOUT}
+        return {name: stream_key(seed, stream) for name, stream in streams.items()}
 
     def _state(self, seed: Array, variables: Any) -> TrainState:
         params = variables["params"]

@@ -1,11 +1,10 @@
-"""What a run carries from step to step, what a step learns from, and the key of the run's chip."""
+"""What a run carries from step to step, and what a step learns from."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import flax.struct
-import jax
 from jax import Array
 
 
@@ -48,12 +47,3 @@ class Batch(flax.struct.PyTreeNode):
     images: Array
     labels: Array
     targets: Array
-
-
-def chip_key(seed: int | Array) -> Array:
-    """The random key of a run's chip: with `variation`, the same cells wherever the run is trained or looked at.
-
-    Args:
-      seed: the run's, `TrainState.seed`.
-    """
-    return jax.random.fold_in(jax.random.key(seed), 1)

@@ -20,7 +20,8 @@ from jax import Array, lax
 
 from cimjax.nn.ideal import ideal_adcs
 from cimjax.training.metrics import gradient_ratios
-from cimjax.training.state import Batch, TrainState, chip_key
+from cimjax.training.random_streams import Stream, chip_key, stream_key
+from cimjax.training.state import Batch, TrainState
 
 # `loss_fn(logits, batch)`: () or (N,) float32; a step takes the mean.
 LossFunction = Callable[[Array, Batch], Array]
@@ -68,12 +69,11 @@ class Setup:
 def step_rngs(setup: Setup, state: TrainState, part: int | Array = 0) -> dict[str, Array]:
     """The random keys of the training step that a state is about to make: the chip's, that of dropout, and one for
     streams of other names."""
-    key, chip = jax.random.fold_in(jax.random.key(state.seed), state.step), chip_key(state.seed)
-    mine = jax.random.fold_in(key, part) if setup.accumulate > 1 else key
-    if setup.axis_name is not None:
-        mine = jax.random.fold_in(mine, lax.axis_index(setup.axis_name))
-    variation = jax.random.fold_in(chip, state.step) if setup.fresh_chips else chip
-    return {"variation": variation, "dropout": mine, "params": jax.random.fold_in(mine, 1)}
+    seed, step = state.seed, state.step
+    chip = stream_key(seed, Stream.CHIP_OF_STEP, step) if setup.fresh_chips else chip_key(seed)
+    counted = (step, part) if setup.axis_name is None else (step, part, lax.axis_index(setup.axis_name))
+    dropout, others = (stream_key(seed, stream, *counted) for stream in (Stream.DROPOUT, Stream.NETWORK))
+    return {"variation": chip, "dropout": dropout, "params": others}
 
 
 def loss(params: Any, setup: Setup, state: TrainState, batch: Batch, part: int | Array = 0) -> tuple[Array, Any]:

@@ -27,7 +27,8 @@ from cimjax.spec import CIMSpec
 from cimjax.spec.base import nearest, shown
 from cimjax.training.evaluate import restore
 from cimjax.training.experiment import Experiment
-from cimjax.training.state import TrainState, chip_key
+from cimjax.training.random_streams import chip_key
+from cimjax.training.state import TrainState
 
 # Images of one call: their partial sums of all layers are in memory at once.
 _IMAGES = 32

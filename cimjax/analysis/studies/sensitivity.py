@@ -22,9 +22,9 @@ import optax
 from cimjax.nn.calibrate import calibrate_and_report
 from cimjax.spec import CIMSpec
 from cimjax.training.evaluate import restore
+from cimjax.training.random_streams import Stream, chip_key, stream_key
 from cimjax.training.run.files import read_json, write_json
 from cimjax.training.run.folder import read_records
-from cimjax.training.state import chip_key
 
 # Bits of all ADCs of a layer, or of those behind each plane, lowest first.
 Bits = float | tuple[float, ...]
@@ -82,7 +82,9 @@ class Measurement:
         size = min(experiment.config.calibration_images, IMAGES, len(train))
         # Whole batches: another size would compile every layer once more.
         count = min(IMAGES, len(train)) // size * size
-        drawn = np.asarray(jax.random.permutation(jax.random.fold_in(experiment.key, 6), len(train)))[:count]
+        drawn = np.asarray(jax.random.permutation(stream_key(experiment.config.seed, Stream.SENSITIVITY), len(train)))[
+            :count
+        ]
         parts = np.split(drawn, count // size)
         self.batches = [(experiment.preparation.normalise(train.images[part]), train.labels[part]) for part in parts]
         self.calibration_images = experiment.calibration_images()

@@ -31,6 +31,7 @@ from cimjax.spec.rules import check_rules
 from cimjax.training.evaluate import Evaluator, restore
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.parallel import AXIS
+from cimjax.training.random_streams import Stream, stream_key
 from cimjax.training.run.files import write_json
 from cimjax.training.state import TrainState
 from cimjax.training.train_step import eval_step
@@ -120,7 +121,7 @@ def study_variation(
         raise ValueError("no run is given; name the folder of at least one.")
     labels = labels_of([folder.absolute() for folder in folders])
     restored = [_with_arrays(folder) for folder in folders]
-    keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(np.arange(chips))
+    keys = jax.vmap(lambda number: stream_key(seed, Stream.OTHER_CHIP, number))(np.arange(chips))
     measured = []
     for folder, label, (experiment, state) in zip(folders, labels, restored, strict=True):
         say(f"{label}: reading its test images")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.programs import contract, tuning
-from cimjax.core.programs.joined import MOST_WRITTEN_OUT
+from cimjax.core.programs.joined import is_loop
 from cimjax.core.programs.platforms import runs_on
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.step_sizes import StepSizes
@@ -99,7 +99,7 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
     spec, built_in = layer.spec, contract.built_in(layer.spec, cpu=runs_on("cpu"))
     operands = [one for one in Operands if one != Operands.AUTO and contract.exact_in(spec, one)]
     # A loop over read groups has a product of its own; without ADCs there is neither, and one type of operands.
-    loop = layer.tiling.groups > MOST_WRITTEN_OUT and spec.adc is not None
+    loop = spec.adc is not None and is_loop(Execution(), layer.tiling.groups)
     products = [built_in.product] if loop else list(PRODUCTS)
     of_products = operands if spec.adc is not None else [Operands.FLOAT32]
     found = [dataclasses.replace(built_in, product=row, operands=one) for row in products for one in of_products]

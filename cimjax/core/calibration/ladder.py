@@ -135,10 +135,13 @@ class _Problem:
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), _Ladder(error, step, offset), best)
 
     def of_magnitude(self, start: _Ladder) -> _Ladder:
-        """LSQ's rule for real numbers, `2 mean|P| / sqrt(q)`, code 0 at 0 (Esser et al. 2020, section 2.1)."""
+        """LSQ's rule for real numbers, `2 mean|P| / sqrt(q)`, code 0 at 0 (Esser et al. 2020, section 2.1); `mean|P|`
+        for {-1, +1}, whose levels are where the codes are."""
         count = self.total(jnp.ones_like(self.values))
         mean = self.total(jnp.abs(self.values)) / count
-        return start._replace(step=self.allowed(2 * mean / jnp.sqrt(jnp.maximum(-self.lowest, self.highest))))
+        size = self._of_groups(np.asarray(self.codes[2]))
+        factor = jnp.where(CodeRange(self.lowest, self.highest, size).binary, 1.0, 2.0)
+        return start._replace(step=self.allowed(factor * mean / jnp.sqrt(jnp.maximum(-self.lowest, self.highest))))
 
     def covering(self, start: _Ladder, part: float = 1.0) -> _Ladder:
         """The ladder whose lowest and highest code just reach the extremes, without the outermost ones on either side

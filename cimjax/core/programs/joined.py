@@ -28,7 +28,7 @@ from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import tile_inputs
 from cimjax.core.window import output_size
-from cimjax.spec import CIMSpec, Product, Residuals
+from cimjax.spec import CIMSpec, Execution, Product, Residuals
 
 # With more read groups than these a layer is a loop.
 MOST_WRITTEN_OUT = 8
@@ -141,12 +141,14 @@ def _backward(
 _joined.defvjp(_forward, _backward)
 
 
+def is_loop(execution: Execution, read_groups: int) -> bool:
+    """Whether a layer with ADCs is a loop over its read groups, which computes its partial sums again going back."""
+    many = read_groups > MOST_WRITTEN_OUT
+    return execution.residuals == Residuals.INPUTS or (execution.residuals == Residuals.AUTO and many)
+
+
 def _kernels(layer: Layer) -> Kernels | None:
-    """The loop over read groups where a layer is one."""
-    residuals = layer.execution.residuals
-    if residuals == Residuals.INPUTS or (residuals == Residuals.AUTO and layer.tiling.groups > MOST_WRITTEN_OUT):
-        return Kernels(_loop, loop_backward)
-    return None
+    return Kernels(_loop, loop_backward) if is_loop(layer.execution, layer.tiling.groups) else None
 
 
 def _sliced(codes: Array, layer: Layer) -> Array:

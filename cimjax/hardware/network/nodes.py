@@ -11,7 +11,10 @@ class NotIntegersError(ValueError):
     """Something behind array layers is no operation on integers."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: a network in integers cannot do that.")
+        super().__init__(
+            f"{what}: a network in integers cannot do that; use another operation there, or `cimjax.freeze`, which "
+            "leaves what stands between array layers as it is."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
