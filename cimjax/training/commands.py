@@ -35,7 +35,7 @@ def _train(arguments: argparse.Namespace) -> None:
         from cimjax.compilation_cache import keep_compiled_programs
         from cimjax.training.evaluate import load
         from cimjax.training.processes.group import group
-        from cimjax.training.processes.together import together
+        from cimjax.training.processes.shared_failure import together
         from cimjax.training.train import train
 
     keep_compiled_programs()

@@ -27,8 +27,8 @@ from cimjax.training.run.address import is_remote
 from cimjax.training.run.files import RunFolderError, RunFolderWarning, in_one_line, read_json, write_json
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
+from cimjax.training.run.provenance import add_start
 from cimjax.training.run.records import METRICS, Records, read_records, strict
-from cimjax.training.run.starts import add_start
 
 __all__ = ["CHECKPOINTS", "CONFIG", "LOCK", "SAVE_NAME", "RunFolder", "RunFolderError", "RunFolderWarning"]
 __all__ += ["read_config", "read_records"]

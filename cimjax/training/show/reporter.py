@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cimjax.training.result import Result
 
 
-class Teller:
-    """Tells of one run.
+class Reporter:
+    """Reports of one run.
 
     finished: whether the run was finished before, and has nothing more to write down.
     """
