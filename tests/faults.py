@@ -262,8 +262,8 @@ ENCODING = [
     Fault(
         "each learned step answers for the whole residual",
         "core/learned_scales.py",
-        "rest * per_step / planes",
-        "rest * per_step",
+        "rest * step_reciprocal / planes",
+        "rest * step_reciprocal",
         ("test_learned_scales.py::test_a_weight_passes_its_gradient_and_a_step_gets_its_part_of_the_residual",),
     ),
     Fault(

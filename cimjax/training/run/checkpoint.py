@@ -114,7 +114,7 @@ class Checkpoints:
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
         leaves = named_leaves(state)
-        sealed = seal.close(int(step), leaves, extra, self._options())
+        sealed = seal.sealed(int(step), leaves, extra, self._options())
         with self._writing_in_one_line(path), _quiet():
             response = ocp.save_async(path, leaves, custom_metadata=sealed)
         save = _Save(self._number, int(step), best, path)
@@ -266,7 +266,7 @@ class Checkpoints:
             if not isinstance(about.metadata, Mapping):
                 raise ValueError("what tells of its arrays is missing")
             stored = {name: seal.kind(leaf) for name, leaf in about.metadata.items()}
-            return about.metadata, seal.open(about.custom_metadata, save.step, stored)
+            return about.metadata, seal.verified(about.custom_metadata, save.step, stored)
 
     def _read(
         self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], passes_over: Callable[[str], bool]
