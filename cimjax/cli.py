@@ -19,7 +19,6 @@ from cimjax.analysis.commands import COMMANDS as ANALYSIS
 from cimjax.command import A_CONFIG, UsageError, is_for_the_user
 from cimjax.spec.base import closest, nearest, shortened, shown
 from cimjax.training.commands import COMMANDS as TRAINING
-from cimjax.training.config.options import CIM_OPTIONS, describe_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(argv: list[str] | None = None) -> int:
     """`main` as a process of its own, which may replace itself to have its memory in large pages."""
-    from cimjax.core.programs.memory import start_again_with_large_pages
+    from cimjax.large_pages import start_again_with_large_pages
     from cimjax.training.run.files import show_in_one_line
 
     words = sys.argv[1:] if argv is None else argv
@@ -96,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """What `--help` prints; that of `train` explains configs."""
         if self.prog == "cimjax train":
-            from cimjax.training.config.fields import describe_fields
+            from cimjax.training.config.describe import describe_fields, describe_options
 
             on_configs = _ON_CONFIGS.format(describe_options(), describe_fields())
             self.epilog = f"{on_configs}example:\n  {self.example}"
@@ -153,6 +152,7 @@ def _dispatch(argv: list[str]) -> None:
 def _about_flag(word: str, flags: list[str], takes_config: bool) -> str:
     """What was meant by a flag that there is not."""
     from cimjax.training.config.fields import FIELDS
+    from cimjax.training.config.options import CIM_OPTIONS
 
     name, _, value = shortened(word).lstrip("-").partition("=")
     typed = f"{name}={value or 'VALUE'}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import threading
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cimjax
+from cimjax.training.run.address import is_remote
 
 # How commands show that they take a config with its options.
 A_CONFIG = "FILE[:OPTIONS]"
@@ -43,10 +43,10 @@ def path(text: str) -> Path:
 
 def run_folder(text: str) -> Path:
     """The folder of a run as it was typed, a copy of it where it is in a bucket: the `type` of an argument."""
-    from cimjax.training.run.remote import is_remote, local_copy
-
     if not is_remote(text):
         return path(text)
+    from cimjax.training.run.remote import local_copy
+
     try:
         return local_copy(text)
     except ValueError as error:
@@ -59,7 +59,7 @@ RUN: dict[str, Any] = {"metavar": "RUN", "type": run_folder, "help": "the folder
 
 def checked_folder(workdir: str) -> Path:
     """The folder that `--workdir` names; refused at once is what can never become one."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", workdir):
+    if is_remote(workdir):
         raise UsageError(f"--workdir {workdir}: only single runs train in a bucket; give a folder on this machine.")
     if not workdir:
         raise UsageError("--workdir is empty; give a folder, or leave it out for a new one in runs/.")

@@ -28,8 +28,8 @@ MATHEMATICS = (
 )
 jaxtyping.install_import_hook([f"cimjax.core.{name}" for name in MATHEMATICS], "beartype.beartype")
 
+from cimjax.compilation_cache import KEPT_FROM, keep_compiled_programs  # noqa: E402
 from cimjax.core.programs import cpu  # noqa: E402
-from cimjax.core.programs.cache import KEPT_FROM, keep_compiled_programs  # noqa: E402
 
 # Set within a run of the suite, for runs of it that its tests start.
 _WITHIN = "CIMJAX_WITHIN_SUITE"

@@ -188,7 +188,7 @@ QUANTIZER = [
     ),
     Fault(
         "reciprocals are as the division gives them",
-        "core/numerics.py",
+        "core/reciprocal.py",
         "best, least = jnp.where(distance < least, candidate, best), jnp.minimum(distance, least)",
         "best, least = best, jnp.minimum(distance, least)",
         ("test_lsq.py::test_reciprocals_are_the_nearest_whatever_the_division_gives",),
@@ -262,8 +262,8 @@ ENCODING = [
     Fault(
         "each learned step answers for the whole residual",
         "core/learned_scales.py",
-        "rest * per_step / planes",
-        "rest * per_step",
+        "rest * step_reciprocal / planes",
+        "rest * step_reciprocal",
         ("test_learned_scales.py::test_a_weight_passes_its_gradient_and_a_step_gets_its_part_of_the_residual",),
     ),
     Fault(
@@ -667,7 +667,7 @@ PROGRAMS = [
     ),
     Fault(
         "a program is that of the machine it is traced on",
-        "core/programs/contract.py",
+        "core/programs/platforms.py",
         'chosen.get(platform) or chosen["default"]',
         'chosen.get(jax.default_backend()) or chosen["default"]',
         ("test_programs.py::test_the_row_of_the_platform_is_lowered_and_no_other",),
@@ -1024,8 +1024,8 @@ TRAINING = [
     Fault(
         "a save of another name is swept",
         "training/run/checkpoint.py",
-        "_NAME.fullmatch(path.name) and path not in kept",
-        "_NAME.match(path.name) and path not in kept",
+        "SAVE_NAME.fullmatch(path.name) and path not in kept",
+        "SAVE_NAME.match(path.name) and path not in kept",
         ("test_checkpoint.py::test_what_killed_processes_leave_is_passed_over_and_swept",),
     ),
     Fault(

@@ -186,7 +186,7 @@ def test_a_run_with_64_bits_learns_what_one_without_learns(tmp_path: Path) -> No
 
 
 if __name__ == "__main__":
-    from cimjax.core.programs.cache import keep_compiled_programs
+    from cimjax.compilation_cache import keep_compiled_programs
 
     assert jax.config.jax_enable_x64
     keep_compiled_programs()

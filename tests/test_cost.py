@@ -36,7 +36,7 @@ def test_a_layer_counted_by_hand() -> None:
     assert got.adc_conversions == 3 * 64 * 2 * 256
     assert got.adc_references == 3 * 2 * 64
     assert got.dequantization_multiplications == got.dequantization_multiplications_of_paper == 3 * 2 * 64
-    assert got.factor_bits(16) == 3 * 2 * 64 * 16
+    assert got.stored_factor_bits(16) == 3 * 2 * 64 * 16
     assert got.parameters == 9 * 32 * 64 + 64
     json.dumps(got.to_dict())
 

@@ -20,7 +20,8 @@ from cimjax.core.tiling import tile
 from cimjax.hardware.cost import layer_cost
 from cimjax.spec import ArraySpec, CIMSpec, WeightSpec
 from cimjax.spec.codes import CodeRange
-from cimjax.training.config.options import OptionError, parse_options, spec_from_options
+from cimjax.training.config.options import parse_options, spec_from_options
+from cimjax.training.config.refusals import OptionError
 
 STEPS = st.lists(st.floats(2**-10, 2**10, width=32), min_size=3, max_size=3)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cimjax.core.programs import cache, memory
+from cimjax import compilation_cache, large_pages
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,17 +21,17 @@ def test_a_process_starts_itself_again_once_with_the_same_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(memory, "_on_request", lambda: True)
+    monkeypatch.setattr(large_pages, "_on_request", lambda: True)
     monkeypatch.setattr(os, "execv", lambda program, words: started.append([program, *words]))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "train.py", "--config", "a b.py"])
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
-    memory.start_again_with_large_pages()
+    large_pages.start_again_with_large_pages()
     assert started == [[sys.executable, sys.executable, "-X", "dev", "train.py", "--config", "a b.py"]]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"
-    memory.start_again_with_large_pages()
+    large_pages.start_again_with_large_pages()
     assert len(started) == 1
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    memory.start_again_with_large_pages()
+    large_pages.start_again_with_large_pages()
     assert len(started) == 1
 
 
@@ -41,10 +41,10 @@ def test_nothing_happens_where_pages_cannot_be_asked_for(monkeypatch: pytest.Mon
     for text in ("always madvise [never]", "[always] madvise never"):
         pages = tmp_path / "enabled"
         pages.write_text(text)
-        monkeypatch.setattr(memory, "_PAGES", pages)
-        memory.start_again_with_large_pages()
-    monkeypatch.setattr(memory, "_PAGES", tmp_path / "absent")
-    memory.start_again_with_large_pages()
+        monkeypatch.setattr(large_pages, "_PAGES", pages)
+        large_pages.start_again_with_large_pages()
+    monkeypatch.setattr(large_pages, "_PAGES", tmp_path / "absent")
+    large_pages.start_again_with_large_pages()
     assert "GLIBC_TUNABLES" not in os.environ
 
 
@@ -64,7 +64,9 @@ def test_programs_are_kept_where_there_is_a_place(monkeypatch: pytest.MonkeyPatc
             chosen.append(str(value))
 
     values: dict[str, object] = {"jax_compilation_cache_dir": None}
-    monkeypatch.setattr(cache, "jax", types.SimpleNamespace(config=types.SimpleNamespace(values=values, update=update)))
+    monkeypatch.setattr(
+        compilation_cache, "jax", types.SimpleNamespace(config=types.SimpleNamespace(values=values, update=update))
+    )
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user of no entry in the list, as in a container
     monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -76,7 +78,7 @@ def test_programs_are_kept_where_there_is_a_place(monkeypatch: pytest.MonkeyPatc
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         chosen.clear()
-        cache.keep_compiled_programs()
+        compilation_cache.keep_compiled_programs()
         return list(chosen)
 
     assert kept() == []

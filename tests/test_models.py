@@ -14,7 +14,8 @@ import pytest
 import cimjax
 from cimjax.hardware.survey import layers_of
 from cimjax.nn.models import build_model
-from cimjax.nn.rules import Rules, conv_maker
+from cimjax.nn.rules import conv_maker
+from cimjax.spec.rules import Rules
 
 SMALL = cimjax.CIMSpec(array=cimjax.ArraySpec(rows=64, columns=64))
 

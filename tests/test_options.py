@@ -17,17 +17,17 @@ from ml_collections import ConfigDict
 from cimjax.spec import CIMSpec, Execution, Granularity
 from cimjax.training import optimizer
 from cimjax.training.config.defaults import default_config
+from cimjax.training.config.describe import describe_options
 from cimjax.training.config.fields import FIELDS, SCHEDULES, check_config, completed
 from cimjax.training.config.file import Override, load_config
 from cimjax.training.config.options import (
     CIM_OPTIONS,
     SCHEMES,
     Option,
-    OptionError,
-    describe_options,
     parse_options,
     spec_from_options,
 )
+from cimjax.training.config.refusals import OptionError
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = [option.name for option in CIM_OPTIONS]

@@ -20,11 +20,12 @@ from compare import assert_equals_oracle, assert_near
 from cimjax.core import adc, conv, lsq
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.array_mac import snap_to_integers
-from cimjax.core.numerics import smallest_type
 from cimjax.core.programs import contract, cpu, joined, pallas, pallas_backward, pallas_blocks, products
 from cimjax.core.programs import ladders as ladders_lib
-from cimjax.core.programs.contract import Layer, by_platform
+from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import compiler_options
+from cimjax.core.programs.kept_codes import smallest_type
+from cimjax.core.programs.platforms import by_platform, compute_capability, runs_on
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.tiling import tile
 from cimjax.core.window import resolve
@@ -264,17 +265,17 @@ def test_kernels_are_the_default_where_they_were_faster(
 
 
 @pytest.mark.parametrize("known,capability", [("9.0", 9.0), ("gfx90a", 0.0), (None, 0.0)])
-def test_the_default_device_is_asked_for_its_compute_capability(
+def test_the_default_device_is_asked_for_its_platform_and_compute_capability(
     monkeypatch: pytest.MonkeyPatch, known: str | None, capability: float
 ) -> None:
-    device = types.SimpleNamespace(compute_capability=known)
+    device = types.SimpleNamespace(compute_capability=known, platform="gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    assert contract.compute_capability() == capability
+    assert compute_capability() == capability and runs_on("gpu", "cuda") and not runs_on("cpu")
     monkeypatch.undo()
     with jax.default_device(jax.devices()[0]):
-        assert contract.compute_capability() == 0
+        assert compute_capability() == 0 and runs_on("cpu") and not runs_on("gpu")
     with jax.default_device("cpu"):
-        assert contract.compute_capability() == 0
+        assert compute_capability() == 0 and runs_on("cpu") and not runs_on("gpu")
 
 
 @pytest.mark.parametrize("operands", ["bfloat16", "float32", "int8"])

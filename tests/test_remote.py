@@ -19,10 +19,11 @@ from cimjax.cli import main
 from cimjax.training.config.file import load_config, take_overrides
 from cimjax.training.restore import load
 from cimjax.training.run import remote
+from cimjax.training.run.address import is_remote
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.files import RunFolderError, RunFolderWarning
 from cimjax.training.run.folder import read_records
-from cimjax.training.run.remote import Mirror, is_remote, local_copy
+from cimjax.training.run.remote import Mirror, local_copy
 from cimjax.training.train import train
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "digits.py")

@@ -18,8 +18,8 @@ from cimjax.analysis.studies.bits_allocation import allocate, cheapest
 from cimjax.analysis.studies.runs import Runs
 from cimjax.analysis.studies.sensitivity import Measurement, rules_for, with_bits
 from cimjax.cli import main
-from cimjax.nn.rules import check_rules
 from cimjax.spec import CIMSpec
+from cimjax.spec.rules import check_rules
 from cimjax.training.evaluate import Evaluator
 from cimjax.training.restore import restore
 

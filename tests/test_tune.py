@@ -20,6 +20,7 @@ from cases import CASES, Case, draw, spec
 from compare import assert_equals_oracle
 
 import cimjax
+from cimjax import user_folders
 from cimjax.analysis.tune import measure, problem, table
 from cimjax.cli import main
 from cimjax.core import conv
@@ -61,7 +62,7 @@ def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """The user's folder of tables, an empty one."""
     monkeypatch.delenv(tuning.SETTING, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    folder = tuning.user_tables()
+    folder = user_folders.user_tables()
     assert folder == tmp_path / "caches" / "cimjax" / "tuning"
     folder.mkdir(parents=True)
     tuning.forget()

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from cimjax.analysis.timing import Compiled, Say, Timing, measured, silent, without_cache
 from cimjax.core import conv
 from cimjax.core import step_sizes as steps_lib
-from cimjax.core.programs.contract import exact_in, runs_on
+from cimjax.core.programs.contract import exact_in
+from cimjax.core.programs.platforms import runs_on
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.tiling import tile
 from cimjax.data import Dataset

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from cimjax.training.config.fields import check_config, completed
 from cimjax.training.config.file import load_config, take_overrides
+from cimjax.training.run.address import is_remote
 from cimjax.training.run.folder import CONFIG, LOCK, read_config
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
 from cimjax.training.run.records import METRICS, Records
-from cimjax.training.run.remote import is_remote, local_copy
+from cimjax.training.run.remote import local_copy
 
 # In the folder of a run: the job of a cluster that trains it, while it waits or runs.
 JOB = "job.json"

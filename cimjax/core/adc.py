@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from cimjax.core import lsq
-from cimjax.core.numerics import reciprocal
+from cimjax.core.reciprocal import reciprocal
 from cimjax.core.step_sizes import StepSizes, expand_outputs
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec, CodeRange, Reference
@@ -72,7 +72,8 @@ def reference_codes(sums: Float[Array, "T M R"], steps: StepSizes, spec: CIMSpec
 
 def _gradient(spec: CIMSpec) -> dict[str, float]:
     """Where an ADC passes gradients, as `lsq.quantize` takes it."""
-    return {} if spec.adc is None else {"margin": spec.adc.gradient_margin, "bumps": spec.adc.gradient_bumps}
+    assert spec.adc is not None
+    return {"margin": spec.adc.gradient_margin, "bumps": spec.adc.gradient_bumps}
 
 
 def psum_ranges(spec: CIMSpec) -> CodeRange:

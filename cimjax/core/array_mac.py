@@ -12,7 +12,7 @@ from jaxtyping import Float
 from cimjax.core.cells import StoredArrays, quantize_weight, store
 from cimjax.core.convolution import convolution
 from cimjax.core.encoding import slice_codes
-from cimjax.core.numerics import straight_through
+from cimjax.core.gradients import straight_through
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window

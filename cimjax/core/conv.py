@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from cimjax.core import cells
 from cimjax.core import window as window_lib
+from cimjax.core.gradients import differentiable_once
 from cimjax.core.lsq import Codes, quantize_activation
-from cimjax.core.numerics import differentiable_once
 from cimjax.core.programs import contract
 from cimjax.core.step_sizes import StepSizes, require_shapes
 from cimjax.core.tiling import tile

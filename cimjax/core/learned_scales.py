@@ -20,7 +20,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from cimjax.core.numerics import reciprocal, sum_to_shape
+from cimjax.core.broadcasts import sum_to_shape
+from cimjax.core.reciprocal import reciprocal
 
 
 @functools.cache
@@ -59,10 +60,10 @@ def _forward(x: Array, steps: Array) -> tuple[Array, tuple[Array, Array, Array]]
 
 def _backward(residuals: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, steps, digits = residuals
-    planes, per_step = len(steps), reciprocal(steps)
+    planes, step_reciprocal = len(steps), reciprocal(steps)
     rest = x - jnp.sum(digits * steps, axis=0)
-    passed = jnp.where(jnp.abs(x) <= jnp.sum(steps, axis=0), gradient, 0.0) * per_step
-    to_steps = -passed * (digits + rest * per_step / planes)
+    passed = jnp.where(jnp.abs(x) <= jnp.sum(steps, axis=0), gradient, 0.0) * step_reciprocal
+    to_steps = -passed * (digits + rest * step_reciprocal / planes)
     return jnp.mean(passed, axis=0), sum_to_shape(to_steps, steps.shape)
 
 

@@ -17,7 +17,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cimjax.core.numerics import reciprocal, spread, straight_through, sum_to_shape
+from cimjax.core.broadcasts import spread, sum_to_shape
+from cimjax.core.gradients import straight_through
+from cimjax.core.reciprocal import reciprocal
 from cimjax.spec import ActivationSpec
 from cimjax.spec.codes import CodeRange
 

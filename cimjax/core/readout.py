@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from cimjax.core.array_mac import PartialSums
-from cimjax.core.numerics import spread
+from cimjax.core.broadcasts import spread
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import Tiling
 from cimjax.spec import CIMSpec
@@ -54,11 +54,15 @@ def constant(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "R
 
 def output_scale(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
     """What a digitised partial sum counts, but for its slice: `f_k s_w`, and its gain; broadcastable to (R, K, O)."""
-    planes = np.asarray([plane.significance for plane in spec.weight.planes], np.float32)
-    scale = expand_weight(steps.weight, tiling) * planes[:, None]
+    scale = expand_weight(steps.weight, tiling) * plane_significances(spec)[:, None]
     return scale if steps.gain is None else scale * expand_outputs(steps.gain, tiling)
 
 
 def slice_significances(spec: CIMSpec) -> np.ndarray:
     """`g_t`, (T,) float32."""
     return np.asarray([part.significance for part in spec.activation.slices], np.float32)
+
+
+def plane_significances(spec: CIMSpec) -> np.ndarray:
+    """`f_k`, (K,) float32."""
+    return np.asarray([plane.significance for plane in spec.weight.planes], np.float32)

@@ -189,8 +189,9 @@ def _weights_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
 
 
 def _columns_sharing(tiling: Tiling, spec: CIMSpec) -> np.ndarray:
+    assert spec.adc is not None
     planes = len(spec.weight.planes)
-    if spec.adc is None or spec.adc.granularity == Granularity.COLUMN:
+    if spec.adc.granularity == Granularity.COLUMN:
         return np.ones((1, 1, 1))
     if spec.adc.granularity == Granularity.ARRAY:
         return planes * _outputs_of_tile(tiling)[None, None, :]
@@ -313,7 +314,8 @@ def middle_codes(spec: CIMSpec) -> np.ndarray:
       (1,) float32, or (K, 1) where the bits of planes differ.
     """
     middles = np.array([(codes.q_min + codes.q_max) / 2 for codes in spec.adc_ranges[0]], np.float32)
-    return middles[:1] if spec.adc is None or spec.adc.plane_bits is None else middles[:, None]
+    assert spec.adc is not None  # or it would have no ranges
+    return middles[:1] if spec.adc.plane_bits is None else middles[:, None]
 
 
 def middle_of_reference(spec: CIMSpec) -> np.ndarray:

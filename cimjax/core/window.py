@@ -96,7 +96,7 @@ def shifted(x: Array, kernel_size: tuple[int, ...], window: Window) -> list[Arra
     Returns:
       `kh kw` arrays (N, OH, OW, C), the kernel's last axis fastest.
     """
-    padded = _padded(x, window)
+    padded = pad(x, window)
     size = output_size(x.shape[1:-1], kernel_size, window)
     spans = [stride * (count - 1) + 1 if count else 0 for stride, count in zip(window.strides, size, strict=True)]
     parts = []
@@ -114,7 +114,7 @@ def seen_at(x: Array, places: np.ndarray, kernel_size: tuple[int, ...], window: 
       x: (N, H, W, C).
       places: (S,) int, positions in `N OH OW`.
     """
-    padded = _padded(x, window)
+    padded = pad(x, window)
     image, *corner = np.unravel_index(places, (x.shape[0], *output_size(x.shape[1:-1], kernel_size, window)))
     axes = len(kernel_size)
     index = [image.reshape(-1, *[1] * axes)]
@@ -125,7 +125,7 @@ def seen_at(x: Array, places: np.ndarray, kernel_size: tuple[int, ...], window: 
     return padded[tuple(index)]
 
 
-def _padded(x: Array, window: Window) -> Array:
+def pad(x: Array, window: Window) -> Array:
     """(N, H, W, C) with undriven places around and between."""
     edges = [(low, high, gap - 1) for (low, high), gap in zip(window.padding, window.input_dilation, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])

@@ -63,7 +63,7 @@ class LayerCost:
         """The cost of so many layers like this one; its geometry stays that of each."""
         return dataclasses.replace(self, **{name: copies * getattr(self, name) for name in _SUMMED})
 
-    def factor_bits(self, bits_per_factor: int = 32) -> int:
+    def stored_factor_bits(self, bits_per_factor: int = 32) -> int:
         """Bits that store the dequantization factors; float32 unless told otherwise."""
         return self.dequantization_factors * bits_per_factor
 

@@ -10,7 +10,6 @@ on, and what they say stands for a while among their parameters, which every tra
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from cimjax.core.calibration.report import CalibrationReport
 from cimjax.core.calibration.steps import KINDS
 from cimjax.nn.calibration_warnings import name_of, tell, tell_rules
+from cimjax.nn.flax_internals import is_copied, is_of, loop_that_is_asked
 from cimjax.nn.parameters import stored_steps, trained_as
 from cimjax.spec.base import shown
 
@@ -202,7 +202,7 @@ def set_steps(module: nn.Module, values: Mapping[str, Any], report: CalibrationR
         module.put_variable("params", name, jnp.where(calls == 0, value, mean))
     if record is not None:
         module.put_variable("params", _RECORD, record.joined(report))
-    elif _loop_that_is_asked() is None:  # a callback would be taken for a result of its iterations
+    elif loop_that_is_asked() is None:  # a callback would be taken for a result of its iterations
         tell(name_of(module), report)
 
 
@@ -214,7 +214,7 @@ def refuse_unknown(module: nn.Module, x: Any) -> None:
       ValueError: naming the layer, and how to set its steps.
     """
     assert module.scope is not None
-    loop = _loop_that_is_asked()
+    loop = loop_that_is_asked()
     if loop is None:
         if type(x).__name__ != "JaxprTracer" or any(isinstance(own, type(x)) for own in jax.tree.leaves(_own(module))):
             return
@@ -224,28 +224,13 @@ def refuse_unknown(module: nn.Module, x: Any) -> None:
         )
     keys = module.scope.rngs.get("params")
     own = module.variables.get("params", {}) if keys is None else keys.rng
-    if not _is_of(loop, x) or any(_is_of(loop, value) for value in jax.tree.leaves(own)):
+    if not is_of(loop, x) or any(is_of(loop, value) for value in jax.tree.leaves(own)):
         return
     raise ValueError(
         f"`{name_of(module)}` is shared by the iterations of a loop (nn.RNN, or nn.scan with variable_broadcast), "
         "inside which no steps can be set from data: initialise the network inside cimjax.without_calibration(), "
         "then calibrate the body by itself on the input of one iteration, and put its parameters in their place."
     )
-
-
-def _loop_that_is_asked() -> Any:
-    """The trace of a loop's body by which Flax asks what is the same in all iterations, inside it; else None."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "flax.core.axes_scan" and frame.f_locals.get("init_mode"):
-            inputs = jax.tree.leaves((frame.f_locals["c"], frame.f_locals["xs"]))
-            return next((value._trace for value in inputs if isinstance(value, jax.core.Tracer)), frame)
-        frame = frame.f_back
-    return None
-
-
-def _is_of(trace: Any, value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer) and value._trace is trace
 
 
 def _record(module: nn.Module) -> CalibrationReport:
@@ -273,9 +258,7 @@ def _passes_before(module: nn.Module, first: bool) -> int:
 
 def _of_all_copies(module: nn.Module, steps: Any, report: CalibrationReport) -> tuple[Any, CalibrationReport]:
     """Steps and report of a layer that `nn.vmap` copies: where the copies share parameters, of all of them together."""
-    assert module.scope is not None
-    mapped = any("vmap(" in part for part in module.scope.debug_path)
-    return _together(steps, report, _own(module)) if mapped else (steps, report)
+    return _together(steps, report, _own(module)) if is_copied(module) else (steps, report)
 
 
 def _own(module: nn.Module) -> list[Any]:

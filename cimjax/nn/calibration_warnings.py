@@ -8,13 +8,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 
 from cimjax.core.calibration.report import CalibrationReport
+from cimjax.spec.rules import Rules, on_rules
 
 # Parts whose loss is worth a word. LSQ's start clips a third of an input after a ReLU at one bit, and less at more.
 MUCH_NEGATIVE, MUCH_CLIPPED = 0.2, 0.4
@@ -104,10 +104,8 @@ def _sentences(report: CalibrationReport) -> Iterator[tuple[str, str]]:
         )
 
 
-def tell_rules(rules: Any, paths: Sequence[str]) -> None:
+def tell_rules(rules: Rules, paths: Sequence[str]) -> None:
     """Warn of rules of a converted network that name none of its layers, which are at `paths`."""
-    from cimjax.nn.rules import on_rules  # which imports the layers, and they this
-
     for line in on_rules(rules, paths):
         warnings.warn(line, CalibrationWarning, stacklevel=level_of_caller())
 

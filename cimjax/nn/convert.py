@@ -17,9 +17,9 @@ import jax
 
 from cimjax.nn.calibrate import RULES_OF_ARRAYS
 from cimjax.nn.layers import CIMConv, CIMDense
-from cimjax.nn.rules import Rules, check_rules, decided
 from cimjax.spec import CIMSpec, Execution
 from cimjax.spec.base import shown
+from cimjax.spec.rules import Rules, check_rules, decided
 
 # What stands in the arrays for a layer; other classes, also those made of these two, stay what they are.
 _IN_ARRAYS: Mapping[type[nn.Module], type[CIMConv | CIMDense]] = {nn.Conv: CIMConv, nn.Dense: CIMDense}

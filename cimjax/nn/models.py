@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from cimjax.nn.resnet import ResNet
-from cimjax.nn.rules import ConvMaker, Rules
+from cimjax.nn.rules import ConvMaker
 from cimjax.nn.small import SmallNet
 from cimjax.spec.base import nearest
+from cimjax.spec.rules import Rules
 
 _LARGE = {"small_images": False, "widths": (64, 128, 256, 512), "shortcut": "projection"}
 # A network and the options that its name stands for; options of a configuration come on top.

@@ -15,7 +15,8 @@ from jax import Array
 
 from cimjax.core.lsq import Codes
 from cimjax.nn.layers import doubt_channels_first
-from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv, shared_input
+from cimjax.nn.rules import ConvMaker, conv_for, dense_for, plain_conv, shared_input
+from cimjax.spec.rules import Rules
 
 
 class ResNet(nn.Module):

@@ -7,8 +7,7 @@ every array.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +16,12 @@ from jax import Array
 from cimjax.core.lsq import Codes
 from cimjax.nn.layers import CIMConv, CIMDense, Quantize
 from cimjax.spec import ActivationSpec, CIMSpec, Execution
-from cimjax.spec.base import shown
+from cimjax.spec.rules import Rules, decided
+from cimjax.spec.rules import check_rules as check_rules  # for `cimjax.training.experiment`
 
 # Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
 ConvMaker = Callable[..., nn.Module]
 plain_conv: ConvMaker = nn.Conv
-# (pattern, specification) pairs; the pattern matches a layer's whole path, "block2/conv1"; None is full precision.
-Rules = tuple[tuple[str, CIMSpec | None], ...]
 
 
 def conv_maker(spec: CIMSpec | None, execution: Execution = Execution()) -> ConvMaker:
@@ -72,51 +70,3 @@ def dense_for(parent: nn.Module, name: str, conv: ConvMaker, rules: Rules) -> Ca
     if spec is None:
         return functools.partial(nn.Dense, name=name)
     return functools.partial(CIMDense, spec=spec, execution=_keyword(conv, "execution", Execution()), name=name)
-
-
-def check_rules(rules: Any) -> Rules:
-    """Rules from plain data: specifications as dictionaries or `CIMSpec`.
-
-    Raises:
-      ValueError: for a rule that is not a pair, a pattern that is no regular expression, or a refused specification.
-    """
-    if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
-        raise ValueError(f"`rules` is {shown(rules)}; give pairs of a path pattern and a specification or None.")
-    checked = []
-    for rule in rules:
-        if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise ValueError(f"`rules` has {shown(rule)}; give pairs of a path pattern and a specification or None.")
-        pattern, spec = rule
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"`rules` has the pattern {shown(pattern)}, which is no regular expression: {error}."
-            ) from None
-        checked.append((pattern, spec if spec is None or isinstance(spec, CIMSpec) else CIMSpec.from_dict(spec)))
-    return tuple(checked)
-
-
-def decided(path: str, rules: Rules, otherwise: Any) -> Any:
-    """What the first rule that matches a layer's path says, a specification or None; `otherwise` where none does."""
-    return next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), otherwise)
-
-
-def rules_without_layer(rules: Rules, paths: Iterable[str]) -> list[str]:
-    """The patterns that match no layer, or only layers that rules before them match."""
-    paths, idle = list(paths), []
-    for pattern, _ in rules:
-        left = [path for path in paths if not re.fullmatch(pattern, path)]
-        if len(left) == len(paths):
-            idle.append(pattern)
-        paths = left
-    return idle
-
-
-def on_rules(rules: Rules, paths: Sequence[str]) -> list[str]:
-    """A line for each rule that changes none of the layers at `paths`, as those do in which a path is misspelt."""
-    return [
-        f"`rules` has the pattern {shown(pattern)}, which names no layer that is left to it; the layers are "
-        f"{', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}."
-        for pattern in rules_without_layer(rules, paths)
-    ]

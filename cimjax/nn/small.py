@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from cimjax.nn.layers import doubt_channels_first
-from cimjax.nn.rules import ConvMaker, Rules, conv_for, dense_for, plain_conv
+from cimjax.nn.rules import ConvMaker, conv_for, dense_for, plain_conv
+from cimjax.spec.rules import Rules
 
 
 class SmallNet(nn.Module):

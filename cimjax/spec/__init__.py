@@ -1,7 +1,7 @@
 """What to build, and how to compute it: frozen, hashable specifications that hold all validation and no arrays.
 
-`codes`: the code ranges and planes that bits imply; `layer`: one layer on the chip; `execution`: how its computation is
-programmed, which changes no result and belongs to no checkpoint.
+`codes`: the code ranges and planes that bits imply; `layer`: one layer on the chip; `rules`: layers of a network that
+differ; `execution`: how a layer's computation is programmed, which changes no result and belongs to no checkpoint.
 """
 
 from cimjax.spec.codes import CodeRange, Plane

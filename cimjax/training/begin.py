@@ -13,7 +13,7 @@ from cimjax.training.programs import Programs
 from cimjax.training.restore import Loaded
 from cimjax.training.run.checkpoint import BESIDE, Checkpoints
 from cimjax.training.run.folder import RunFolder
-from cimjax.training.show.teller import Teller
+from cimjax.training.show.reporter import Reporter
 from cimjax.training.state import TrainState
 
 # A state, its step, the best accuracy on held-out images so far, and the metrics of the epoch so far.
@@ -21,7 +21,7 @@ Start = tuple[TrainState, int, float, dict[str, list[float]]]
 
 
 def start(
-    programs: Programs, folder: RunFolder, tell: Teller, checkpoints: Checkpoints, variables: Any, fork: Path | None
+    programs: Programs, folder: RunFolder, tell: Reporter, checkpoints: Checkpoints, variables: Any, fork: Path | None
 ) -> Start:
     """What a run goes on from, on every device, while its first program is compiled in the background.
 
@@ -46,7 +46,7 @@ def start(
         return resume(programs.experiment, folder, tell, checkpoints)
 
 
-def begin(experiment: Experiment, folder: RunFolder, tell: Teller, variables: Any) -> TrainState:
+def begin(experiment: Experiment, folder: RunFolder, tell: Reporter, variables: Any) -> TrainState:
     """The state before the first step, on every device: random or given weights, and steps calibrated on data."""
     given = None
     folder.forget_after(-1)
@@ -61,7 +61,7 @@ def begin(experiment: Experiment, folder: RunFolder, tell: Teller, variables: An
     return experiment.devices.put(state)
 
 
-def resume(experiment: Experiment, folder: RunFolder, tell: Teller, checkpoints: Checkpoints) -> Start:
+def resume(experiment: Experiment, folder: RunFolder, tell: Reporter, checkpoints: Checkpoints) -> Start:
     """The last saved state, on every device, and what was saved beside it. Later records are forgotten.
 
     Raises:

@@ -32,9 +32,9 @@ def _train(arguments: argparse.Namespace) -> None:
     else:
         asked = _asked_for(arguments)  # mistakes are said before jax is imported
     with ended_by_ctrl_c():
-        from cimjax.core.programs.cache import keep_compiled_programs
+        from cimjax.compilation_cache import keep_compiled_programs
         from cimjax.training.processes.group import group
-        from cimjax.training.processes.together import together
+        from cimjax.training.processes.shared_failure import together
         from cimjax.training.restore import load
         from cimjax.training.train import train
 
@@ -59,7 +59,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _asked_for(arguments: argparse.Namespace) -> tuple[ConfigDict, str | Path | None]:
     """The config, and the run folder, or its address in a bucket, if one was given."""
     from cimjax.training.config.file import load_config
-    from cimjax.training.run.remote import is_remote
+    from cimjax.training.run.address import is_remote
 
     config, given = load_config(arguments.config, arguments.overrides), arguments.workdir
     return config, given if given is None or is_remote(given) else checked_folder(given)
@@ -152,7 +152,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _config_show(arguments: argparse.Namespace) -> None:
-    from cimjax.training.config.fields import describe_config
+    from cimjax.training.config.describe import describe_config
     from cimjax.training.config.file import load_config
 
     print(describe_config(load_config(arguments.config, arguments.overrides)))

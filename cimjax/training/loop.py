@@ -26,7 +26,7 @@ from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.stop import Stop
 from cimjax.training.show.diagnosis import require_finite
-from cimjax.training.show.teller import Teller
+from cimjax.training.show.reporter import Reporter
 from cimjax.training.state import TrainState
 
 # Seconds between looks at the metrics of a step, each of which waits for the device.
@@ -39,9 +39,9 @@ class Run:
     """One run in progress."""
 
     def __init__(
-        self, experiment: Experiment, run: RunFolder, teller: Teller, stop: Stop, callbacks: Sequence[Callback]
+        self, experiment: Experiment, run: RunFolder, reporter: Reporter, stop: Stop, callbacks: Sequence[Callback]
     ) -> None:
-        self.experiment, self.folder, self.tell, self.stop = experiment, run, teller, stop
+        self.experiment, self.folder, self.tell, self.stop = experiment, run, reporter, stop
         self.callbacks = callbacks
         self.checkpoints = Checkpoints(run.path, keep=experiment.config.checkpoint_keep)
         data = experiment.dataset

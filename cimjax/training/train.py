@@ -25,18 +25,19 @@ from cimjax.training.experiment import Experiment, build
 from cimjax.training.loop import Run
 from cimjax.training.processes.alike import require_same_config, require_same_data
 from cimjax.training.processes.group import Group, group
-from cimjax.training.processes.together import together
+from cimjax.training.processes.shared_failure import together
 from cimjax.training.restore import Loaded, load
 from cimjax.training.result import Callback, Result
 from cimjax.training.run import network_file
+from cimjax.training.run.address import is_remote
 from cimjax.training.run.checkpoint import Checkpoints
 from cimjax.training.run.folder import RunFolder, RunFolderError
-from cimjax.training.run.remote import Mirror, is_remote, local_copy
-from cimjax.training.run.silent import SilentFolder, require_shared
+from cimjax.training.run.remote import Mirror, local_copy
+from cimjax.training.run.secondary_folder import SecondaryFolder, require_shared
 from cimjax.training.run.stop import stop_requests
 from cimjax.training.run.writers import Writer
 from cimjax.training.show.display import Display
-from cimjax.training.show.teller import Teller
+from cimjax.training.show.reporter import Reporter
 from cimjax.training.train_step import LossFunction
 
 
@@ -119,8 +120,8 @@ def train(
         stop = stack.enter_context(stop_requests(screen.warn, agreement))
         for writer in writers:
             stack.callback(writer.close)
-        teller = Teller(experiment, run, screen, writers, own=model is not None or dataset is not None)
-        job = stack.enter_context(contextlib.closing(Run(experiment, run, teller, stop, callbacks)))
+        reporter = Reporter(experiment, run, screen, writers, own=model is not None or dataset is not None)
+        job = stack.enter_context(contextlib.closing(Run(experiment, run, reporter, stop, callbacks)))
         return job.run(variables, None if fork is None else local_copy(fork))
 
 
@@ -128,7 +129,7 @@ def _opened(folder: Path | Mirror, config: ConfigDict, processes: Group) -> RunF
     """The run folder, in which process 0 alone writes."""
     network_file.refuse(Path(folder))
     if not processes.first:
-        return SilentFolder(Path(folder))
+        return SecondaryFolder(Path(folder))
     plain = json.loads(config.to_json_best_effort())
     return RunFolder(folder, plain, completed=_as_today, formats=config.writers)
 

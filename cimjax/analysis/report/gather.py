@@ -25,7 +25,7 @@ from cimjax.training.restore import restore
 from cimjax.training.run.files import RunFolderError, read_json, warn
 from cimjax.training.run.folder import read_config, read_records
 from cimjax.training.run.options import MAY_CHANGE
-from cimjax.training.run.starts import VERSIONS
+from cimjax.training.run.provenance import VERSIONS
 
 
 class Ladders(NamedTuple):

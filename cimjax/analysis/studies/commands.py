@@ -20,7 +20,7 @@ def _variation(arguments: argparse.Namespace) -> None:
     sigmas, folder = _numbers("--sigma", arguments.sigma), check_folder(arguments.save)
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.studies.variation import save_variation, study_variation, table
-    from cimjax.core.programs.cache import keep_compiled_programs
+    from cimjax.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
     with Progress() as progress:
@@ -44,7 +44,7 @@ def _psums(arguments: argparse.Namespace) -> None:
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.studies.psum_output import save_psums, table
     from cimjax.analysis.studies.psums import study_psums
-    from cimjax.core.programs.cache import keep_compiled_programs
+    from cimjax.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
     layers = None if arguments.layers is None else [name.strip("/ ") for name in arguments.layers.split(",")]

@@ -23,11 +23,11 @@ import cimjax
 from cimjax.analysis import figures
 from cimjax.analysis.plot import labels_of
 from cimjax.analysis.studies.output import create_folder, markdown, write_text
-from cimjax.core.programs.contract import runs_on
+from cimjax.core.programs.platforms import runs_on
 from cimjax.data import Split
-from cimjax.nn.rules import check_rules
 from cimjax.spec import CIMSpec, VariationSpec
 from cimjax.spec.base import LARGEST_COUNT, shown
+from cimjax.spec.rules import check_rules
 from cimjax.training.evaluate import Evaluator
 from cimjax.training.experiment import Experiment, build
 from cimjax.training.parallel import AXIS

@@ -28,11 +28,12 @@ def _tune(arguments: argparse.Namespace) -> None:
     from cimjax.analysis import timing
     from cimjax.analysis.progress import Progress
     from cimjax.analysis.tune import measure, table
+    from cimjax.compilation_cache import keep_compiled_programs
     from cimjax.core.programs import tuning
-    from cimjax.core.programs.cache import keep_compiled_programs
+    from cimjax.user_folders import user_tables
 
     if saved is None:
-        folder = tuning.user_tables()
+        folder = user_tables()
         if folder is None:
             raise UsageError("there is no home folder to keep the table in; name a file by --save.")
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from cimjax.core import step_sizes as steps_lib
 from cimjax.core.programs import contract, tuning
 from cimjax.core.programs.joined import is_loop
+from cimjax.core.programs.platforms import runs_on
 from cimjax.core.programs.products import PRODUCTS
 from cimjax.core.step_sizes import StepSizes
 from cimjax.core.window import output_size
@@ -95,7 +96,7 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
     Args:
       everything: the definition, too.
     """
-    spec, built_in = layer.spec, contract.built_in(layer.spec, cpu=contract.runs_on("cpu"))
+    spec, built_in = layer.spec, contract.built_in(layer.spec, cpu=runs_on("cpu"))
     operands = [one for one in Operands if one != Operands.AUTO and contract.exact_in(spec, one)]
     # A loop over read groups has a product of its own; without ADCs there is neither, and one type of operands.
     loop = spec.adc is not None and is_loop(Execution(), layer.tiling.groups)
@@ -103,7 +104,7 @@ def executions(layer: contract.Layer, *, everything: bool = False) -> list[Execu
     of_products = operands if spec.adc is not None else [Operands.FLOAT32]
     found = [dataclasses.replace(built_in, product=row, operands=one) for row in products for one in of_products]
     kernels = [Execution(program=Program.PALLAS, operands=one) for one in operands]
-    if contract.runs_on("gpu", "cuda", "rocm"):
+    if runs_on("gpu", "cuda", "rocm"):
         found += kernels
     if everything:
         found.append(Execution(program=Program.REFERENCE))

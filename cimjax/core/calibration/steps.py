@@ -25,6 +25,7 @@ from cimjax.core.calibration.report import CalibrationReport, report_input
 from cimjax.core.cells import quantize_weight, store
 from cimjax.core.encoding import slice_codes
 from cimjax.core.lsq import Codes
+from cimjax.core.readout import plane_significances, slice_significances
 from cimjax.core.step_sizes import (
     StepSizes,
     expand_outputs,
@@ -253,8 +254,8 @@ def psum_steps(psums: Array, steps: StepSizes, tiling: Tiling, spec: CIMSpec) ->
     """
     shape = shapes(tiling, spec).psum
     values = _sampled(psums)
-    slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None, None, None]
-    planes = np.asarray([p.significance for p in spec.weight.planes], np.float32)[:, None]
+    slices = slice_significances(spec)[:, None, None, None, None]
+    planes = plane_significances(spec)[:, None]
     step = expand_weight(steps.weight, tiling)
     weight = jnp.square(slices * planes * (step / jnp.max(step)))
 
@@ -277,7 +278,7 @@ def reference_steps(sums: Array, spec: CIMSpec) -> tuple[Array, Array | None]:
       Step and offset (None without one), (R,) float32.
     """
     values = _sampled(sums)
-    slices = np.asarray([s.significance for s in spec.activation.slices], np.float32)[:, None, None]
+    slices = slice_significances(spec)[:, None, None]
     same = Grouping(expand=lambda step: step, total=lambda column: column, largest=lambda column: column)
     weight = jnp.broadcast_to(jnp.square(slices), (values.shape[0], 1, *values.shape[2:]))
     return fit(values, weight, reference_ranges(spec), same, spec)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cimjax.core.convolution import convolution
-from cimjax.core.programs.contract import by_platform, runs_on
+from cimjax.core.programs.platforms import by_platform, runs_on
 from cimjax.core.window import Window, shifted
 
 # The gradient to the input is a matrix product where a kernel has at least so many times as many output as input

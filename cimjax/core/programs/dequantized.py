@@ -16,9 +16,9 @@ from jaxtyping import Float
 
 from cimjax.core import readout
 from cimjax.core.cells import StoredArrays
-from cimjax.core.numerics import smallest_type
 from cimjax.core.programs import products
 from cimjax.core.programs.contract import Layer
+from cimjax.core.programs.kept_codes import smallest_type
 from cimjax.core.step_sizes import StepSizes, expand_weight
 from cimjax.core.tiling import Tiling, untile_kernel
 from cimjax.spec import CIMSpec, Operands

@@ -20,10 +20,10 @@ from jax import Array, lax
 from cimjax.core import adc, encoding, readout
 from cimjax.core.array_mac import by_column, snap_to_integers, sum_columns
 from cimjax.core.cells import StoredArrays
-from cimjax.core.numerics import smallest_type
 from cimjax.core.programs import dequantized, products
 from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import materialize
+from cimjax.core.programs.kept_codes import smallest_type
 from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
 from cimjax.core.step_sizes import StepSizes, expand_outputs, expand_weight
 from cimjax.core.tiling import tile_inputs

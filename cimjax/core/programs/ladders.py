@@ -14,9 +14,9 @@ import numpy as np
 from jax import Array
 
 from cimjax.core import adc, lsq, readout
-from cimjax.core.numerics import reciprocal
 from cimjax.core.programs.contract import Layer
 from cimjax.core.programs.cpu import materialize, sum_over_positions
+from cimjax.core.reciprocal import reciprocal
 from cimjax.spec import CodeRange
 
 

@@ -17,10 +17,11 @@ from jax.experimental.pallas import triton
 from cimjax.core import encoding, lsq
 from cimjax.core.convolution import sum_type
 from cimjax.core.programs import joined
-from cimjax.core.programs.contract import Layer, by_platform, operand_type
+from cimjax.core.programs.contract import Layer, operand_type
 from cimjax.core.programs.ladders import ColumnScales, Ladders, SliceADC
+from cimjax.core.programs.platforms import by_platform
 from cimjax.core.tiling import tile_inputs
-from cimjax.core.window import output_size
+from cimjax.core.window import output_size, pad
 
 # Output positions of a block, and outputs at most.
 POSITIONS = 64
@@ -167,9 +168,7 @@ def operands_of(layer: Layer, blocks: Blocks, inputs: Array, digits: Array, scal
     # The kernel is for GPUs: their choice, also where it is interpreted.
     tiling, window, dtype = layer.tiling, layer.window, operand_type(layer, cpu=False)
     groups, channels = tiling.channels.shape
-    edges = [(low, high, gap - 1) for (low, high), gap in zip(window.padding, window.input_dilation, strict=True)]
-    padded = lax.pad(inputs.astype(dtype), jnp.zeros((), dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    rows = tile_inputs(padded, tiling).reshape(-1, groups, channels)
+    rows = tile_inputs(pad(inputs.astype(dtype), window), tiling).reshape(-1, groups, channels)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, blocks.channels - channels))).reshape(-1, groups * blocks.channels)
     kernel = jnp.moveaxis(digits.reshape(-1, groups, channels, digits.shape[-1]), 0, 1).astype(dtype)
     kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, blocks.channels - channels), (0, 0)))

@@ -18,8 +18,9 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from cimjax.core.convolution import convolution, sum_type
-from cimjax.core.programs.contract import Layer, built_in, by_platform, operand_type
+from cimjax.core.programs.contract import Layer, built_in, operand_type
 from cimjax.core.programs.cpu import convolve as cpu_convolve
+from cimjax.core.programs.platforms import by_platform
 from cimjax.core.tiling import Tiling, tile_inputs
 from cimjax.core.window import Window, shifted
 from cimjax.spec import Product

@@ -23,6 +23,7 @@ from cimjax.core.tiling import Tiling
 from cimjax.core.window import Window
 from cimjax.spec import CIMSpec, Encoding, Execution, Reference, Subtract
 from cimjax.spec.base import Notice, shown
+from cimjax.user_folders import user_tables
 
 # The environment variable that names another table, or "off".
 SETTING = "CIMJAX_TUNING"
@@ -154,21 +155,3 @@ def read(file: Path, device_kind: str) -> Table:
 def file_name(device_kind: str) -> str:
     """How the table of a device is called: "NVIDIA_H100_80GB_HBM3.json"."""
     return re.sub(r"[^\w.+-]+", "_", device_kind) + ".json"
-
-
-def user_tables() -> Path | None:
-    """Where `cimjax tune` leaves tables; None where the user has no folder of caches."""
-    try:
-        return cache_folder() / "tuning"
-    except RuntimeError:
-        return None
-
-
-def cache_folder() -> Path:
-    """The folder of cimjax among the user's caches; a relative `$XDG_CACHE_HOME` is none, as its specification says.
-
-    Raises:
-      RuntimeError: for a user without a home.
-    """
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "cimjax"

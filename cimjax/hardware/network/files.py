@@ -17,10 +17,12 @@ import numpy as np
 
 from cimjax.hardware.export import FORMAT, index_of
 from cimjax.hardware.freeze import FrozenLayer
-from cimjax.hardware.network.operations import Arrays, IntegerNetwork, Operation, Step
+from cimjax.hardware.network.operations import Arrays, IntegerNetwork, Operation, Pool, Step
 
 INDEX, TABLES, VECTORS = "network.json", "network.npz", "network.vectors.npz"
-_KINDS = {kind.__name__.lower(): kind for kind in get_args(Operation)}
+# What operations are called in files, which stay readable: there pooling is a window.
+_NAMES: dict[type, str] = {kind: kind.__name__.lower() for kind in get_args(Operation)} | {Pool: "window"}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
 # Of a layer's tables what its network has otherwise.
 _OF_LAYER = ("factors", "constant_factors", "bias")
 
@@ -66,7 +68,7 @@ def _nothing_enters(images: Any) -> NoReturn:
 def _parts(step: Step) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What of a step is plain data, and its arrays."""
     operation = step.operation
-    plain: dict[str, Any] = {"operation": type(operation).__name__.lower()}
+    plain: dict[str, Any] = {"operation": _NAMES[type(operation)]}
     if isinstance(operation, Arrays):
         values = {name: getattr(operation.layer, name) for name in _OF_LAYER}
         values |= {"layer": operation.layer.name, "largest": operation.largest}

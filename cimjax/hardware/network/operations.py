@@ -163,7 +163,7 @@ class Reduce:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Window:
+class Pool:
     """The largest value of windows, or with `shift` the sum of `x >> shift` in them; padding is never the largest.
 
     size, strides, padding: of every axis, as of `jax.lax.reduce_window`.
@@ -223,7 +223,7 @@ class Join:
         return max(shifted_bound(x, shift) for x, shift in zip(parts, self.shifts, strict=True))
 
 
-Operation = Entry | Arrays | Codes | Add | Limit | Rescale | Product | Reduce | Window | Join | Rearrange
+Operation = Entry | Arrays | Codes | Add | Limit | Rescale | Product | Reduce | Pool | Join | Rearrange
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 from cimjax.hardware.factors import INT32, Factors, Reach, int32
 from cimjax.hardware.freeze import FrozenLayer
 from cimjax.hardware.network.nodes import Node
-from cimjax.hardware.network.operations import Arrays, Codes, Limit, Operation, Rearrange, Reduce, Window
+from cimjax.hardware.network.operations import Arrays, Codes, Limit, Operation, Pool, Rearrange, Reduce
 from cimjax.hardware.network.units import Make, Value
 
 
@@ -49,7 +49,7 @@ def adding(node: Node, x: Value) -> Make:
         shift = exponent - x.exponent
         if node.kind == "sum":
             return Reduce(node.fields["axes"], terms(node), shift)
-        return Window(node.fields["size"], node.fields["strides"], node.fields["padding"], shift)
+        return Pool(node.fields["size"], node.fields["strides"], node.fields["padding"], shift)
 
     return make
 
@@ -59,7 +59,7 @@ def moved(node: Node) -> Operation:
     if node.kind == "largest":
         return Reduce(node.fields["axes"], 1)
     if node.kind == "window":
-        return Window(node.fields["size"], node.fields["strides"], node.fields["padding"])
+        return Pool(node.fields["size"], node.fields["strides"], node.fields["padding"])
     return Rearrange(node.kind, node.fields["to"])
 
 

@@ -1,7 +1,8 @@
 """Every field of a config, described once: its name, its default, what it may be and what it means.
 
-The defaults, the checks, `--help` and `cimjax config show` come from this table. What only the data, the network or
-the devices can tell (a batch larger than the data) is refused where these are built. jax is not imported here.
+The defaults, the checks and what `cimjax.training.config.describe` prints come from this table. What only the data, the
+network or the devices can tell (a batch larger than the data) is refused where these are built. jax is not imported
+here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from cimjax.spec import ActivationSpec, ADCSpec, ArraySpec, CIMSpec, VariationSpec, WeightSpec
 from cimjax.spec.base import LARGEST_COUNT, closest, is_number, shortened, shown
 from cimjax.spec.execution import Operands, Product, Program, Residuals
-from cimjax.training.config.options import CIM_OPTIONS, in_other_names, tabulated
+from cimjax.spec.rules import check_rules
+from cimjax.training.config.refusals import in_other_names
 
 # The largest real number that a field takes: float32 holds it, and its product with a million.
 _LARGE = 1e30
@@ -113,8 +115,6 @@ def _checked_spec(value: Mapping[str, Any] | None) -> dict[str, Any] | None:
 def _checked_rules(value: Sequence[Any]) -> tuple[Any, ...]:
     if not value:
         return ()
-    from cimjax.nn.rules import check_rules
-
     try:
         return tuple((pattern, spec and spec.to_dict()) for pattern, spec in check_rules(value))
     except ValueError as error:
@@ -252,20 +252,6 @@ GROUPS = {name.rpartition(".")[0] for name in FIELDS} - {""}
 _NEEDED = ("dataset", "model.name", "spec")
 # What the network is given by others.
 _NOT_OPTIONS = {"classes", "conv", "rules", "axis_name", "parent"}
-_SPEC_MEANINGS = {option.field: option.help for option in CIM_OPTIONS if option.field} | {
-    "activation.signed": "codes of both signs",
-    **{f"{group}.gradient_factor": "of the step's gradient" for group in ("activation", "weight", "adc")},
-    "adc.plane_bits": "bits of each plane's ADCs, lowest first; None: all the same",
-    "weight.plane_shares": "of each plane in a weight's gradient",
-    "adc.range": "auto, or signed: signed codes everywhere",
-    "adc.gradient_margin": "steps beyond the codes that still learn",
-    "adc.gradient_bumps": "deviation of Gaussians at thresholds that pass gradients; 0: none",
-    "adc.digital_gain": "a learned factor behind each ADC",
-    "adc": "None: an ideal ADC",
-    "variation": "of cells: set its sigma, or None",
-    "variation.sigma": "of the logarithm of what a cell holds",
-    "variation.on": "weights or cells: what varies by itself",
-}
 
 
 def field_of(name: str) -> Field:
@@ -295,7 +281,7 @@ def completed(plain: Mapping[str, Any]) -> ConfigDict:
       ValueError: in one line, for what is no config: an unknown field, a value that is refused, or no data set, network
         or specification at all.
     """
-    given = _checked(plain, _NEEDED)
+    given = checked_fields(plain, _NEEDED)
     return ConfigDict(_nested({**_USUAL, **given}))
 
 
@@ -319,10 +305,10 @@ def check_config(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(f"`config` is {shown(config)}; give a ConfigDict, as `load_config` returns.")
-    _checked(config.to_dict(), (*_NEEDED, *_USUAL))
+    checked_fields(config.to_dict(), (*_NEEDED, *_USUAL))
 
 
-def _checked(plain: Any, needed: Iterable[str] = ()) -> dict[str, Any]:
+def checked_fields(plain: Any, needed: Iterable[str] = ()) -> dict[str, Any]:
     """The fields of a plain dictionary by dotted name, each checked."""
     values = {name: field_of(name).read(value) for name, value in _given(plain)}
     if missing := [name for name in needed if name not in values]:
@@ -347,40 +333,3 @@ def _given(plain: Any, group: str = "") -> Iterator[tuple[str, Any]]:
 def _members(group: str) -> list[str]:
     above = f"{group}." if group else ""
     return list(dict.fromkeys(name.removeprefix(above).partition(".")[0] for name in FIELDS if name.startswith(above)))
-
-
-def describe_fields() -> str:
-    """All fields with their defaults and meanings, for `--help`, in 80 columns."""
-    return _listed({name: field.default for name, field in FIELDS.items()}, allowed=True)
-
-
-def describe_config(config: ConfigDict) -> str:
-    """All fields of a config with their values and meanings, by what they are about, in 80 columns.
-
-    Args:
-      config: as `load_config` returns it.
-    """
-    values = _checked(config.to_dict())
-    listed: dict[str, Any] = {}
-    for name in dict.fromkeys((*FIELDS, *values)):
-        if name == "spec" and values[name] is not None:
-            for group, fields in values[name].items():
-                listed |= {f"spec.{group}.{last}": fields[last] for last in fields or ()} or {f"spec.{group}": None}
-        elif name in values:
-            listed[name] = values[name]
-    return _listed(listed, allowed=False)
-
-
-def _listed(values: Mapping[str, Any], *, allowed: bool) -> str:
-    sections = {field.name: heading for heading, section in SECTIONS.items() for field in section}
-    rows: dict[str, list[tuple[str, str]]] = {heading: [] for heading in SECTIONS}
-    for name, value in values.items():
-        group, _, inner = name.partition(".")
-        in_spec = group == "spec" and inner
-        field = None if in_spec else field_of(name)
-        meaning = field.meaning if field else _SPEC_MEANINGS.get(inner, "")
-        if field and field.kind.short and allowed:
-            meaning = f"{meaning} ({field.kind.short})"
-        text = name if value is None and allowed else f"{name}={value}"
-        rows[sections.get(name) or sections["spec" if in_spec else f"{group}.name"]].append((text, meaning))
-    return "\n\n".join(f"{heading}:\n{tabulated(section)}" for heading, section in rows.items() if section)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from cimjax.spec import VariationSpec
 from cimjax.spec.base import closest, nearest, shortened
 from cimjax.training.config.fields import TEXT, completed, field_of
-from cimjax.training.config.options import OptionError
+from cimjax.training.config.refusals import OptionError
 
 _PACKAGE = Path(__file__).parents[2]
 _MODULE = "cimjax_config_file"

@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import enum
 import re
-import textwrap
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cimjax.spec import (
@@ -33,10 +32,8 @@ from cimjax.spec import (
     WeightSpec,
 )
 from cimjax.spec.base import nearest, shortened
-
-
-class OptionError(ValueError):
-    """An option that cannot be: one line that names it as it is typed, and what is allowed."""
+from cimjax.training.config.fields import FIELDS
+from cimjax.training.config.refusals import OptionError, in_other_names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class Option:
     @property
     def values(self) -> str:
         """What may be typed after the `=`."""
-        return ", ".join(map(_typed, self.allowed))
+        return ", ".join(map(as_typed, self.allowed))
 
     def parse(self, text: str | None) -> Any:
         """The typed value of what stands after the `=`; None: there is no `=`.
@@ -75,9 +72,9 @@ class Option:
                 return int(text)
             if one is float and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?(e-?[0-9]{1,2})?", text):
                 return float(text)
-            if text == _typed(one):
+            if text == as_typed(one):
                 return one
-        names = [_typed(one) for one in self.allowed if one is None or isinstance(one, str)]
+        names = [as_typed(one) for one in self.allowed if one is None or isinstance(one, str)]
         meant = nearest(text, names, otherwise_all=False)
         raise OptionError(f"{self.name} is {shortened(text)!r}{meant}; allowed: {self.values}.")
 
@@ -89,7 +86,7 @@ class Option:
         )
 
 
-def _typed(allowed: str | float | type | None) -> str:
+def as_typed(allowed: str | float | type | None) -> str:
     """One of the values that an option allows, as it is typed or described."""
     if allowed is int:
         return "a whole number up to 999999999"
@@ -212,27 +209,6 @@ def spec_from_options(options: types.SimpleNamespace) -> dict[str, Any] | None:
         return CIMSpec(activation=activation, weight=weight, adc=adc, array=array).to_dict()
 
 
-def describe_options() -> str:
-    """A table of the options that every config offers, for `--help`, in 80 columns."""
-    rows = []
-    for option in CIM_OPTIONS:
-        values = "|".join("N" if one in (int, float) else _typed(one) for one in option.allowed)
-        flag = f"{option.name}, {option.name}=false"
-        rows.append((flag if bool in option.allowed else f"{option.name}={values}", option.help))
-    return tabulated(rows)
-
-
-def tabulated(rows: Iterable[tuple[str, str]], width: int = 80, left: int = 36) -> str:
-    """Pairs of texts in two columns, the second wrapped between words; beneath the first where that is long."""
-    lines = []
-    for name, meaning in rows:
-        first, *rest = textwrap.wrap(meaning, width - left, break_long_words=False, break_on_hyphens=False) or [""]
-        name = f"  {name}"
-        lines += [f"{name:{left}}{first}".rstrip()] if len(name) < left else [name, f"{'':{left}}{first}"]
-        lines += [f"{'':{left}}{line}" for line in rest]
-    return "\n".join(lines)
-
-
 def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
     """What the user typed, each option once."""
     typed: dict[str, Any] = {}
@@ -244,8 +220,6 @@ def _read(argument: str | None, table: Mapping[str, Option]) -> dict[str, Any]:
             )
         if name not in table:
             meant = nearest(name, table, otherwise_all=False)
-            from cimjax.training.config.fields import FIELDS  # which imports this
-
             if name in FIELDS:
                 meant = f", which is a field and named config.{name}"
             raise OptionError(f"unknown option {shortened(name)!r}{meant}; known: {', '.join(table)}.")
@@ -291,16 +265,6 @@ def _refuse_idle(values: Mapping[str, Any], typed: Collection[str], table: Mappi
             raise OptionError("act_start has no effect with act_step=fixed; leave one of them out.")
         if name == "adc_start" and values["adc_step"] == StepKind.FIXED and not values["offset"]:
             raise OptionError("adc_start has no effect with adc_step=fixed and no offset; leave one of them out.")
-
-
-@contextlib.contextmanager
-def in_other_names(names: Mapping[str, str]) -> Iterator[None]:
-    """Turn what a specification refuses into the same line with other names for its fields."""
-    try:
-        yield
-    except ValueError as error:
-        text = re.sub(r"`(\w+)`", lambda found: f"`{names.get(found[1], found[1])}`", str(error))
-        raise OptionError(text) from error
 
 
 def _in_names_of_options(group: str) -> contextlib.AbstractContextManager[None]:

@@ -34,18 +34,17 @@ from orbax.checkpoint import v1 as ocp
 
 from cimjax.training.processes.group import group
 from cimjax.training.run import seal
-from cimjax.training.run.files import RunFolderError, warn
-from cimjax.training.run.folder import CHECKPOINTS, CONFIG, read_config
+from cimjax.training.run.files import RunFolderError, first_line, warn
+from cimjax.training.run.folder import CHECKPOINTS, CONFIG, SAVE_NAME, read_config
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line, those_in
 
 PyTree = Any
 Which = Literal["last", "best"]
 
-_NAME = re.compile(r"(\d+)_step_(\d+)(_best)?")
 # What the loop keeps beside a state: the best accuracy so far, and the metrics of the epoch so far.
 BESIDE: dict[str, type] = {"best": float, "seen": dict}
 # What orbax calls a save that is not complete.
-_UNFINISHED = re.compile(_NAME.pattern + r"\.orbax-checkpoint-tmp(-\d+)?")
+_UNFINISHED = re.compile(SAVE_NAME.pattern + r"\.orbax-checkpoint-tmp(-\d+)?")
 
 
 class DamagedCheckpointError(RunFolderError):
@@ -115,7 +114,7 @@ class Checkpoints:
         self._number = max([self._number, *(save.number for save in self._saves())]) + 1
         path = self._folder / f"{self._number:06d}_step_{int(step)}{'_best' if best else ''}"
         leaves = named_leaves(state)
-        sealed = seal.close(int(step), leaves, extra, self._options())
+        sealed = seal.sealed(int(step), leaves, extra, self._options())
         with self._writing_in_one_line(path), _quiet():
             response = ocp.save_async(path, leaves, custom_metadata=sealed)
         save = _Save(self._number, int(step), best, path)
@@ -212,7 +211,7 @@ class Checkpoints:
         except Exception as error:
             self._sweep()
             raise RunFolderError(
-                f"cannot save {path}: {_first_line(error)}; the checkpoint before it stays."
+                f"cannot save {path}: {_what_happened(error)}; the checkpoint before it stays."
             ) from error
 
     def _saves(self) -> list[_Save]:
@@ -223,7 +222,7 @@ class Checkpoints:
         return self._saves_in(group().of_first("the checkpoints", here).split("/"))
 
     def _saves_in(self, names: list[str]) -> list[_Save]:
-        matches = [match for match in map(_NAME.fullmatch, names) if match]
+        matches = [match for match in map(SAVE_NAME.fullmatch, names) if match]
         return sorted(_Save(int(m[1]), int(m[2]), m[3] is not None, self._folder / m[0]) for m in matches)
 
     def _newest(self, which: Which) -> _Save | None:
@@ -251,7 +250,7 @@ class Checkpoints:
             return
         kept = {save.path for save in self._kept_of(self._saves_in(os.listdir(self._folder)))}
         for path in self._folder.iterdir():
-            if (_NAME.fullmatch(path.name) and path not in kept) or _UNFINISHED.fullmatch(path.name):
+            if (SAVE_NAME.fullmatch(path.name) and path not in kept) or _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _options(self) -> dict[str, Any] | None:
@@ -267,7 +266,7 @@ class Checkpoints:
             if not isinstance(about.metadata, Mapping):
                 raise ValueError("what tells of its arrays is missing")
             stored = {name: seal.kind(leaf) for name, leaf in about.metadata.items()}
-            return about.metadata, seal.open(about.custom_metadata, save.step, stored)
+            return about.metadata, seal.verified(about.custom_metadata, save.step, stored)
 
     def _read(
         self, save: _Save, abstract_state: PyTree, holding: Mapping[str, type], passes_over: Callable[[str], bool]
@@ -346,7 +345,7 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
             # thread of TensorStore's whenever it ends: the hook stays.
             traceback.clear_frames(error.__traceback__)
             gc.collect()
-            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({_first_line(error)})") from error
+            raise DamagedCheckpointError(f"the checkpoint {path} is damaged ({_what_happened(error)})") from error
     sys.unraisablehook = hook
 
 
@@ -355,10 +354,9 @@ def _pass_over_late_readers(otherwise: Callable[[Any], Any], unraisable: Any) ->
         otherwise(unraisable)
 
 
-def _first_line(error: Exception) -> str:
+def _what_happened(error: Exception) -> str:
     """What happened, without the specification of the array that TensorStore adds."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.partition(" [")[0].rstrip(".")
+    return first_line(error).partition(" [")[0].rstrip(".")
 
 
 @contextlib.contextmanager

@@ -98,6 +98,11 @@ def put_aside(file: Path) -> Path:
     return aside
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextlib.contextmanager
 def in_one_line(action: str, path: Path) -> Iterator[None]:
     """Turn what the system refuses into a `RunFolderError`."""

@@ -23,16 +23,19 @@ from typing import Any, Self
 
 from cimjax.spec.base import is_number, shown
 from cimjax.training.run import writers
+from cimjax.training.run.address import is_remote
 from cimjax.training.run.files import RunFolderError, RunFolderWarning, in_one_line, read_json, write_json
 from cimjax.training.run.lock import give_back, take_lock
 from cimjax.training.run.options import MAY_CHANGE, differences, in_a_line
+from cimjax.training.run.provenance import add_start
 from cimjax.training.run.records import METRICS, Records, read_records, strict
-from cimjax.training.run.starts import add_start
 
-__all__ = ["CHECKPOINTS", "CONFIG", "LOCK", "RunFolder", "RunFolderError", "RunFolderWarning", "read_config"]
-__all__ += ["read_records"]
+__all__ = ["CHECKPOINTS", "CONFIG", "LOCK", "SAVE_NAME", "RunFolder", "RunFolderError", "RunFolderWarning"]
+__all__ += ["read_config", "read_records"]
 
 CONFIG, CHECKPOINTS, LOCK = "config.json", "checkpoints", ".lock"
+# A complete save among the checkpoints: number, step, whether it is the best; what has another name is unfinished.
+SAVE_NAME = re.compile(r"(\d+)_step_(\d+)(_best)?")
 
 # Letters that the names of a run's files may add to the path of its folder, within the 4,096 of Linux.
 _LONGEST = 3800
@@ -197,7 +200,7 @@ class RunFolder:
 def _writable(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a run folder; refused at once are names under which a later save would fail."""
     text = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    if is_remote(text):
         raise RunFolderError(f"a run folder is on this machine, not at {shown(text)}; give another --workdir.")
     with in_one_line("find", Path(path)):
         path = Path(path).absolute()

@@ -26,25 +26,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from cimjax.spec.base import shown
-from cimjax.training.run.files import RunFolderError, parsed, warn
-from cimjax.training.run.folder import CHECKPOINTS, CONFIG, LOCK
+from cimjax.training.run.address import is_remote
+from cimjax.training.run.files import RunFolderError, first_line, parsed, warn
+from cimjax.training.run.folder import CHECKPOINTS, CONFIG, LOCK, SAVE_NAME
 from cimjax.training.run.records import METRICS
 
 # What a scheme needs besides etils and fsspec, which are there.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 # In the bucket's folder of checkpoints: the names of those that are whole.
 WHOLE = "whole.json"
-# A complete save; what has another name is unfinished.
-_SAVE = re.compile(r"\d+_step_\d+(_best)?")
 # Seconds between signs of life, and until a run that gives none is taken for dead.
 _ALIVE_EVERY, _DEAD_AFTER = 30.0, 100.0
 # How often something is tried, and seconds between.
 _TRIES, _PAUSE = 3, 2.0
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a place in a bucket; `Path` makes one slash of two."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
 
 
 def local_copy(run: str | os.PathLike[str]) -> Path:
@@ -155,7 +149,7 @@ class _Bucket:
             package = _PACKAGES[scheme]
             raise RunFolderError(f"{scheme}:// needs a package; install it with: pip install {package}") from error
         except Exception as error:  # each kind of bucket has errors of its own
-            raise RunFolderError(f"cannot reach {self.url}: {_first_line(error)}") from error
+            raise RunFolderError(f"cannot reach {self.url}: {first_line(error)}") from error
         # What is there: checksums of files by their paths, and the names of saves.
         self._files: dict[str, str] = {}
         self._saves: set[str] = set()
@@ -199,7 +193,7 @@ class _Bucket:
             room, _, rest = name.partition("/")
             save = rest.partition("/")[0]
             if name == LOCK or (
-                room == CHECKPOINTS and not (_SAVE.fullmatch(save) and save in ([save] if whole is None else whole))
+                room == CHECKPOINTS and not (SAVE_NAME.fullmatch(save) and save in ([save] if whole is None else whole))
             ):
                 continue
             if name == METRICS and whole == []:
@@ -216,7 +210,7 @@ class _Bucket:
     def _push(self, folder: Path) -> None:
         checkpoints = folder / CHECKPOINTS
         names = os.listdir(checkpoints) if checkpoints.is_dir() else []
-        whole = {name for name in names if _SAVE.fullmatch(name)}
+        whole = {name for name in names if SAVE_NAME.fullmatch(name)}
         if not self._saves:
             self._put(f"{CHECKPOINTS}/{WHOLE}", b"[]")  # none of what follows counts yet
         for save in sorted(whole - self._saves):
@@ -243,7 +237,7 @@ class _Bucket:
                 raise
             except Exception as error:
                 if not left:
-                    raise RunFolderError(f"cannot {action} {self.url}: {_first_line(error)}") from error
+                    raise RunFolderError(f"cannot {action} {self.url}: {first_line(error)}") from error
                 time.sleep(_PAUSE)
 
 
@@ -296,7 +290,3 @@ def _files(folder: Path) -> Iterator[tuple[str, bytes]]:
         if path.is_file() and not path.name.startswith(".") and name.parts[0] != CHECKPOINTS:
             with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
                 yield name.as_posix(), path.read_bytes()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

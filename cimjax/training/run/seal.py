@@ -35,7 +35,7 @@ class Content(NamedTuple):
                 raise ValueError(f"{name} is not what was saved")
 
 
-def close(step: int, leaves: dict[str, Any], extra: dict[str, Any], options: dict[str, Any] | None) -> dict[str, Any]:
+def sealed(step: int, leaves: dict[str, Any], extra: dict[str, Any], options: dict[str, Any] | None) -> dict[str, Any]:
     """What to save beside a state."""
     named = {name: [kind(leaf), _digest_of(leaf)] for name, leaf in leaves.items()}
     # As JSON gives it back.
@@ -43,7 +43,7 @@ def close(step: int, leaves: dict[str, Any], extra: dict[str, Any], options: dic
     return {**content, "seal": seal_of(content)}
 
 
-def open(found: Any, step: int, stored: dict[str, str]) -> Content:
+def verified(found: Any, step: int, stored: dict[str, str]) -> Content:
     """Take apart what was saved beside a state.
 
     Args:

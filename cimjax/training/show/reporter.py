@@ -14,7 +14,7 @@ from cimjax.hardware.advice import on_design
 from cimjax.hardware.table import layer_table, show
 from cimjax.nn.calibrate import RULES_OF_ARRAYS
 from cimjax.nn.calibration_warnings import messages
-from cimjax.nn.rules import on_rules
+from cimjax.spec.rules import on_rules
 from cimjax.training.experiment import Experiment, Reports
 from cimjax.training.run.folder import RunFolder
 from cimjax.training.run.writers import Writer
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cimjax.training.result import Result
 
 
-class Teller:
-    """Tells of one run.
+class Reporter:
+    """Reports of one run.
 
     finished: whether the run was finished before, and has nothing more to write down.
     """

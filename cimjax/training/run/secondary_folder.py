@@ -16,7 +16,7 @@ from cimjax.training.run.records import METRICS, Records
 _VISIBLE = 8.0
 
 
-class _SilentRecords(Records):
+class _SecondaryRecords(Records):
     """Records that another process writes."""
 
     def read(self) -> list[dict[str, Any]]:
@@ -29,14 +29,14 @@ class _SilentRecords(Records):
         return False
 
 
-class SilentFolder(RunFolder):
+class SecondaryFolder(RunFolder):
     """A run folder in which another process writes."""
 
     def __init__(self, path: Path) -> None:
         """Nothing is opened."""
         self.path = self.address = path.absolute()
         self.in_bucket = False
-        self.records = _SilentRecords(self.path / METRICS)
+        self.records = _SecondaryRecords(self.path / METRICS)
 
     def log(self, record: dict[str, Any]) -> None:
         """Process 0 logs the same."""

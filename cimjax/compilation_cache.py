@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from cimjax.core.programs.tuning import cache_folder
+from cimjax.user_folders import cache_folder
 
 # JAX's own setting: the seconds of compilation from which on a program is kept.
 KEPT_FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
