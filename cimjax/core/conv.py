@@ -58,7 +58,9 @@ def cim_conv(
 
     Raises:
       ValueError: for a kernel that does not fit the arrays, sums that float32 cannot hold exactly, channel counts that
-        differ, codes of another specification, or a missing `variation_key`.
+        differ, codes of another specification, steps of other shapes or a missing one, strides, padding or dilations
+        that `flax.linen.Conv` would not take, `execution.operands` that cannot hold the layer's integers, or a missing
+        `variation_key`.
       NotImplementedError: in a second derivative.
     """
     steps = jax.tree.map(lambda step: _differentiable_once(jnp.asarray(step, jnp.float32)), steps)
@@ -114,6 +116,9 @@ def cim_dense(
 
     Returns:
       (..., O) float32.
+
+    Raises:
+      ValueError, NotImplementedError: as `cim_conv`.
     """
     inputs = quantize_activation(x, steps.activation, spec.activation)
     leading = inputs.codes.shape[:-1]

@@ -18,7 +18,7 @@ def dequantize_and_add(read: PartialSums, steps: StepSizes, tiling: Tiling, spec
     """`sum_{t,r,k} g_t f_k s_w P^`, and what the constant of an `offset` encoding adds (the paper's eqs. 2 and 3).
 
     Args:
-      read: digitised partial sums `P^`, (T, M, R, K, O), and the reference's, (T, M, R).
+      read: partial sums as the ADCs give them, `P^`, (T, M, R, K, O), and the reference's, (T, M, R).
       steps: `weight` and `gain` are used, > 0.
 
     Returns:
@@ -53,7 +53,7 @@ def constant(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "R
 
 
 def output_scale(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
-    """What a digitised partial sum counts, but for its slice: `f_k s_w`, and its gain; broadcastable to (R, K, O)."""
+    """What a partial sum counts behind its ADC, but for its slice: `f_k s_w`, and its gain; broadcastable to (R, K, O)."""
     scale = expand_weight(steps.weight, tiling) * plane_significances(spec)[:, None]
     return scale if steps.gain is None else scale * expand_outputs(steps.gain, tiling)
 

@@ -23,8 +23,8 @@ class LayerCost:
     utilization: used cells divided by cells.
     physical_columns: columns that are used, over all arrays (two for a signed plane; dummy columns included).
     adc_conversions: conversions per image.
-    adc_energy: the same, each counted as often as its ADC has codes, to which what ADCs of few bits take is about
-      proportional (it doubles with each bit: Murmann's survey of converters).
+    adc_energy: the same, each counted as often as its ADC has codes, per image; without a unit: what ADCs of few bits
+      take is about proportional to it (it doubles with each bit: Murmann's survey of converters).
     adc_references: distinct steps that the layer's ADCs need; 0 with an ideal ADC.
     dequantization_multiplications: multiplications by a scale factor per output pixel: `O * (1 if both steps are layer,
       else R) * (K if there is a step per column or plane, else 1)`, plus those of an offset's reference.

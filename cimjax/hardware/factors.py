@@ -19,7 +19,7 @@ from cimjax.spec import CIMSpec, Encoding, Reference
 
 # What accumulators hold.
 INT32 = 2**31 - 1
-# The fewest bits of a factor that are taken, and the most, which leave a network what it was (docs/export.md).
+# The fewest bits of a factor that are taken, and the most (docs/export.md has what they change).
 _FEWEST, MOST_BITS = 2, 24
 
 

@@ -50,7 +50,17 @@ class Quantize(nn.Module):
 
     @nn.compact
     def __call__(self, x: ArrayLike) -> Codes:
-        """Quantize `x` (N, ..., C); returns `Codes` of the same shape, float32."""
+        """Quantize `x`: `a = clip(rint(x / s_a), q_min, q_max)`, one learned step for the tensor (LSQ, eq. 1).
+
+        Args:
+          x: (N, ..., C) real.
+
+        Returns:
+          `Codes` of the same shape, float32 integers with their step.
+
+        Raises:
+          ValueError: for codes, numbers that are not real, or steps that were never set.
+        """
         x = require_real(x, name_of(self))
         factor = steps_lib.activation_factor(math.prod(x.shape[1:]), self.spec)
         first, log_step = not self.has_variable("params", "log_step"), None
@@ -238,11 +248,17 @@ class CIMConv(ArrayLayer):
 
     @nn.compact
     def __call__(self, inputs: ArrayLike | Codes) -> Array:
-        """Convolve `inputs` (..., H, W, C), real or `Codes`; returns (..., OH, OW, features).
+        """Convolve `inputs` through the arrays, and add the bias: the paper's eqs. 1-3, as `cim_conv`.
+
+        Args:
+          inputs: (..., H, W, C), real or `Codes`.
+
+        Returns:
+          (..., OH, OW, features), of `dtype`, or of what `flax.linen.Conv` would promote inputs and kernel to.
 
         Raises:
-          ValueError: for `feature_group_count` other than 1, a kernel that does not fit the arrays, or codes of another
-            specification.
+          ValueError: for `feature_group_count` other than 1, a kernel that does not fit the arrays, codes of another
+            specification, or steps that were never set.
         """
         if self.feature_group_count != 1:
             raise ValueError(
@@ -306,7 +322,17 @@ class CIMDense(ArrayLayer):
 
     @nn.compact
     def __call__(self, inputs: ArrayLike | Codes) -> Array:
-        """Multiply `inputs` (..., C), real or `Codes`, any leading axes; returns (..., features)."""
+        """Multiply `inputs` by the kernel through the arrays, and add the bias, as `cim_dense`.
+
+        Args:
+          inputs: (..., C), real or `Codes`, any leading axes.
+
+        Returns:
+          (..., features), of `dtype`, or of what `flax.linen.Dense` would promote inputs and kernel to.
+
+        Raises:
+          ValueError: as `CIMConv`.
+        """
         x = self.checked(inputs, 0)
         *leading, channels = _shape(x)
         flat, _ = _with_one_batch_axis(x, 1)

@@ -72,9 +72,10 @@ def calibrate_layer(
     Args:
       x: (N, H, W, C) real, or `Codes`, whose step is not touched.
       kernel: (kh, kw, C, O) real.
-      stored: present values (`steps.real_steps`), kept where `kinds` does not name them.
+      stored: present values (`step_sizes.real_steps` makes real ones of them), kept where `kinds` does not name them.
       window: how the kernel moves.
       kinds: which of "activation", "weight" and "psum" to set.
+      variation_key: the random key of the chip; needed with `spec.variation`.
 
     Returns:
       Stored steps, and what the data was like.

@@ -34,12 +34,12 @@ class Layer(NamedTuple):
 
 
 class ArrayProgram(Protocol):
-    """Steps 3.5 to 3.7 of the design: from activation codes to the sum of all digitised partial sums.
+    """Steps 3.5 to 3.7 of the design: from activation codes to the sum of what all ADCs give.
 
     Args:
       codes: (N, H, W, C) float32, integer-valued.
       arrays: what the cells hold.
-      steps: real steps > 0; `weight`, `psum`, `offset`, `reference` and `reference_offset` are used.
+      steps: real steps > 0; all are used but `activation`.
       layer: what is fixed.
 
     Returns:

@@ -100,7 +100,7 @@ def _sum_by_product(values: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(inputs: Array, kernel: Array, window: Window, groups: int) -> Array:
-    """As `array_mac.convolution`, with quicker gradients."""
+    """As `core.convolution.convolution`, with quicker gradients."""
     return convolution(inputs, kernel, window, groups)
 
 

@@ -17,6 +17,8 @@ def run(codes: Array, arrays: StoredArrays, steps: StepSizes, layer: Layer) -> A
     tiling, window, spec, _ = layer
     slices = encoding.slice_codes(codes, spec.activation)
     psums = array_mac(slices, arrays, tiling, window, spec)
+    # Changes nothing: without it XLA computes the gradient of each partial sum again for every use, on CPU a quarter
+    # more time forwards and back (docs/speed.md).
     psums = psums._replace(columns=written(psums.columns))
     read = PartialSums(
         columns=adc.convert(psums.columns, steps, tiling, spec),
