@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data, network, optimizer, devices. Nothing is computed here."""
+"""From a configuration to the parts of a run: data, network, optimizer, devices, and the state it begins with."""
 
 from __future__ import annotations
 
@@ -50,20 +50,29 @@ class Experiment:
     """The parts of a run.
 
     layers: the network's layers in order.
+    setup: what a training step needs, the network and its optimizer among it.
     schedule: of the learning rate; None of an optimizer of the caller's own.
     was_ideal: epochs with ideal ADCs of a run that goes on with another number of epochs; None: as its config plans.
     """
 
     config: ConfigDict
     dataset: Any
-    model: nn.Module
     layers: list[Layer]
-    optimizer: optax.GradientTransformation
     devices: Devices
     setup: Setup
     preparation: Preparation
     schedule: optax.Schedule | None
     was_ideal: int | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.setup.model
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What makes updates of gradients."""
+        return self.setup.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -249,32 +258,18 @@ def build(
     if not isinstance(dataset, Description):
         found = dataset or load(config.dataset, config.data_dir or None, view=view_of(config))
         dataset = found.part(**config.subset).holding_out(config.validation, config.seed)
-    spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
     devices = Devices(config.parallel)
     if to_train:
-        devices.check_batch(config.batch_size)
-        share = config.batch_size // devices.count
-        if config.mixup and devices.count > 1 and share % 2:
-            raise ValueError(
-                f"`config.mixup` mixes neighbours, and {devices.count} devices have {share} images of a batch each; "
-                f"give a `config.batch_size` that {2 * devices.count} divides."
-            )
-        if config.batch_size // devices.count % config.optimizer.accumulate:
-            raise ValueError(
-                f"`config.optimizer.accumulate` is {config.optimizer.accumulate}, which does not divide the "
-                f"{config.batch_size // devices.count} images of a device; give one of their divisors."
-            )
-    if model is None:
-        options = config.model.to_dict()
-        rules = check_rules(config.rules)
-        execution = Execution.from_dict(config.execution.to_dict())
-        conv = conv_maker(spec, execution)
-        model = build_model(options.pop("name"), classes=dataset.classes, conv=conv, rules=rules, **options)
+        _require_shares(config, devices)
+    model = model or _network(config, dataset.classes)
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
-    images = jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32)
+    layers = layers_of(model, jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32))
+    _require_variation(config, layers)
     schedule = None if optimizer else learning_rate(config, len(dataset.train))
     optimizer = optimizer or make_optimizer(config, len(dataset.train))
+    if config.optimizer.freeze_oscillating:
+        optimizer = _freezing(optimizer, config, layers, len(dataset.train))
     setup = Setup(
         model=model,
         optimizer=optimizer,
@@ -284,25 +279,51 @@ def build(
         fresh_chips=config.variation_draw == "step",
         axis_name=devices.axis_name,
     )
-    layers = layers_of(model, images)
-    if config.optimizer.freeze_oscillating:
-        optimizer = _freezing(optimizer, config, layers, len(dataset.train))
-        setup = dataclasses.replace(setup, optimizer=optimizer)
-    varies = any(layer.spec is not None and layer.spec.variation for layer in layers)
-    for field in ("fresh_chips", "variation_draw"):
-        if config[field] not in (0, "chip") and not varies:
-            raise ValueError(f"`config.{field}` is {config[field]}, but no layer has `variation`: all chips are alike.")
     return Experiment(
         config=config,
         dataset=dataset,
-        model=model,
         layers=layers,
-        optimizer=optimizer,
         devices=devices,
         setup=setup,
         preparation=Preparation(config, dataset.mean, dataset.std, dataset.classes),
         schedule=schedule,
     )
+
+
+def _require_shares(config: ConfigDict, devices: Devices) -> None:
+    """Refuse batches that devices, mixup or accumulation cannot share evenly."""
+    devices.check_batch(config.batch_size)
+    share, parts = config.batch_size // devices.count, config.optimizer.accumulate
+    if config.mixup and devices.count > 1 and share % 2:
+        raise ValueError(
+            f"`config.mixup` mixes neighbours, and {devices.count} devices have {share} images of a batch each; "
+            f"give a `config.batch_size` that {2 * devices.count} divides."
+        )
+    if share % parts:
+        raise ValueError(
+            f"`config.optimizer.accumulate` is {parts}, which does not divide the {share} images of a device; give one "
+            "of their divisors."
+        )
+
+
+def _network(config: ConfigDict, classes: int) -> nn.Module:
+    """The network that a configuration names."""
+    spec = None if config.spec is None else CIMSpec.from_dict(config.spec.to_dict())
+    conv = conv_maker(spec, Execution.from_dict(config.execution.to_dict()))
+    options = config.model.to_dict()
+    return build_model(options.pop("name"), classes=classes, conv=conv, rules=check_rules(config.rules), **options)
+
+
+def _require_variation(config: ConfigDict, layers: Sequence[Layer]) -> None:
+    """Refuse fields of chips that vary where none does."""
+    if any(layer.spec is not None and layer.spec.variation for layer in layers):
+        return
+    for field in ("fresh_chips", "variation_draw"):
+        if config[field] not in (0, "chip"):
+            raise ValueError(
+                f"`config.{field}` is {config[field]}, but no layer has `variation`: all chips are alike; give "
+                "--config.spec.variation.sigma=0.1, or leave the field out."
+            )
 
 
 def _freezing(
