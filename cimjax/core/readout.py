@@ -53,7 +53,7 @@ def constant(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Float[Array, "R
 
 
 def output_scale(steps: StepSizes, tiling: Tiling, spec: CIMSpec) -> Array:
-    """What a partial sum counts behind its ADC, but for its slice: `f_k s_w` and its gain; broadcastable to (R, K, O)."""
+    """What a partial sum counts behind its ADC, but for its slice: `f_k s_w`, its gain; broadcastable to (R, K, O)."""
     scale = expand_weight(steps.weight, tiling) * plane_significances(spec)[:, None]
     return scale if steps.gain is None else scale * expand_outputs(steps.gain, tiling)
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from cimjax.nn.parameters import kind_of_step, trained_as
-from cimjax.spec import CIMSpec, StepStart
+from cimjax.spec import CIMSpec, StartRule
 
 
 class Given(NamedTuple):
@@ -73,8 +73,8 @@ def fits(there: Mapping[str, CIMSpec], here: Mapping[str, CIMSpec]) -> Callable[
 
     def built(spec: CIMSpec, kind: str | None) -> Any:
         if kind == "activation":
-            return dataclasses.replace(spec.activation, start=StepStart.MAGNITUDE, gradient_factor=1.0)
-        weight = dataclasses.replace(spec.weight, start=StepStart.MAGNITUDE, gradient_factor=1.0)
+            return dataclasses.replace(spec.activation, start=StartRule.MAGNITUDE, gradient_factor=1.0)
+        weight = dataclasses.replace(spec.weight, start=StartRule.MAGNITUDE, gradient_factor=1.0)
         return (weight, spec.array) if kind == "weight" else spec
 
     def takes(path: str) -> bool:

@@ -1,31 +1,29 @@
 """What to build, and how to compute it: frozen, hashable specifications that hold all validation and no arrays.
 
-`codes`: the code ranges and planes that bits imply; `layer`: one layer on the chip; `rules`: layers of a network that
-differ; `execution`: how a layer's computation is programmed, which changes no result and belongs to no checkpoint.
+`layer`: one layer on the chip, of `activation`, `weight` and `adc`, by `choices`; `codes`: the code ranges and planes
+that bits imply; `rules`: layers of a network that differ; `execution`: how a layer's computation is programmed, which
+changes no result and belongs to no checkpoint.
 """
 
-from cimjax.spec.codes import CodeRange, Plane
-from cimjax.spec.execution import Execution, Operands, Product, Program, Residuals
-from cimjax.spec.layer import (
-    ActivationSpec,
+from cimjax.spec.activation import ActivationSpec
+from cimjax.spec.adc import ADCSpec
+from cimjax.spec.choices import (
     ADCRange,
-    ADCSpec,
-    ArraySpec,
-    CIMSpec,
     Encoding,
     Granularity,
-    LadderStart,
     PlaneShares,
     Reference,
     SignedCells,
+    StartRule,
     StepKind,
-    StepStart,
     Subtract,
     TilingRule,
-    VariationSpec,
     VariationTarget,
-    WeightSpec,
 )
+from cimjax.spec.codes import CodeRange, Plane
+from cimjax.spec.execution import Execution, Operands, Product, Program, Residuals
+from cimjax.spec.layer import ArraySpec, CIMSpec, VariationSpec
+from cimjax.spec.weight import WeightSpec
 
 __all__ = [
     "ADCRange",
@@ -37,7 +35,6 @@ __all__ = [
     "Encoding",
     "Execution",
     "Granularity",
-    "LadderStart",
     "Operands",
     "Plane",
     "PlaneShares",
@@ -46,8 +43,8 @@ __all__ = [
     "Reference",
     "Residuals",
     "SignedCells",
+    "StartRule",
     "StepKind",
-    "StepStart",
     "Subtract",
     "TilingRule",
     "VariationSpec",

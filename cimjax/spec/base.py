@@ -16,6 +16,10 @@ from typing import Any, Self
 
 # The largest whole number that a field takes: what an int32 holds, and beyond everything that is built.
 LARGEST_COUNT = 2**31 - 1
+# Beyond these a gradient overflows float32, or a step no longer moves.
+_GRADIENT_FACTORS = (1e-6, 1_000_000)
+# In units of one psum, of which float32 counts 2^24; far beyond, the step or its reciprocal leaves float32.
+_FULL_SCALES = (1e-6, 1_000_000_000)
 # Letters of a long text that a message shows at either end.
 _ENDS = 60
 
@@ -105,6 +109,19 @@ class Spec:
         if not is_number(value) or not low <= value <= high:
             raise ValueError(f"`{name}` is {shown(value)}; give a number from {low:,} to {high:,}.")
         self._set(name, float(value))
+
+    def _full_scale(self, covered: str) -> None:
+        """Refuse a `full_scale` without a fixed `step`, and the reverse; `covered` is what it spans."""
+        step, full_scale = (getattr(self, name) for name in ("step", "full_scale"))
+        if step == "fixed":
+            if full_scale is None:
+                raise ValueError(f"`full_scale` is None with `step` 'fixed'; give the span of {covered}, as in 64.")
+            self._number("full_scale", *_FULL_SCALES)
+        elif full_scale is not None:
+            raise ValueError(f"`full_scale` is {shown(full_scale)} with `step` {step!s}; it belongs to `step` 'fixed'.")
+
+    def _gradient_factor(self) -> None:
+        self._number("gradient_factor", *_GRADIENT_FACTORS)
 
     def _nested(self, name: str, kind: type[Spec], *, optional: bool = False) -> None:
         value = getattr(self, name)

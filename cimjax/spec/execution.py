@@ -56,7 +56,7 @@ class Residuals(enum.StrEnum):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution(Spec):
     """How a layer is computed. `auto` is what `cimjax tune` measured to be the fastest on this device; where it was not
-    asked to, it is chosen for the platform that a program is lowered for.
+    asked to, `program` is chosen for JAX's default device, the rest for the platform that a program is lowered for.
 
     Hashable, so that it can be a static argument of a jitted function.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Collection
 
-from cimjax.spec.layer import CIMSpec, StepKind
+from cimjax.spec.choices import StepKind
+from cimjax.spec.layer import CIMSpec
 
 
 def describe_specs(specs: Collection[CIMSpec]) -> str:

@@ -18,11 +18,11 @@ from cimjax.analysis.studies.runs import (
     finished,
     train_cases,
 )
-from cimjax.spec import LadderStart
+from cimjax.spec import StartRule
 
 IDEAL = "ideal ADC"
 # Rules by name, as options; the first of them train nothing.
-RULES = {str(rule).replace("_", " "): f"adc_start={rule},adc_step=calibrated" for rule in LadderStart}
+RULES = {str(rule).replace("_", " "): f"adc_start={rule},adc_step=calibrated" for rule in StartRule}
 RULES |= {
     "least squares, one for the layer": "adc_step=calibrated,psum=layer",
     "learned": "adc_step=learned",

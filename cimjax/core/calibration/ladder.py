@@ -20,7 +20,7 @@ from jax import Array
 from cimjax.core import lsq
 from cimjax.core.calibration.quantile import PERCENTILE, quantile
 from cimjax.core.step_sizes import fixed_step
-from cimjax.spec import ADCSpec, CIMSpec, CodeRange, LadderStart, StepKind
+from cimjax.spec import ADCSpec, CIMSpec, CodeRange, StartRule, StepKind
 
 # Candidate steps, as fractions of the step whose ladder just covers every partial sum.
 SCALES = (1.0, *np.geomspace(1.5, 1 / 48, 32))
@@ -74,11 +74,11 @@ def fit(
     problem = _Problem(values.astype(jnp.float32), weight.astype(jnp.float32), codes, grouping, spec)
     shape = jax.eval_shape(grouping.largest, jax.ShapeDtypeStruct(values.shape[2:], jnp.float32)).shape
     start = _Ladder(*(jnp.full(shape, value, jnp.float32) for value in (jnp.inf, 1.0, 0.0)))
-    if adc.start == LadderStart.MAGNITUDE:
+    if adc.start == StartRule.MAGNITUDE:
         best = problem.of_magnitude(start)
-    elif adc.start == LadderStart.RANGE:
+    elif adc.start == StartRule.RANGE:
         best = problem.covering(start)
-    elif adc.start == LadderStart.PERCENTILE:
+    elif adc.start == StartRule.PERCENTILE:
         best = problem.covering(start, PERCENTILE)
     else:
         search = problem.search_with_offset if adc.offset else problem.search

@@ -42,7 +42,7 @@ from cimjax.core.step_sizes import (
 )
 from cimjax.core.tiling import Tiling, tile, tile_kernel
 from cimjax.core.window import Window, positions, seen_at, without_padding
-from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference, StepKind, StepStart
+from cimjax.spec import ActivationSpec, CIMSpec, Encoding, Reference, StartRule, StepKind
 from cimjax.spec.codes import CodeRange
 
 # Output positions that the search for a psum step looks at, at most; they are spread over images and pixels.
@@ -124,14 +124,14 @@ def activation_step(x: Array, spec: ActivationSpec) -> Array:
     """
     values = x.astype(jnp.float32)
     step = _from_mean_magnitude(jnp.mean(jnp.abs(values)), spec.code_range)
-    if spec.start == StepStart.MAGNITUDE or spec.code_range.binary:
+    if spec.start == StartRule.MAGNITUDE or spec.code_range.binary:
         return step
-    if spec.start == StepStart.RANGE:
+    if spec.start == StartRule.RANGE:
         return _positive(jnp.max(_reach(values, spec.code_range)))
     values = values.reshape(-1)
     # Every so many elements are enough, and much quicker.
     values = values[:: max(1, values.size // 2**16)]
-    if spec.start == StepStart.PERCENTILE:
+    if spec.start == StartRule.PERCENTILE:
         return _positive(jnp.quantile(_reach(values, spec.code_range), PERCENTILE))
     return _least_squares(values, step, spec.code_range, lambda step: step, jnp.sum)
 
@@ -152,12 +152,12 @@ def weight_step(kernel: Array, tiling: Tiling, spec: CIMSpec) -> Array:
     stored = jnp.broadcast_to(jnp.asarray(tiling.stored, jnp.float32)[..., None], weights.shape)
     codes, start = spec.weight.code_range, spec.weight.start
     step = _from_mean_magnitude(total(jnp.abs(weights)) / total(stored), codes)
-    if codes.binary or start == StepStart.MAGNITUDE:
+    if codes.binary or start == StartRule.MAGNITUDE:
         pass
-    elif start == StepStart.LEAST_SQUARES:
+    elif start == StartRule.LEAST_SQUARES:
         step = _least_squares(weights, step, codes, lambda step: expand(step)[:, None], total)
     else:
-        part = 1.0 if start == StepStart.RANGE else PERCENTILE
+        part = 1.0 if start == StartRule.RANGE else PERCENTILE
         reach = _reach(weights, codes)
         step = _positive(quantile(reach, part, lambda step: expand(step)[:, None], total, stored))
     if not spec.weight.step_per_plane:

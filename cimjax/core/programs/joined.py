@@ -1,4 +1,4 @@
-"""Array product, ADC and sum as one function with one gradient: the default on every platform.
+"""Array product, ADC and sum as one function with one gradient: the default but on NVIDIA's GPUs.
 
 It keeps nothing of the partial sums but small integers, and computes one weight gradient for all planes. Layers of few
 read groups are written out, one group after the other; those of many are a loop, whose program and memory do not grow
