@@ -1,9 +1,9 @@
 """The seam: what a program for array product, ADC and sum has to keep, which there are, and which one is chosen.
 
 The definition is the program `reference`; every other row of the table gives the same values and gradients. Within
-`joined`, what suits a platform is decided where a program is lowered (`platforms`), so that one traced on a CPU host for
-a GPU is the GPU's. Decided while a layer is traced, by JAX's default device: whether kernels compute it (`fuses`), and
-what was measured on that device (`tuned`). Whoever lowers for another platform than that names a program.
+`joined`, what suits a platform is decided where a program is lowered (`platforms`), so that one traced on a CPU host
+for a GPU is the GPU's. Decided while a layer is traced, by JAX's default device: whether kernels compute it (`fuses`),
+and what was measured on that device (`tuned`). Whoever lowers for another platform than that names a program.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def call(
 
 
 def _refuse(*operands: Any) -> Any:
-    raise ValueError("`program` is 'pallas', a kernel for GPUs, and this is a TPU; use program='auto'.")
+    raise ValueError("`program` is 'pallas', a kernel for GPUs, and this is a TPU; use program='joined'.")
 
 
 # Inside of kernels.
