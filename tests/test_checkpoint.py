@@ -164,10 +164,9 @@ def test_a_failure_in_the_background_is_said_at_the_next_occasion(tmp_path, capf
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
         try:
             checkpoints.save_in_background(2, state, {"step": 2})
-            time.sleep(0.5)
+            refused(occasion, "cannot save", "step_2", "File too large", "stays")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        refused(occasion, "cannot save", "step_2", "File too large", "stays")
         checkpoints.wait()  # said once
     assert names(tmp_path) == ["000001_step_1"]
     checkpoints.save(2, state, {"step": 2})

@@ -17,7 +17,6 @@ from cimjax.core.lsq import Codes
 from cimjax.nn.layers import CIMConv, CIMDense, Quantize
 from cimjax.spec import ActivationSpec, CIMSpec, Execution
 from cimjax.spec.rules import Rules, decided
-from cimjax.spec.rules import check_rules as check_rules  # for `cimjax.training.experiment`
 
 # Builds a convolution from (features, kernel_size, ...), as `flax.linen.Conv` and `partial(CIMConv, spec=spec)` do.
 ConvMaker = Callable[..., nn.Module]

@@ -25,10 +25,11 @@ from cimjax.nn.calibrate import calibrate_and_report, without_calibration
 from cimjax.nn.layers import ADC_STATISTICS
 from cimjax.nn.models import build_model
 from cimjax.nn.parameters import stored_steps, trained_as
-from cimjax.nn.rules import check_rules, conv_maker
+from cimjax.nn.rules import conv_maker
 from cimjax.nn.transfer import Given, put_in
 from cimjax.nn.weight_codes import has_codes
 from cimjax.spec import CIMSpec, Execution
+from cimjax.spec.rules import check_rules
 from cimjax.training.batches import Preparation
 from cimjax.training.config.fields import check_config
 from cimjax.training.optimizer import learning_rate, make_optimizer, steps_per_epoch, total_steps
