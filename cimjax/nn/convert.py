@@ -42,8 +42,8 @@ def convert_network(
 
     The same methods, arguments and parameter names, so that trained weights drop in: `calibrate` and
     `cimjax.train(..., variables=)` take the variables of the network in full precision as they are. Layers of other
-    classes, as those of attention (`nn.DenseGeneral`) and `nn.ConvTranspose`, stay in full precision;
-    `cimjax.hardware.survey.layers_of` lists which are where.
+    classes, as those of attention (`nn.DenseGeneral`) and `nn.ConvTranspose`, stay in full precision, and tables of a
+    network's layers do not list them.
 
     >>> import cimjax
     >>> network = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(8, (3, 3))])

@@ -166,7 +166,7 @@ STUDIES: dict[str, Command] = {
         _training("training_cost:study_training_cost"),
     ),
     "study design": Command(
-        "do one thing at a time otherwise than a config does: encodings, offsets, steps, tilings, stages",
+        "change one choice of a design at a time and compare: encodings, offsets, steps, tilings, stages",
         "cimjax study design --config configs/digits.py:adc_bits=2 --workdir runs/d",
         _RUNS
         | {
@@ -178,7 +178,7 @@ STUDIES: dict[str, Command] = {
         _training("design:study_design", questions=_questions("DESIGN")),
     ),
     "study recipe": Command(
-        "train otherwise than a config does, one thing at a time: teachers, stages, gradients of the ADC, rates",
+        "change one thing of a training at a time and compare: teachers, stages, gradients of the ADC, rates",
         "cimjax study recipe --config configs/digits.py:adc_bits=2 --workdir runs/r",
         _RUNS
         | {

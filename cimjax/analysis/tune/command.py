@@ -57,7 +57,7 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 
 TUNE = Command(
-    "measure by which program each layer of a network is fastest on this device; `auto` is that from then on",
+    "measure by which program each layer of a network is fastest on this device; program=auto then follows it",
     "cimjax tune --config configs/resnet20_c100.py --batch 256",
     {
         "--config": {"required": True, "metavar": A_CONFIG, "help": "the network and its batch size"},

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from cimjax.training.config.fields import FIELDS, SECTIONS, checked_fields, field_of
 from cimjax.training.config.options import CIM_OPTIONS, as_typed
 
-_SPEC_MEANINGS = {option.field: option.help for option in CIM_OPTIONS if option.field} | {
+# What `none` is, of an option, a field alone does not do.
+_SPEC_MEANINGS = {option.field: option.help.partition("; none")[0] for option in CIM_OPTIONS if option.field} | {
     "activation.signed": "codes of both signs",
     **{f"{group}.gradient_factor": "of the step's gradient" for group in ("activation", "weight", "adc")},
     "adc.plane_bits": "bits of each plane's ADCs, lowest first; None: all the same",

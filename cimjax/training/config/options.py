@@ -121,8 +121,16 @@ _LEARNED_SCALES = {"cell_bits": 1, "step_per_plane": True}
 CIM_OPTIONS = (
     Option("scheme", tuple(SCHEMES), None, "a scheme of the paper's Table I: granularities and training"),
     Option("training", TRAININGS, None, "ADCs from the start, after ideal ones, or on a trained network"),
-    Option("weight", (*_names(Granularity), None), "column", "what shares a weight step", "weight.granularity"),
-    Option("psum", (*_names(Granularity), None), "column", "what shares an ADC step", "adc.granularity"),
+    Option(
+        "weight",
+        (*_names(Granularity), None),
+        "column",
+        "what shares a weight step; none: full precision",
+        "weight.granularity",
+    ),
+    Option(
+        "psum", (*_names(Granularity), None), "column", "what shares an ADC step; none: ideal ADCs", "adc.granularity"
+    ),
     Option("act_bits", (int, 1.5), 4, "bits of an activation", "activation.bits"),
     Option("slice_bits", (int, None), None, "bits that the DAC drives at once", "activation.slice_bits"),
     Option("weight_bits", (int, 1.5), 4, "bits of a weight", "weight.bits"),
@@ -133,9 +141,9 @@ CIM_OPTIONS = (
     Option("signed_cells", _names(SignedCells), "paired", "what a signed plane costs", "weight.signed_cells"),
     Option("step_per_plane", (bool,), False, "one weight step per plane", "weight.step_per_plane"),
     Option("adc_bits", (int, 1.5), 3, "bits of an ADC", "adc.bits"),
-    Option("adc_step", _names(StepKind), "learned", "how an ADC step comes about", "adc.step"),
+    Option("adc_step", _names(StepKind), "learned", "how an ADC step is set", "adc.step"),
     Option("full_scale", (float, None), None, "partial sums that a `fixed` ADC spans", "adc.full_scale"),
-    Option("act_step", _names(StepKind), "learned", "how an activation's step comes about", "activation.step"),
+    Option("act_step", _names(StepKind), "learned", "how an activation's step is set", "activation.step"),
     Option("act_full_scale", (float, None), None, "inputs that a `fixed` act_step spans", "activation.full_scale"),
     Option("act_start", _names(StartRule), "magnitude", "what sets an activation's first step", "activation.start"),
     Option("weight_step", ("learned", "calibrated"), "learned", "whether training moves weight steps"),
