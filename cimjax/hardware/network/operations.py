@@ -2,6 +2,10 @@
 
 A list of steps, each an operation on the integers of earlier ones, to which the order of sums does not matter. Built by
 `cimjax.hardware.network.fold`, which puts normalization and all steps of quantizers into factors and thresholds.
+
+An operation is called on int32 arrays (N, ..., C), and gives int32, or what fits into it. Its `bound` is the largest
+magnitude of what it gives, by the largest magnitudes of what it is called on: so every integer of a network is known to
+fit before there is any.
 """
 
 from __future__ import annotations
