@@ -25,6 +25,8 @@ def function(node: Node) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def folded(layer: FrozenLayer, real: Factors, reach: Reach) -> Make:
+    """A layer of arrays, its factors in units of the exponent; `reach` is how far its sums come."""
+
     def make(exponent: int, bounds: Sequence[int]) -> Operation:
         found = real.in_units(exponent)
         folded = layer.with_factors(found.of_codes, found.of_sums, found.added, exponent)
@@ -34,6 +36,7 @@ def folded(layer: FrozenLayer, real: Factors, reach: Reach) -> Make:
 
 
 def limits(low: np.ndarray, high: np.ndarray) -> Make:
+    """Limits that are real numbers, in units of the exponent."""
     return lambda exponent, bounds: Limit(int32(low, exponent), int32(high, exponent))
 
 
@@ -45,6 +48,8 @@ def terms(node: Node) -> int:
 
 
 def adding(node: Node, x: Value) -> Make:
+    """The sum of a "sum" or of the windows of a "window", of values that are shifted to units of the exponent."""
+
     def make(exponent: int, bounds: Sequence[int]) -> Operation:
         shift = exponent - x.exponent
         if node.kind == "sum":
