@@ -23,9 +23,9 @@ class Node:
 
     kind: how it comes about, with its `fields` in parentheses: "entry" (value, an array; largest, the largest
       magnitude of its codes or None), "codes" (step, spec), "arrays" (layer, step of its codes), "affine" (factor,
-      added, of channels), "limit" (low, high), "rising" (function), "add", "product" (weights), "sum" (axes), "largest" (axes),
-      "window" (size, strides, padding, largest), "join" (axis), or a rearrangement, "pick", "pad", "reshape" or
-      "transpose" (to).
+      added, of channels), "limit" (low, high), "rising" (function), "add", "product" (weights), "sum" (axes),
+      "largest" (axes), "window" (size, strides, padding, largest), "join" (axis), or a rearrangement, "pick", "pad",
+      "reshape" or "transpose" (to).
     inputs: what it is made of.
     shape: (N, ..., C).
     """
