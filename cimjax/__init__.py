@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cimjax.training.state import Batch
     from cimjax.training.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "cimjax.spec": (

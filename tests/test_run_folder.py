@@ -290,6 +290,17 @@ def test_seconds_go_on_over_all_starts(tmp_path):
         assert 100.5 <= run.records.read()[-1]["seconds"] < 130
 
 
+@pytest.mark.parametrize("start", [{"versions": {"cimjax": "0.0.1"}}, {"versions": {}}, {"versions": None}, {}, 3])
+def test_another_version_of_cimjax_that_goes_on_is_said(tmp_path, start):
+    (tmp_path / "versions.json").write_text(json.dumps([start]))
+    with RunFolder(tmp_path, {}) as run:
+        if isinstance(start, dict) and (start.get("versions") or {}).get("cimjax"):
+            warned(lambda: run.log({}), "was trained by cimjax 0.0.1, and goes on by", "random numbers")
+        else:
+            run.log({})
+    assert len(json.loads((tmp_path / "versions.json").read_text())) == 2
+
+
 def test_a_damaged_list_of_starts_is_put_aside(tmp_path):
     for content in (b"{}", b"[1", b"", b"\xff", b"null"):
         (tmp_path / "versions.json").write_bytes(content)

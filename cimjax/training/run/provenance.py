@@ -22,14 +22,27 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def add_start(folder: Path) -> None:
-    """Add this start to the list in `versions.json`; a damaged list is put aside, and a new one begun."""
+    """Add this start to the list in `versions.json`; a damaged list is put aside, and a new one begun.
+
+    Warns where another version of cimjax made the start before: what a seed means may have changed between them.
+    """
     file, starts = folder / VERSIONS, []
     if file.exists():
         try:
             starts = read_json(file, list)
         except RunFolderError as error:
             warn(f"{error.args[0].partition(';')[0]}; it is kept as {put_aside(file)}, and the run goes on.")
+    if starts and (before := _cimjax_of(starts[-1])) not in (None, cimjax.__version__):
+        warn(
+            f"{folder} was trained by cimjax {before}, and goes on by {cimjax.__version__}: its random numbers may be "
+            "others than those of a run that was not stopped."
+        )
     write_json(file, [*starts, _start()])
+
+
+def _cimjax_of(start: Any) -> Any:
+    versions = start.get("versions") if isinstance(start, dict) else None
+    return versions.get("cimjax") if isinstance(versions, dict) else None
 
 
 def _start() -> dict[str, Any]:
