@@ -201,7 +201,7 @@ class Experiment:
         return self._state(seed, variables), reports
 
     def _rngs(self, seed: Array) -> dict[str, Array]:
-        streams = {"params": Stream.WEIGHTS, "variation": Stream.CHIP, "dropout": Stream.DROPOUT}
+        streams = {"params": Stream.WEIGHTS, "variation": Stream.CHIP, "dropout": Stream.FIRST_DROPOUT}
         return {name: stream_key(seed, stream) for name, stream in streams.items()}
 
     def _state(self, seed: Array, variables: Any) -> TrainState:
@@ -262,7 +262,8 @@ def build(
     devices = Devices(config.parallel)
     if to_train:
         _require_shares(config, devices)
-    model = model or _network(config, dataset.classes)
+    # Not `or`: a network of the caller's own may have a length.
+    model = _network(config, dataset.classes) if model is None else model
     if devices.axis_name and hasattr(model, "axis_name"):
         model = model.clone(axis_name=devices.axis_name)
     layers = layers_of(model, jax.ShapeDtypeStruct((_SURVEYED, *dataset.image_shape), jnp.float32))

@@ -18,8 +18,9 @@ class Stream(enum.IntEnum):
     What each counts is in parentheses.
     """
 
-    # First weights.
+    # First weights, and dropout while they are made and steps are set.
     WEIGHTS = 0
+    FIRST_DROPOUT = 11
     # The cells of the run's own chip; those of chips drawn in training (step), and of chips to evaluate on (chip).
     CHIP = 1
     CHIP_OF_STEP = 2

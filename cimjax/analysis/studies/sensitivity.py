@@ -82,9 +82,8 @@ class Measurement:
         size = min(experiment.config.calibration_images, IMAGES, len(train))
         # Whole batches: another size would compile every layer once more.
         count = min(IMAGES, len(train)) // size * size
-        drawn = np.asarray(jax.random.permutation(stream_key(experiment.config.seed, Stream.SENSITIVITY), len(train)))[
-            :count
-        ]
+        key = stream_key(experiment.config.seed, Stream.SENSITIVITY)
+        drawn = np.asarray(jax.random.permutation(key, len(train)))[:count]
         parts = np.split(drawn, count // size)
         self.batches = [(experiment.preparation.normalise(train.images[part]), train.labels[part]) for part in parts]
         self.calibration_images = experiment.calibration_images()
